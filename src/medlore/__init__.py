@@ -1,0 +1,34 @@
+"""MedLoRE: medical low-rank experts.
+
+Certified, data-free LoRA ranks from the stable rank of pre-trained weights; few-shot tuning with them; decomposition of
+a medical foundation model into a shared base and low-rank experts; text-prompted 3D segmentation with those experts.
+
+The names below are loaded on first use, so that ``import medlore`` costs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# public name -> module that holds it; sorted
+_HOMES = {
+    "MedloreError": "medlore.errors",
+}
+
+__all__ = ["MedloreError", "__version__"]
+
+if TYPE_CHECKING:
+    from medlore.errors import MedloreError
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'medlore' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,90 @@
+"""The command line: one command, verbs in `medlore.commands`, one file a verb.
+
+Result to stdout (``--json``: one JSON object, nothing else), progress to stderr. Exit status 0 done, 1 a case or step
+failed, 2 wrong use or wrong input. Nothing heavy is imported before a verb runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from medlore.errors import MedloreError
+
+# The verbs in the order in which people meet them; each is `medlore.commands.<verb>` with a Typer app named `app`.
+VERBS = ("doctor",)
+
+
+class _Verbs(typer.core.TyperGroup):
+    """A group whose verbs are imported when asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in VERBS:
+            return None
+        verb = typer.main.get_command(importlib.import_module(f"medlore.commands.{cmd_name}").app)
+        verb.name = cmd_name
+        return verb
+
+
+# Typer carries its own copy of click in newer versions; the common base of its usage errors is reached through a public one.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[2]
+
+app = typer.Typer(cls=_Verbs, no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from medlore import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _medlore(
+    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version and leave."),
+) -> None:
+    """Medical low-rank experts: choose LoRA ranks, tune on few images, decompose, segment."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit status; the installed `medlore` script calls this."""
+    command = typer.main.get_command(app)
+    try:
+        status = command.main(args=None if arguments is None else list(arguments), prog_name="medlore", standalone_mode=False)
+    except MedloreError as error:
+        return _report(str(error), error.exit_status)
+    except _UsageError as error:
+        error.show()  # type: ignore[attr-defined]
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        return _report("stopped by the user; finished files are whole, nothing is half-written", 1)
+    except OSError as error:
+        if os.environ.get("MEDLORE_TRACEBACK"):
+            raise
+        return _report(f"{error.filename or 'system'}: {error.strerror or error}", 1)
+    except Exception as error:
+        if os.environ.get("MEDLORE_TRACEBACK"):
+            raise
+        fault = f"a fault of MedLoRE itself: {type(error).__name__}: {error}"
+        return _report(f"{fault}. To do: run again with MEDLORE_TRACEBACK=1 and report what it prints", 1)
+    return status if isinstance(status, int) else 0
+
+
+def _report(message: str, status: int) -> int:
+    Console(stderr=True, soft_wrap=True, highlight=False).print(message, style="red" if sys.stderr.isatty() else None, markup=False)
+    return status
+
+
+def run() -> None:
+    """Entry point of the `medlore` script."""
+    sys.exit(main())

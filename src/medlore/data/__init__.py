@@ -1,0 +1,1 @@
+"""Floor 4: images, volumes, lists and draws."""

@@ -1,0 +1,1 @@
+"""Floor 5: one readable procedure a file, its settings beside it."""

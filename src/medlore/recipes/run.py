@@ -1,0 +1,201 @@
+"""What every recipe shares: settings from YAML and flags, seed, device, and the `report.json` that each run leaves."""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar
+
+import pydantic
+import yaml
+
+from medlore.errors import InputError, nearest_names
+from medlore.files import existing_file, sha256_of, write_json
+
+REPORT_SCHEMA = "medlore/report/1"
+DeviceChoice = Literal["auto", "cpu", "cuda", "mps"]
+
+_REPORTED_PACKAGES = ("medlore", "torch", "transformers", "peft", "accelerate", "numpy", "safetensors", "nibabel", "scikit-learn")
+
+
+class Settings(pydantic.BaseModel):
+    """Base of every recipe's settings: unknown keys are refused, values are frozen."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def read_settings(kind: type[S], file: str | Path | None = None, **flags: Any) -> S:
+    """Settings from a YAML file (optional) with the flags that are not None laid over it.
+
+    Raises:
+        InputError: unknown keys or wrong values; all of them at once.
+    """
+    values: dict[str, Any] = {}
+    if file is not None:
+        try:
+            loaded = yaml.safe_load(existing_file(file).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(str(file), f"not YAML ({error})", "a YAML mapping of settings", "mend the file") from error
+        if not isinstance(loaded, dict):
+            raise InputError(str(file), f"holds a {type(loaded).__name__}", "a YAML mapping of settings", "write `name: value` lines")
+        values.update(loaded)
+    values.update({name: value for name, value in flags.items() if value is not None})
+    return check_settings(kind, values, where=str(file) if file is not None else "settings")
+
+
+def check_settings(kind: type[S], values: Mapping[str, Any], *, where: str) -> S:
+    """Validate a mapping into settings.
+
+    Raises:
+        InputError: unknown keys or wrong values; all of them at once.
+    """
+    try:
+        return kind.model_validate(dict(values))
+    except pydantic.ValidationError as error:
+        faults = []
+        for item in error.errors():
+            name = ".".join(str(part) for part in item["loc"])
+            if item["type"] == "extra_forbidden":
+                near = ", ".join(nearest_names(name, kind.model_fields))
+                faults.append(f"{name}: unknown setting; the nearest are {near}")
+            else:
+                faults.append(f"{name}: {item['msg']}, got {item.get('input')!r}")
+        count = f"{len(faults)} fault" + ("s" if len(faults) > 1 else "")
+        raise InputError(where, count, f"the settings of {kind.__name__}", "correct what is listed", faults=faults) from error
+
+
+def choose_device(choice: DeviceChoice = "auto") -> str:
+    """`cuda`, `mps` or `cpu`; `auto` takes the first that is there.
+
+    Raises:
+        InputError: the device that was asked for is not on this machine.
+    """
+    import torch
+
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if choice == "auto":
+        return next(name for name, found in there.items() if found)
+    if not there[choice]:
+        raise InputError(
+            "--device", f"{choice!r}, which is not on this machine", ", ".join(k for k, v in there.items() if v), "take --device auto"
+        )
+    return choice
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch (all devices)."""
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - third-party code draws from the legacy generator
+    torch.manual_seed(seed)
+
+
+class Run:
+    """One run of a recipe; as a context manager it writes `OUT/report.json` however the run ends.
+
+    Args:
+        verb: the command, e.g. `finetune`.
+        out: folder of the outputs; created.
+        settings: what the run was asked to do; written out in full.
+        seed: seed of the run, if it draws at random.
+        device: device on which it runs, if any.
+
+    The report holds: schema, verb, command, state (`done`, `failed`, `interrupted`), versions, git, machine, settings, seed,
+    device, inputs (path -> sha256), outputs (name -> path below OUT), results, seconds, peak_memory_bytes.
+    """
+
+    def __init__(
+        self, verb: str, out: str | Path, *, settings: Settings | Mapping[str, Any], seed: int | None = None, device: str | None = None
+    ) -> None:
+        self.out = Path(out)
+        self.results: dict[str, Any] = {}
+        self._inputs: dict[str, str] = {}
+        self._outputs: dict[str, str] = {}
+        self._head: dict[str, Any] = {
+            "schema": REPORT_SCHEMA,
+            "verb": verb,
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "settings": settings.model_dump(mode="json") if isinstance(settings, Settings) else dict(settings),
+            "seed": seed,
+            "device": device,
+        }
+        self._start = time.perf_counter()
+
+    def add_input(self, path: str | Path) -> None:
+        """Record an input file or folder with its hash."""
+        self._inputs[str(path)] = sha256_of(path)
+
+    def add_output(self, name: str, path: str | Path) -> None:
+        """Record an output below the run's folder."""
+        self._outputs[name] = os.path.relpath(path, self.out)
+
+    def write(self, state: str) -> Path:
+        """Write `report.json` as it stands."""
+        report = {
+            **self._head,
+            "state": state,
+            "inputs": self._inputs,
+            "outputs": self._outputs,
+            "results": self.results,
+            "seconds": round(time.perf_counter() - self._start, 3),
+            "peak_memory_bytes": peak_memory_bytes(),
+            **describe_machine(),
+        }
+        return write_json(self.out / "report.json", report)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None:
+            self.results["error"] = f"{kind.__name__ if kind else ''}: {error}"
+        self.write("done" if error is None else "interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+
+
+def describe_machine() -> dict[str, Any]:
+    """Versions, git state and machine, for reports."""
+    return {
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _REPORTED_PACKAGES}},
+        "git": _git_state(),
+        "machine": {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count()},
+    }
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Commit of the working copy that medlore itself was imported from; None for an installed wheel."""
+    root = Path(__file__).resolve().parents[3]
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10, check=True)  # noqa: S607
+        status = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, timeout=30, check=True)  # noqa: S607
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit.stdout.strip(), "modified": bool(status.stdout.strip())}
