@@ -38,6 +38,9 @@ class _Verbs(typer.core.TyperGroup):
 # Typer carries its own copy of click in newer versions; the common base of its usage errors is reached through a public one.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[2]
 
+_STOPPED = 130
+_STOPPED_MESSAGE = "stopped by the user; finished files are whole, nothing is half-written"
+
 app = typer.Typer(cls=_Verbs, no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
 
 
@@ -67,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         error.show()  # type: ignore[attr-defined]
         return 2
     except (KeyboardInterrupt, typer.Abort):
-        return _report("stopped by the user; finished files are whole, nothing is half-written", 1)
+        return _report(_STOPPED_MESSAGE, 1)
     except OSError as error:
         if os.environ.get("MEDLORE_TRACEBACK"):
             raise
@@ -77,6 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         fault = f"a fault of MedLoRE itself: {type(error).__name__}: {error}"
         return _report(f"{fault}. To do: run again with MEDLORE_TRACEBACK=1 and report what it prints", 1)
+    if status == _STOPPED:  # Typer has caught the Ctrl-C itself
+        return _report(_STOPPED_MESSAGE, 1)
     return status if isinstance(status, int) else 0
 
 

@@ -1,0 +1,114 @@
+"""Files are whole or absent."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from medlore.errors import DataError, InputError, StepError
+from medlore.files import atomic_folder, atomic_path, existing_file, json_text, read_json, sha256_of, write_json, write_text
+
+
+def test_a_broken_write_leaves_the_old_file_and_no_rubbish(tmp_path: Path) -> None:
+    target = write_text(tmp_path / "a.nii.gz", "old")
+
+    def fail_half_way() -> None:
+        with atomic_path(target) as temporary:
+            assert temporary.name.endswith(".nii.gz")
+            temporary.write_text("half")
+            raise KeyError("stop")
+
+    with pytest.raises(KeyError, match="stop"):
+        fail_half_way()
+    assert target.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.nii.gz"]
+
+
+def test_a_folder_replaces_its_forerunner_as_a_whole(tmp_path: Path) -> None:
+    for content in ("one", "two"):
+        with atomic_folder(tmp_path / "pack") as folder:
+            (folder / content).write_text(content)
+    assert [p.name for p in (tmp_path / "pack").iterdir()] == ["two"]
+    assert [p.name for p in tmp_path.iterdir()] == ["pack"]
+
+
+def test_a_broken_folder_leaves_the_old_one(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "pack") as folder:
+        (folder / "good").touch()
+
+    def fail_half_way() -> None:
+        with atomic_folder(tmp_path / "pack") as folder:
+            (folder / "bad").touch()
+            raise ValueError("stop")
+
+    with pytest.raises(ValueError, match="stop"):
+        fail_half_way()
+    assert [p.name for p in (tmp_path / "pack").iterdir()] == ["good"]
+    assert [p.name for p in tmp_path.iterdir()] == ["pack"]
+
+
+def test_permissions_follow_the_umask(tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert write_text(tmp_path / "ours", "x").stat().st_mode == plain.stat().st_mode
+
+
+def test_a_full_disk_is_told(tmp_path: Path) -> None:
+    def fill() -> None:
+        with atomic_path(tmp_path / "x"):
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(StepError, match="the disk is full"):
+        fill()
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StepError, match="could not be written"):
+        write_text(tmp_path / "file" / "below", "x")
+
+
+def test_json_is_strict_and_takes_numpy(tmp_path: Path) -> None:
+    value = {
+        "nan": math.nan,
+        "array": np.arange(3),
+        "scalar": np.float32(0.5),
+        "flag": np.bool_(True),
+        "path": Path("a/b"),
+        "set": {1},
+        1: True,
+    }
+    assert json.loads(json_text(value)) == {
+        "nan": None,
+        "array": [0, 1, 2],
+        "scalar": 0.5,
+        "flag": True,
+        "path": "a/b",
+        "set": [1],
+        "1": True,
+    }
+    assert read_json(write_json(tmp_path / "a.json", [1])) == [1]
+
+
+def test_reading_names_what_is_wrong(tmp_path: Path) -> None:
+    bad = write_text(tmp_path / "bad.json", "{\n'a'")
+    with pytest.raises(DataError, match="line 2"):
+        read_json(bad)
+    with pytest.raises(InputError, match="no such file"):
+        existing_file(tmp_path / "none")
+    with pytest.raises(InputError, match="is a folder"):
+        existing_file(tmp_path, where="--ranks")
+
+
+def test_hash_of_a_folder_sees_names_and_contents(tmp_path: Path) -> None:
+    write_text(tmp_path / "a" / "x", "1")
+    first = sha256_of(tmp_path / "a")
+    (tmp_path / "a" / "x").rename(tmp_path / "a" / "y")
+    second = sha256_of(tmp_path / "a")
+    write_text(tmp_path / "a" / "y", "2")
+    assert len({first, second, sha256_of(tmp_path / "a")}) == 3
+    assert sha256_of(write_text(tmp_path / "abc", "abc")) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
