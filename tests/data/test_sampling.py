@@ -31,9 +31,9 @@ def test_shares_hold_over_many_steps(power: float, share: float) -> None:
 
 def test_a_pass_sees_every_sample_once_and_the_next_in_another_order() -> None:
     sampler = TaskSampler({"a": 12, "b": 12}, batch_size=8, power=0.0, seed=3)
-    seen = np.concatenate([p.indices for step in range(6) for p in sampler.batch(step) if p.task == "a"])
-    assert sorted(seen[:12]) == list(range(12)) == sorted(seen[12:])
-    assert seen[:12].tolist() != seen[12:].tolist()
+    seen = np.concatenate([p.indices for step in range(8) for p in sampler.batch(step) if p.task == "a"])
+    assert sorted(seen[:12]) == list(range(12)) == sorted(seen[12:24])
+    assert seen[:12].tolist() != seen[12:24].tolist()
 
 
 def test_any_step_can_be_asked_for_first() -> None:

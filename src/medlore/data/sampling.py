@@ -9,7 +9,6 @@ import numpy as np
 
 from medlore.errors import DataError, InputError
 
-
 _GOLDEN = (5**0.5 - 1) / 2
 
 
