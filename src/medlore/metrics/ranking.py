@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+from scipy import sparse
 
 Array = NDArray[np.float64]
 
@@ -48,42 +49,46 @@ def rank_class(positive: NDArray[np.bool_], scores: NDArray[np.floating], weight
         return Ranking(nothing, nothing.copy())
     order = np.argsort(-scores, kind="stable")
     sorted_scores, hit = scores[order], positive[order]
-    # Tie groups, best score first; runs of groups without positives are merged with the group that follows, since
-    # precision and pair counts are read at positives alone.
-    starts = np.flatnonzero(np.r_[True, sorted_scores[1:] != sorted_scores[:-1]])
-    has_positive = np.add.reduceat(hit.astype(np.int64), starts) > 0
-    hits = weights[order[hit]]  # p r
-    group_of_hit = np.cumsum(has_positive)[np.searchsorted(starts, np.flatnonzero(hit), side="right") - 1] - 1
-    first_hit = np.flatnonzero(np.r_[True, group_of_hit[1:] != group_of_hit[:-1]])
-    positives = np.add.reduceat(hits, first_hit, axis=0, dtype=np.float64)  # g r: positives of each tie group with one
-    negatives_before, negatives_tied, negatives = _negatives(weights[order], hit, starts, has_positive)
-    total = positives.sum(axis=0)
+    tie_group = np.cumsum(np.r_[True, sorted_scores[1:] != sorted_scores[:-1]]) - 1
+    has_positive = np.bincount(tie_group, weights=hit) > 0
+    # Precision and pair counts are read only at tie groups with a positive, g of them, best score first. Segment 2j + 1 is
+    # the j-th of them, segment 2j the stretch of negatives before it; the last segment is what follows the last one.
+    segment = (2 * np.cumsum(has_positive) - has_positive)[tie_group]
+    groups = int(has_positive.sum())
+    positives = _sums(segment[hit] // 2, order[hit], groups, weights)  # g r
+    negatives = _sums(segment[~hit], order[~hit], 2 * groups + 1, weights)  # 2g+1 r
+    tied = negatives[1::2]
+    above = np.cumsum(negatives, axis=0)[0:-1:2]
+    total, other = positives.sum(axis=0), negatives.sum(axis=0)
     positives_above = np.cumsum(positives, axis=0)
     with np.errstate(invalid="ignore", divide="ignore"):
-        wrong = np.einsum("gr,gr->r", positives, negatives_before + 0.5 * negatives_tied)
-        auc = 1.0 - wrong / (total * negatives)
-        at_least = positives_above + negatives_before + negatives_tied
+        auc = 1.0 - np.einsum("gr,gr->r", positives, above + 0.5 * tied) / (total * other)
+        at_least = positives_above + above + tied
         precision = np.where(at_least > 0, positives_above / at_least, 0.0)
         average = np.einsum("gr,gr->r", positives, precision) / total
-    auc[(total == 0) | (negatives == 0)] = np.nan
+    auc[(total == 0) | (other == 0)] = np.nan
     return Ranking(auc, average)
 
 
-def _negatives(
-    weights: NDArray[np.float32], hit: NDArray[np.bool_], starts: NDArray[np.int64], has_positive: NDArray[np.bool_]
-) -> tuple[Array, Array, Array]:
-    """Negative weight strictly above each tie group with a positive, inside it, and in all. Each (g, r), the last (r,)."""
-    weights[hit] = 0  # `weights` is the sorted copy
-    with_positive = starts[has_positive]
-    following = np.r_[starts[1:], len(hit)][has_positive]  # where each of these groups ends
-    edges = np.stack([with_positive, following], axis=1).ravel()
-    edges = np.r_[0, edges]
-    # Sums over [edge, next edge); an empty stretch would give its first row in reduceat, so it is set to nothing.
-    padded = np.vstack([weights, np.zeros((1, weights.shape[1]), dtype=weights.dtype)])
-    sums = np.add.reduceat(padded, edges, axis=0, dtype=np.float64)
-    lengths = np.diff(np.r_[edges, len(padded)])
-    sums[lengths == 0] = 0
-    between, tied = sums[0::2], sums[1::2]  # (g + 1) r: before, between and after the groups; g r: inside
-    before = np.cumsum(between[:-1], axis=0)
-    before[1:] += np.cumsum(tied, axis=0)[:-1]
-    return before, tied, between.sum(axis=0) + tied.sum(axis=0)
+def _sums(rows: NDArray[np.integer], items: NDArray[np.integer], count: int, weights: NDArray[np.float32]) -> Array:
+    """Sum the weights of `items` into `count` rows; (count, r). `rows` is ascending.
+
+    A sparse product gathers and sums in one pass. float32 holds the sums exactly while there are fewer than 2**24 items.
+    """
+    starts = np.searchsorted(rows, np.arange(count + 1))
+    pick = sparse.csr_array((np.ones(len(items), dtype=np.float32), items, starts), shape=(count, len(weights)))
+    return np.asarray(pick @ weights, dtype=np.float64)
+
+
+def macro_auc(targets: ArrayLike, scores: ArrayLike) -> float:
+    """Mean AUC over the classes that have both positives and negatives; NaN where none has.
+
+    Args:
+        targets: (b, c) zeros and ones.
+        scores: (b, c), higher means more likely.
+    """
+    hits, guesses = np.asarray(targets).astype(bool), np.asarray(scores, dtype=np.float64)
+    ones = np.ones((len(hits), 1), dtype=np.float32)
+    values = np.array([rank_class(hits[:, c], guesses[:, c], ones).auc[0] for c in range(hits.shape[1])])
+    defined = values[~np.isnan(values)]
+    return float(defined.mean()) if len(defined) else float("nan")
