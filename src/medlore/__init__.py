@@ -16,12 +16,18 @@ __version__ = "0.1.0"
 # public name -> module that holds it; sorted
 _HOMES = {
     "MedloreError": "medlore.errors",
+    "RankPlan": "medlore.ranks.plan",
+    "get_peft_model": "medlore.layers.fused_qkv",
+    "plan_ranks": "medlore.ranks.allocate",
 }
 
-__all__ = ["MedloreError", "__version__"]
+__all__ = ["MedloreError", "RankPlan", "__version__", "get_peft_model", "plan_ranks"]
 
 if TYPE_CHECKING:
     from medlore.errors import MedloreError
+    from medlore.layers.fused_qkv import get_peft_model
+    from medlore.ranks.allocate import plan_ranks
+    from medlore.ranks.plan import RankPlan
 
 
 def __getattr__(name: str) -> Any:

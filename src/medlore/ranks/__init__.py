@@ -1,1 +1,6 @@
 """Floor 2: decisions as data. Reads a model or a weights file, never changes it."""
+
+from medlore.ranks.allocate import plan_ranks, uniform_plan
+from medlore.ranks.plan import PlannedLayer, RankPlan
+
+__all__ = ["PlannedLayer", "RankPlan", "plan_ranks", "uniform_plan"]

@@ -1,0 +1,125 @@
+"""A RankPlan as PEFT writes it: one module, one rank, one alpha."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from medlore.errors import InputError, TargetError
+from medlore.files import atomic_folder
+from medlore.ranks.plan import PlannedLayer, RankPlan
+from medlore.ranks.rules import alpha_rule
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+_DECIDED_BY_PLAN = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora")
+
+
+@dataclass(frozen=True)
+class PeftModule:
+    """One module as PEFT sees it.
+
+    Args:
+        name: path of the module that PEFT wraps.
+        kind: `single` has one factor pair of our own; `fused` holds several parts in the rows of one matrix; `attention` is an
+            `nn.MultiheadAttention`, whose input and output projections PEFT adapts at one common rank.
+        parts: its planned factor pairs.
+        rank: rank that PEFT gives the module, wide enough for all parts side by side.
+    """
+
+    name: str
+    kind: Literal["single", "fused", "attention"]
+    parts: tuple[PlannedLayer, ...]
+    rank: int
+
+
+def peft_modules(plan: RankPlan) -> list[PeftModule]:
+    """The modules of a plan in its order."""
+    attentions = {layer.name for layer in plan.layers if layer.tensor == "in_proj_weight"}
+    by_module: dict[str, list[PlannedLayer]] = {}
+    for layer in plan.layers:
+        owner = layer.name.removesuffix(".out_proj")
+        by_module.setdefault(owner if owner in attentions else layer.name, []).append(layer)
+    return [_module_of(name, tuple(parts), is_attention=name in attentions) for name, parts in by_module.items()]
+
+
+def lora_config(plan: RankPlan, *, folded: bool, options: Mapping[str, Any]) -> LoraConfig:
+    """The PEFT configuration of a plan.
+
+    Args:
+        plan: the plan, with the names of the model.
+        folded: scalings live inside the factors of fused modules: their alpha is their rank, and rsLoRA is spelled out in alphas.
+        options: further fields of `LoraConfig`.
+
+    Raises:
+        InputError: an option that the plan decides.
+        TargetError: the plan carries names of a JAX file, which no module has.
+    """
+    from peft import LoraConfig
+
+    taken = sorted(set(options) & set(_DECIDED_BY_PLAN))
+    if taken:
+        raise InputError("LoRA options", ", ".join(taken), "options that the plan does not decide", "change the plan instead")
+    if plan.layout == "jax":
+        raise TargetError(
+            f"plan of {plan.source}",
+            "it has the names of a JAX file",
+            "names of modules",
+            "pass the model: plan.to_lora_config(model=model)",
+        )
+    modules = peft_modules(plan)
+    if not folded and any(m.kind != "single" for m in modules):
+        warnings.warn(
+            "PEFT trains one factor pair over q, k and v of a fused matrix; medlore.get_peft_model(model, plan) trains q and v apart",
+            stacklevel=4,
+        )
+    ranks = {_anchored(m.name): m.rank for m in modules}
+    alphas = {_anchored(m.name): _alpha(plan, m, folded=folded) for m in modules}
+    return LoraConfig(
+        r=next(iter(ranks.values())),
+        lora_alpha=next(iter(alphas.values())),
+        target_modules="|".join(re.escape(m.name) for m in modules),
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+        use_rslora=plan.use_rslora and not folded,
+        **options,
+    )
+
+
+def write_peft_config(plan: RankPlan, folder: str | Path) -> Path:
+    """Write `adapter_config.json` into a new folder, for `peft.PeftConfig.from_pretrained`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = lora_config(plan, folded=False, options={})
+    with atomic_folder(folder) as temporary:
+        config.save_pretrained(str(temporary))
+    return Path(folder) / "adapter_config.json"
+
+
+def _module_of(name: str, parts: tuple[PlannedLayer, ...], *, is_attention: bool) -> PeftModule:
+    inside = [p for p in parts if p.rows is not None]
+    rank = sum(p.rank for p in inside) if inside else parts[0].rank
+    if is_attention:
+        return PeftModule(name, "attention", parts, max([rank, *(p.rank for p in parts if p.rows is None)]))
+    return PeftModule(name, "fused" if inside else "single", parts, rank)
+
+
+def _alpha(plan: RankPlan, module: PeftModule, *, folded: bool) -> float:
+    if module.kind != "single":
+        return _tidy(float(module.rank) if folded else alpha_rule(plan.alpha_rule).alpha(module.rank))
+    layer = module.parts[0]
+    return _tidy(plan.scaling(layer) * layer.rank if folded else layer.alpha)
+
+
+def _tidy(alpha: float) -> float:
+    return int(alpha) if alpha == int(alpha) else alpha
+
+
+def _anchored(name: str) -> str:
+    """A PEFT pattern that matches this one module: PEFT lets any prefix stand before a pattern, `^` forbids it."""
+    return "^" + re.escape(name)

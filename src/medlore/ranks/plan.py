@@ -1,0 +1,345 @@
+"""RankPlan: which matrices are adapted, with what rank and alpha, why, and for which weights. Data only; a file one can edit."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast
+
+import numpy as np
+import pydantic
+from torch import Tensor, nn
+
+from medlore.errors import DataError, TargetError
+from medlore.files import read_json, write_json
+from medlore.ranks.rules import AlphaRule, alpha_rule
+from medlore.ranks.sources import ModuleSource
+from medlore.ranks.targets import Layout, Part, Target, find_targets
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+PLAN_SCHEMA = "medlore/rank-plan/1"
+Granularity = Literal["projection", "fused"]
+
+_STRICT = pydantic.ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """One factor pair of a plan.
+
+    Args:
+        name: module path in the model, without `.weight`.
+        part: what the matrix does.
+        shape: its rows and columns; a convolution counts as out x (in · k^d).
+        rank: rank of the factor pair.
+        alpha: its alpha.
+        rows: first and last-plus-one row inside a fused matrix; None when the whole matrix is meant.
+        tensor: parameter inside the module, `weight` or `in_proj_weight`.
+        group: path of the attention module that it belongs to.
+        block: number of that attention module in depth order; -1 outside attention blocks.
+        measured_shape: matrix whose stable rank was measured; differs from `shape` for fused granularity.
+        stable_rank: that stable rank; None where the rule needs none.
+        lower: certified lower bound of it.
+        upper: certified upper bound of it.
+        decided_by: how the integer became sure: `lanczos`, `proof`, `exact`, `given`, `uniform` or `budget`.
+        sha256: first 16 hexadecimal digits of the hash of the matrix as little-endian float32; None for weights without values.
+    """
+
+    __pydantic_config__: ClassVar[pydantic.ConfigDict] = _STRICT
+
+    name: str
+    part: Part
+    shape: tuple[int, int]
+    rank: int
+    alpha: float
+    rows: tuple[int, int] | None = None
+    tensor: Literal["weight", "in_proj_weight"] = "weight"
+    group: str = ""
+    block: int = -1
+    measured_shape: tuple[int, int] | None = None
+    stable_rank: float | None = None
+    lower: float | None = None
+    upper: float | None = None
+    decided_by: str = "given"
+    sha256: str | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the factor pair: rank · (rows + columns)."""
+        return self.rank * sum(self.shape)
+
+    @property
+    def label(self) -> str:
+        """Name and, inside a fused matrix, the part."""
+        return self.name if self.rows is None else f"{self.name}[{self.part}]"
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """Ranks and alphas for the layers of one model, with everything that led to them.
+
+    `sha256` is taken over the planned matrices in depth order, each as little-endian float32, whatever the container, the
+    naming and the storage (fused or separate) were. It is therefore the same for one set of weights in all of them.
+    """
+
+    __pydantic_config__: ClassVar[pydantic.ConfigDict] = _STRICT
+
+    source: str
+    layout: Layout
+    targets: str
+    granularity: Granularity
+    rule: str
+    layers: tuple[PlannedLayer, ...]
+    sha256: str | None = None
+    include_k: bool = False
+    rounding: str = "half-even"
+    scale: float = 1.0
+    budget: str | None = None
+    alpha_rule: str = "rank*1"
+    min_rank: int = 1
+    max_rank: int | None = None
+    proof: bool = False
+    seed: int = 0
+    model_parameters: int = 0
+    blocks: int = 0
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of all factor pairs."""
+        return sum(layer.parameters for layer in self.layers)
+
+    @property
+    def uniform_rank(self) -> float:
+        """The one rank that would have as many parameters on the same targets; rarely a whole number."""
+        return self.parameters / sum(sum(layer.shape) for layer in self.layers)
+
+    @property
+    def use_rslora(self) -> bool:
+        """Whether scalings are alpha / √rank."""
+        return self._alpha.kind == "rslora"
+
+    @property
+    def _alpha(self) -> AlphaRule:
+        return alpha_rule(self.alpha_rule)
+
+    def scaling(self, layer: PlannedLayer) -> float:
+        """What the product of the factors of `layer` is multiplied with."""
+        return self._alpha.scaling(layer.alpha, layer.rank)
+
+    def with_ranks(self, ranks: Sequence[int], *, rule: str, decided_by: str) -> RankPlan:
+        """The same targets with other ranks; alphas follow the plan's own rule."""
+        layers = tuple(
+            replace(layer, rank=rank, alpha=self._alpha.alpha(rank), decided_by=decided_by)
+            for layer, rank in zip(self.layers, ranks, strict=True)
+        )
+        return replace(self, layers=layers, rule=rule, budget=None)
+
+    def nested_ranks(self) -> list[list[int]]:
+        """`[rank of q, rank of the output projection]` for each block: the published form, for fused granularity."""
+        blocks: dict[str, dict[str, int]] = {}
+        for layer in self.layers:
+            if layer.part in "qkvo":
+                blocks.setdefault(layer.group, {})[layer.part] = layer.rank
+        return [[b[p] for p in ("q", "o") if p in b] for b in blocks.values()]
+
+    def save(self, path: str | Path) -> Path:
+        """Write the plan as JSON, whole or not at all."""
+        return write_json(path, {"schema": PLAN_SCHEMA, **asdict(self)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> RankPlan:
+        """Read a plan.
+
+        Raises:
+            InputError: no such file.
+            DataError: not a plan, or wrong values in it; all of them are listed.
+        """
+        content = read_json(path)
+        if not isinstance(content, dict) or content.get("schema") != PLAN_SCHEMA:
+            came = f"schema {content.get('schema')!r}" if isinstance(content, dict) else f"a {type(content).__name__}"
+            raise DataError(str(path), came, f"a plan of schema {PLAN_SCHEMA!r}", "write one with `medlore ranks SOURCE --out plan.json`")
+        values = {k: v for k, v in content.items() if k != "schema"}
+        try:
+            plan = pydantic.TypeAdapter(RankPlan).validate_python(values)
+            faults = list(_faults_of(plan))
+        except pydantic.ValidationError as error:
+            faults = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e.get('input')!r:.60}" for e in error.errors()]
+        if faults:
+            raise DataError(str(path), f"{len(faults)} faults", "the plan as it was written", "correct what is listed", faults=faults)
+        return plan
+
+    def for_model(self, model: nn.Module, *, check: bool = True) -> RankPlan:
+        """The same plan with the names of `model`.
+
+        Names are kept where the model has them. Otherwise layers are matched by structure (n-th q to n-th q, and so on), so a
+        plan made from a timm file serves a transformers model that holds the same weights.
+
+        Args:
+            model: the model that is to be tuned.
+            check: refuse a model whose planned weights are not those that the plan was computed for.
+
+        Raises:
+            TargetError: layers are missing or have other shapes, or, with `check`, hold other weights; all are listed.
+        """
+        source = ModuleSource(model)
+        plan = self if self._fits(source) else self._renamed(source)
+        if check:
+            plan._check_weights(source)
+        return plan
+
+    def to_lora_config(self, *, model: nn.Module | None = None, check: bool = True, **options: Any) -> LoraConfig:
+        """A PEFT `LoraConfig` with the ranks and alphas of the plan under exact names.
+
+        Args:
+            model: take the names of this model (see `for_model`); without it the plan's own are used.
+            check: refuse a model with other weights.
+            options: further fields of `LoraConfig` (dropout, `modules_to_save`, ...).
+
+        On a fused qkv matrix PEFT trains one factor pair over q, k and v; `medlore.get_peft_model` trains q and v apart.
+
+        Raises:
+            TargetError: the plan does not fit `model`, or comes from a JAX file and no model is given.
+            InputError: an option that the plan decides.
+        """
+        from medlore.ranks.export import lora_config
+
+        return lora_config(self if model is None else self.for_model(model, check=check), folded=False, options=options)
+
+    def _fits(self, source: ModuleSource) -> bool:
+        return all(_fits(layer, source) for layer in self.layers)
+
+    def _renamed(self, source: ModuleSource) -> RankPlan:
+        if self.targets not in ("attention", "attention+mlp"):
+            return self._suffix_renamed(source)
+        try:
+            found = find_targets(source.shapes, self.targets, include_k=self.include_k, kinds=source.kinds)
+        except TargetError as error:
+            raise error.at(f"plan of {self.source} for {source.label}") from None
+        if len(found.attentions) != self.blocks:
+            raise self._misfit(source, [f"{self.blocks} attention blocks in the plan, {len(found.attentions)} in the model"])
+        there = {place: t for t, place in _places(found.targets)}
+        faults, renamed = [], []
+        for layer, place in _places(self.layers):
+            target = there.get(place)
+            if target is None:
+                faults.append(f"{layer.label}: block {layer.block} of the model has no such {layer.part}")
+            elif target.shape != layer.shape:
+                faults.append(f"{layer.label}: {layer.shape} in the plan, {target.shape} in {target.name}")
+            else:
+                renamed.append(_placed(layer, target))
+        if faults:
+            raise self._misfit(source, faults)
+        return replace(self, layers=tuple(renamed), layout=found.layout)
+
+    def _suffix_renamed(self, source: ModuleSource) -> RankPlan:
+        """Layers of a free choice are found by the end of their names, if that is unique."""
+        faults, renamed = [], []
+        for layer in self.layers:
+            ends = f".{layer.name}.{layer.tensor}"
+            hits = [k for k in source.shapes if k.endswith(ends) or ends.endswith("." + k)]
+            candidate = replace(layer, name=hits[0].removesuffix(f".{layer.tensor}")) if len(hits) == 1 else layer
+            if _fits(candidate, source):
+                renamed.append(candidate)
+            else:
+                faults.append(f"{layer.label}: " + ("no such module" if not hits else f"other shape or several: {', '.join(hits[:3])}"))
+        if faults:
+            raise self._misfit(source, faults)
+        return replace(self, layers=tuple(renamed))
+
+    def _check_weights(self, source: ModuleSource) -> None:
+        if source.is_meta:
+            return
+        known = (layer for layer in self.layers if layer.sha256 is not None)
+        faults = [f"{x.label} holds other values" for x in known if x.sha256 != digest(matrix_of(x, source.read(f"{x.name}.{x.tensor}")))]
+        if faults:
+            raise TargetError(
+                f"plan of {self.source}",
+                f"{len(faults)} of {len(self.layers)} layers of {source.label} hold other weights",
+                "the weights that the plan was computed for",
+                "compute a plan for this checkpoint, or pass check=False (--any-weights) to use it all the same",
+                faults=faults,
+            )
+
+    def _misfit(self, source: ModuleSource, faults: list[str]) -> TargetError:
+        return TargetError(
+            f"plan of {self.source}",
+            f"{len(faults)} layers do not fit {source.label}",
+            "a model with the same layers",
+            "compute a plan for this model with medlore.plan_ranks(model)",
+            faults=faults,
+        )
+
+
+def matrix_of(place: PlannedLayer | Target, tensor: Tensor) -> Tensor:
+    """The matrix of one target inside its tensor: rows of a fused matrix, a convolution flattened to out x (in · k^d)."""
+    matrix = tensor.flatten(1)
+    return matrix if place.rows is None else matrix[place.rows[0] : place.rows[1]]
+
+
+def digest(matrix: Tensor) -> str | None:
+    """First 16 hexadecimal digits of the SHA-256 of a matrix as little-endian float32; None for a matrix without values."""
+    if matrix.is_meta:
+        return None
+    values = np.ascontiguousarray(matrix.detach().float().cpu().numpy()).astype("<f4", copy=False)
+    return hashlib.sha256(values.data).hexdigest()[:16]
+
+
+def plan_digest(digests: Iterable[str | None]) -> str | None:
+    """SHA-256 over the digests of all matrices in depth order; None if one is missing."""
+    known = list(digests)
+    if any(d is None for d in known):
+        return None
+    return hashlib.sha256("".join(cast("list[str]", known)).encode()).hexdigest()
+
+
+def _fits(layer: PlannedLayer, source: ModuleSource) -> bool:
+    shape = source.shapes.get(f"{layer.name}.{layer.tensor}")
+    if shape is None:
+        return False
+    height, width = shape[0], math.prod(shape[1:])
+    return layer.shape[1] == width and (layer.shape[0] == height if layer.rows is None else layer.rows[1] <= height)
+
+
+def _placed(layer: PlannedLayer, target: Target) -> PlannedLayer:
+    tensor: Any = target.tensor
+    return replace(layer, name=target.name, rows=target.rows, tensor=tensor, group=target.group)
+
+
+_Place = TypeVar("_Place", bound=PlannedLayer | Target)
+
+
+def _places(items: Iterable[_Place]) -> Iterable[tuple[_Place, tuple[int, str, int]]]:
+    """Each item with its block, its part and its number among equal parts of that block."""
+    seen: Counter[tuple[int, str]] = Counter()
+    for item in items:
+        place = (item.block, item.part)
+        yield item, (*place, seen[place])
+        seen[place] += 1
+
+
+def _faults_of(plan: RankPlan) -> Iterable[str]:
+    checks: list[tuple[Callable[[PlannedLayer], bool], str]] = [
+        (lambda x: min(x.shape) >= 1, "shape: both sides must be at least 1"),
+        (lambda x: 1 <= x.rank <= max(1, min(x.shape)), "rank: from 1 to the smaller side of the matrix; take the layer out for none"),
+        (lambda x: math.isfinite(x.alpha) and x.alpha > 0, "alpha: a positive number"),
+        (lambda x: x.rows is None or x.rows[1] - x.rows[0] == x.shape[0], "rows: as many as the shape has"),
+    ]
+    if not plan.layers:
+        yield "layers: none"
+    for index, layer in enumerate(plan.layers):
+        for holds, text in checks:
+            if not holds(layer):
+                yield f"layers.{index} ({layer.label}) {text}"
+    for label, count in Counter(x.label for x in plan.layers).items():
+        if count > 1:
+            yield f"layers: {label} stands {count} times"
+    try:
+        alpha_rule(plan.alpha_rule)
+    except Exception as error:
+        yield f"alpha_rule: {error}"

@@ -1,0 +1,328 @@
+"""Where weights come from: a module, or a file in any of the usual containers, read one tensor at a time.
+
+No pickle is executed: `.pth`, `.pt` and `.bin` files go through `torch.load(weights_only=True)`, memory-mapped where the
+format allows it; `.npz` files through `numpy.load(allow_pickle=False)`; `.safetensors` files are streamed.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from medlore.assets import PREFIX, asset_path
+from medlore.errors import CheckpointError, InputError
+from medlore.files import existing_file, read_json
+
+if TYPE_CHECKING:
+    from medlore.ranks.targets import Kind
+
+WRAPPERS = ("state_dict", "model", "model_state_dict", "teacher", "student")
+_PREFIXES = ("module.", "backbone.", "encoder.", "model.", "base_encoder.", "_orig_mod.")
+_TORCH_SUFFIXES = (".bin", ".pth", ".pt", ".th", ".ckpt")
+_FOLDER_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_ACCEPTED = "a .safetensors, .bin, .pth, .pt or JAX .npz file, a transformers folder or hub name, or medlore:vit-mini"
+
+
+class WeightSource(ABC):
+    """Named tensors that are read one at a time.
+
+    Attributes:
+        label: how messages and plans call the source.
+        shapes: tensor name -> shape; names are those of the model, wrappers and prefixes taken off.
+        kinds: tensor name -> what its module is; None for files, which do not say.
+        folder: the transformers folder, when the source is one.
+    """
+
+    kinds: Mapping[str, Kind] | None = None
+    folder: Path | None = None
+
+    def __init__(self, label: str, shapes: Mapping[str, tuple[int, ...]], *, is_file: bool = True) -> None:
+        self.label = label
+        self._raw_names = _without_prefixes(shapes) if is_file else {name: name for name in shapes}
+        self.shapes = {name: shapes[raw] for name, raw in self._raw_names.items()}
+
+    @property
+    def parameters(self) -> int:
+        """Number of values in all tensors."""
+        return sum(int(np.prod(shape, dtype=np.int64)) for shape in self.shapes.values())
+
+    def read(self, name: str) -> Tensor:
+        """One tensor as it is stored (float16, bfloat16, float32 or float64), on the CPU."""
+        tensor = self._read(self._raw_names[name]).detach()
+        if not tensor.dtype.is_floating_point:
+            raise CheckpointError(
+                f"{self.label}, tensor {name}",
+                f"numbers of type {tensor.dtype}",
+                "floating-point weights",
+                "give the unquantised checkpoint",
+            )
+        return tensor.cpu()
+
+    @abstractmethod
+    def _read(self, raw_name: str) -> Tensor: ...
+
+
+class ModuleSource(WeightSource):
+    """The parameters of a module in memory."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._tensors = dict(model.named_parameters())
+        super().__init__(type(model).__name__, {k: tuple(p.shape) for k, p in self._tensors.items()}, is_file=False)
+        self.kinds = _module_kinds(model)
+        self.is_meta = any(p.is_meta for p in self._tensors.values())
+
+    def _read(self, raw_name: str) -> Tensor:
+        return self._tensors[raw_name]
+
+
+class SafetensorsSource(WeightSource):
+    """One or several safetensors files, streamed tensor by tensor."""
+
+    def __init__(self, label: str, files: Iterable[Path]) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        self._files: dict[str, Path] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for path in files:
+            try:
+                with safe_open(path, framework="pt") as opened:
+                    for name in opened.keys():  # noqa: SIM118 - not a mapping
+                        self._files[name] = path
+                        shapes[name] = tuple(opened.get_slice(name).get_shape())
+            except SafetensorError as error:
+                raise _broken(path, f"not a whole safetensors file ({error})") from error
+        super().__init__(label, shapes)
+
+    def _read(self, raw_name: str) -> Tensor:
+        from safetensors import safe_open
+
+        with safe_open(self._files[raw_name], framework="pt") as opened:
+            return cast("Tensor", opened.get_tensor(raw_name))
+
+
+class TorchFileSource(WeightSource):
+    """One or several files written by `torch.save`."""
+
+    def __init__(self, label: str, files: Iterable[Path]) -> None:
+        self._tensors: dict[str, Tensor] = {}
+        for path in files:
+            self._tensors |= _unwrapped(_torch_load(path), path)
+        super().__init__(label, {k: tuple(t.shape) for k, t in self._tensors.items()})
+
+    def _read(self, raw_name: str) -> Tensor:
+        return self._tensors[raw_name]
+
+
+class JaxSource(WeightSource):
+    """A ViT checkpoint of the JAX code (`Transformer/encoderblock_0/.../query/kernel`), seen as out x in matrices.
+
+    Kernels are stored in x out, those of attention with the heads as an axis of their own: (d, heads, d_head) for query, key
+    and value, (heads, d_head, d) for the output projection.
+    """
+
+    def __init__(self, label: str, path: Path) -> None:
+        self._archive = _open_npz(path)
+        self._members: dict[str, str] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for member in self._archive.files:
+            shape = _npz_shape(self._archive, member, path)
+            name = member.removeprefix("opt/target/").replace("/", ".")
+            if name.endswith(".kernel"):
+                name, shape = name.removesuffix("kernel") + "weight", _jax_shape(name, shape)
+            self._members[name] = member
+            shapes[name] = shape
+        super().__init__(label, shapes)
+
+    def _read(self, raw_name: str) -> Tensor:
+        try:
+            kernel = self._archive[self._members[raw_name]]
+        except (ValueError, OSError, zipfile.BadZipFile) as error:
+            raise _broken(self.label, f"{self._members[raw_name]} cannot be read ({error})") from error
+        kernel = kernel.view(np.float16) if kernel.dtype.kind == "V" and kernel.dtype.itemsize == 2 else kernel
+        shape = self.shapes[raw_name]
+        if not raw_name.endswith(".weight"):
+            return torch.from_numpy(np.ascontiguousarray(kernel))
+        if len(shape) > 2:  # convolution: (height, width, in, out) -> (out, in, height, width)
+            return torch.from_numpy(np.ascontiguousarray(np.moveaxis(kernel, (-1, -2), (0, 1))))
+        return torch.from_numpy(np.ascontiguousarray(kernel.reshape(shape[1], shape[0]).T))
+
+
+def open_source(source: nn.Module | str | Path) -> WeightSource:
+    """The weights behind a module, a path, a shipped name or a hub name.
+
+    Raises:
+        InputError: no such file, or a kind of file that holds no weights.
+        CheckpointError: the file is broken, or would run code when read.
+    """
+    if isinstance(source, nn.Module):
+        return ModuleSource(source)
+    label = str(source)
+    if label.startswith(PREFIX):
+        path = asset_path(label)
+    else:
+        path = Path(source)
+        if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", label) and not path.suffix:
+            path = _from_hub(label)
+    return _open_folder(label, path) if path.is_dir() else _open_file(label, existing_file(path))
+
+
+def _open_file(label: str, path: Path) -> WeightSource:
+    suffix = path.suffix.lower()
+    if suffix == ".safetensors":
+        return SafetensorsSource(label, [path])
+    if suffix == ".npz":
+        return JaxSource(label, path)
+    if suffix in _TORCH_SUFFIXES:
+        return TorchFileSource(label, [path])
+    if path.name.endswith(".index.json"):
+        return _open_shards(label, path)
+    raise InputError(label, f"a file of type {suffix or 'without suffix'!r}", _ACCEPTED, "give the weights file itself")
+
+
+def _open_folder(label: str, folder: Path) -> WeightSource:
+    present = [folder / name for name in _FOLDER_FILES if (folder / name).is_file()]
+    if not present:
+        raise InputError(label, "a folder without weights", f"a folder with {' or '.join(_FOLDER_FILES)}", "name the weights file instead")
+    source = _open_shards(label, present[0]) if present[0].suffix == ".json" else _open_file(label, present[0])
+    if (folder / "config.json").is_file():
+        source.folder = folder
+    return source
+
+
+def _open_shards(label: str, index: Path) -> WeightSource:
+    listed = read_json(index)
+    mapping = listed.get("weight_map") if isinstance(listed, dict) else None
+    if not isinstance(mapping, dict) or not mapping:
+        raise CheckpointError(str(index), "no weight_map in it", "the index of a sharded checkpoint", "download the index anew")
+    files = [index.parent / str(name) for name in sorted(set(mapping.values()))]
+    missing = [f.name for f in files if not f.is_file()]
+    if missing:
+        raise CheckpointError(str(index), f"{len(missing)} shards are missing", "all files that it lists", "fetch them", faults=missing)
+    return SafetensorsSource(label, files) if files[0].suffix == ".safetensors" else TorchFileSource(label, files)
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["config.json", *_FOLDER_FILES, "*.safetensors", "pytorch_model*.bin"]))
+    except Exception as error:  # the hub's client raises errors of many libraries
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            name, f"no such file or folder here, and the hub does not give it ({reason})", _ACCEPTED, "check the spelling and the network"
+        ) from error
+
+
+def _torch_load(path: Path) -> Any:
+    """The content of a `torch.save` file: tensors, numbers, containers; nothing that runs code."""
+    try:
+        if zipfile.is_zipfile(path):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpicklers raise whatever the bytes make them raise
+        text = str(error)
+        if "weights_only" in text.lower() or "unsupported global" in text.lower():
+            named = re.search(r"GLOBAL ([\w.]+)", text)
+            what = f"a pickle that would run code ({named.group(1)})" if named else "a pickle that would run code"
+            fix = "ask for a file with tensors only, or convert it to safetensors where you trust it"
+            raise CheckpointError(str(path), what, "tensors, numbers and containers only", fix) from error
+        raise _broken(path, f"not a whole torch file ({type(error).__name__})") from error
+
+
+def _unwrapped(content: Any, path: Path) -> dict[str, Tensor]:
+    """The state dict inside what a training script saved."""
+    for _ in range(3):
+        if not isinstance(content, Mapping):
+            break
+        tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
+        inner = next((content[w] for w in WRAPPERS if isinstance(content.get(w), Mapping)), None)
+        if inner is None:
+            if tensors:
+                return tensors
+            break
+        content = inner
+    held = f"keys {', '.join(map(repr, list(content)[:5]))}" if isinstance(content, Mapping) else f"a {type(content).__name__}"
+    raise CheckpointError(
+        str(path), f"no state dict: {held}", f"a state dict, plain or under {', '.join(WRAPPERS[:3])}", "save model.state_dict()"
+    )
+
+
+def _open_npz(path: Path) -> Any:
+    try:
+        archive = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
+        raise _broken(path, f"not a whole .npz archive ({type(error).__name__})") from error
+    if not hasattr(archive, "files"):
+        raise _broken(path, "a single array")
+    return archive
+
+
+def _npz_shape(archive: Any, member: str, path: Path) -> tuple[int, ...]:
+    """Shape from the array's header alone: the data stay on disk."""
+    try:
+        with archive.zip.open(member + ".npy") as stream:
+            version = np.lib.format.read_magic(stream)
+            reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            return reader(stream)[0]
+    except (ValueError, KeyError, OSError, zipfile.BadZipFile, struct.error) as error:
+        raise _broken(path, f"{member} cannot be read ({error})") from error
+
+
+def _jax_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """(out, in) of a dense kernel, (out, in, height, width) of a convolution."""
+    if "Attention" in name and len(shape) == 3:
+        inputs = shape[0] * shape[1] if name.endswith("out.kernel") else shape[0]
+        return (int(np.prod(shape)) // inputs, inputs)
+    return (shape[-1], shape[-2], *shape[:-2])
+
+
+def _without_prefixes(names: Iterable[str]) -> dict[str, str]:
+    """Name without wrapper prefixes -> name as stored.
+
+    A prefix goes when every matrix of every attention carries it, or every name does; `encoder.` stays where it is part of a
+    transformers name (`encoder.layer.0`, `encoder.layers.0`).
+    """
+    mapping = {name: name for name in names}
+    while True:
+        marked = [n for n in mapping if re.search(r"\b(attn|self_attn|attention|self_attention)\b", n)] or list(mapping)
+        prefix = next((p for p in _PREFIXES if marked and all(n.startswith(p) for n in marked)), None)
+        if prefix is None or (prefix in ("encoder.", "model.") and not _is_wrapper(prefix, marked)):
+            return mapping
+        stripped = {n.removeprefix(prefix): raw for n, raw in mapping.items()}
+        if len(stripped) < len(mapping):  # two names would become one
+            return mapping
+        mapping = stripped
+
+
+def _is_wrapper(prefix: str, names: list[str]) -> bool:
+    """`encoder.` and `model.` wrap a network whose own names are those of timm or mmpretrain; elsewhere they belong to it."""
+    return all(re.match(rf"{re.escape(prefix)}(blocks|layers|stages|backbone|module|encoder)\.", n) for n in names) and any(
+        re.search(r"attn\.(qkv|w_msa)", n) for n in names
+    )
+
+
+def _module_kinds(model: nn.Module) -> dict[str, Kind]:
+    """Parameter name -> what its module is, as far as a factor pair is concerned."""
+    kinds: dict[str, Kind] = {}
+    for path, module in model.named_modules():
+        stem = f"{path}." if path else ""
+        if isinstance(module, nn.Linear):
+            kinds[f"{stem}weight"] = "linear"
+        elif isinstance(module, nn.MultiheadAttention):
+            kinds[f"{stem}in_proj_weight"] = "linear"
+        elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1:
+            kinds[f"{stem}weight"] = "conv"
+    return kinds
+
+
+def _broken(path: Path | str, came: str) -> CheckpointError:
+    return CheckpointError(str(path), came, _ACCEPTED, "download or write the file anew")
