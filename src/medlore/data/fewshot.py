@@ -1,7 +1,7 @@
 """Few-shot draws: a handful of labelled units per class, with nothing shared between training and validation.
 
-A unit is a group (patient, study, slide) where the set knows groups, else an image; `per="image"` counts images also
-where groups are known. A group is never on both sides.
+One shot is one image, or with `per="group"` one patient, study or slide (a group) with its images, as in MedFMC. A group is
+never on both sides, whatever one shot is.
 """
 
 from __future__ import annotations
@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from medlore.data.imageset import ImageItem, ImageSet
-from medlore.errors import DataError, InputError
+from medlore.data.lists import MEDFMC_CLASSES, VTAB_CLASSES
+from medlore.data.published import Published, read_published
+from medlore.errors import DataError, InputError, UnknownNameError
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,9 @@ def draw_shots(
 ) -> Draw:
     """Draw exactly `shots` units per class; the same arguments give the same draw, in whatever order the pool comes.
 
-    Single-label: every class gets exactly `shots` units (a group counts for the classes of its images, and brings the
-    images of the class that it was drawn for). With `per="image"`: exactly `shots` images, from as many groups as there are.
-    A draw with more shots contains the draws with fewer shots of the same seed and number.
+    Single-label: every class gets exactly `shots` images, from as many different groups as there are. With `per="group"`:
+    exactly `shots` groups, each with its images of that class. A draw with more shots contains the draws with fewer shots
+    of the same seed and number.
 
     Multi-label: units are added class by class, rarest first, until each class has at least `shots` of them; a class
     that the others have already filled gets none of its own, so common labels may exceed `shots`. Every class that can reach
@@ -59,7 +62,7 @@ def draw_shots(
         shots: units per class, from 1.
         draw: number of the draw, from 1; draws of one seed are independent of each other.
         seed: of the whole series of draws.
-        per: what one shot is where groups are known.
+        per: what one shot is; an image without a group is a group of one.
         validation_shots: keep at most this many units per class for validation; None keeps all that is left.
         allow_fewer: take what there is where a class has fewer than `shots`; None allows it in multi-label sets alone.
 
@@ -206,3 +209,67 @@ def _about(train: ImageSet, validation: ImageSet, shots: int) -> list[str]:
     if absent:
         notes.append(f"no validation image of: {', '.join(absent)}")
     return notes
+
+
+def read_official_draw(
+    folder: str | Path,
+    dataset: str,
+    shots: int,
+    exp: int,
+    *,
+    images: str | Path | None = None,
+    shared_groups: Literal["remove", "keep"] = "remove",
+) -> Draw:
+    """Read one published few-shot draw of MedFMC or VTAB-1k, and take out what would leak.
+
+    MedFMC: `{dataset}_{shots}-shot_{train|val}_exp{exp}.txt`. In the published files the validation list of chest and
+    endo holds most of the training images, and training lists name images again that were picked for several classes;
+    colon shares slides between the two. VTAB-1k: `few_shot_exps/train_{shots}-shot_exp{exp}.txt`; validation is `val200.txt`,
+    never the test list.
+
+    Args:
+        folder: the folder of the data set with its lists.
+        dataset: `chest`, `colon`, `endo`, or a VTAB-1k task.
+        shots: 1, 5 or 10 in MedFMC.
+        exp: number of the draw, 1 to 5.
+        images: the folder of the images, where it lies elsewhere.
+        shared_groups: what to do with validation images whose patient or slide is also trained on.
+
+    Returns:
+        The draw; its notes say how many lines were doubled and how many images were removed.
+
+    Raises:
+        UnknownNameError: no such data set or list.
+        DataError: faults in the lists; nothing left for validation.
+    """
+    if dataset not in (*MEDFMC_CLASSES, *VTAB_CLASSES):
+        raise UnknownNameError("dataset", dataset, (*MEDFMC_CLASSES, *VTAB_CLASSES))
+    kind: Published = "vtab" if dataset in VTAB_CLASSES else f"medfmc-{dataset}"  # type: ignore[assignment]
+    root = Path(folder)
+    root = root / dataset if (root / dataset).is_dir() else root
+    names = (f"{dataset}_{shots}-shot_train_exp{exp}", f"{dataset}_{shots}-shot_val_exp{exp}")
+    if kind == "vtab":
+        names = (f"train_{shots}-shot_exp{exp}", "val200")
+    place = None if images is None else Path(images)
+    train, validation = (read_published(root, kind, split=name, images=place) for name in names)
+    return _without_overlap(train, validation, shared_groups=shared_groups)
+
+
+def _without_overlap(train: ImageSet, validation: ImageSet, *, shared_groups: Literal["remove", "keep"]) -> Draw:
+    notes = [f"{part.name}: {len(part.notes)} lines name an image again (the first counts)" for part in (train, validation) if part.notes]
+    drawn = set(train.keys)
+    left = [i for i, item in enumerate(validation.items) if item.key not in drawn]
+    if len(left) < len(validation):
+        shared = len(validation) - len(left)
+        notes.append(f"{shared} of {len(drawn)} training images were also in the validation list; removed from it")
+    groups = {item.group for item in train.items if item.group is not None}
+    apart = [i for i in left if validation.items[i].group not in groups]
+    if len(apart) < len(left):
+        done = "removed" if shared_groups == "remove" else "kept, as asked: the validation score will flatter"
+        notes.append(f"{len(left) - len(apart)} validation images share a patient or study with training; {done}")
+    kept = apart if shared_groups == "remove" else left
+    if not kept:
+        raise DataError(
+            validation.source, "nothing is left that is not trained on", "validation images of other patients", "take another draw"
+        )
+    return Draw(train, validation.subset(kept), tuple(notes))

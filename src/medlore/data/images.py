@@ -11,10 +11,12 @@ from typing import Literal, get_args
 from medlore.data.imageset import ImageItem, ImageSet, Task, from_arrays
 from medlore.data.imagetree import read_folder
 from medlore.data.npz import read_npz
-from medlore.data.trees import tree_of
-from medlore.errors import InputError, UnknownNameError
+from medlore.data.published import kind_of, read_published
+from medlore.data.tables import read_table, table_of
+from medlore.data.trees import FolderTree, is_image_name, tree_of
+from medlore.errors import DataError, InputError, UnknownNameError
 
-__all__ = ["Format", "ImageItem", "ImageSet", "Task", "from_arrays", "read_images"]
+__all__ = ["Format", "ImageItem", "ImageSet", "Task", "format_of", "from_arrays", "read_images"]
 
 Format = Literal["auto", "medfmc-chest", "medfmc-colon", "medfmc-endo", "vtab", "folder", "csv", "npz", "zip", "radimagenet"]
 
@@ -46,15 +48,57 @@ def read_images(
         DataError: the content cannot be used; all faults of one file are reported at once.
     """
     path = Path(path)
+    found = _read(path, format_of(path, format), split, None if images is None else Path(images), task, classes)
+    return found if group_pattern is None else _grouped(found, group_pattern)
+
+
+def format_of(path: Path, format: Format = "auto") -> Format:  # noqa: A002
+    """The format that a path is in; a zip is looked into like a folder.
+
+    Raises:
+        InputError: no such path, or one image.
+        DataError: a list of no known format.
+        UnknownNameError: a format that is not known.
+    """
     if not path.exists():
         raise InputError(str(path), "no such file or folder", "an image folder, list, table, npz or zip", "check the spelling")
     if format not in get_args(Format):
         raise UnknownNameError("format", format, get_args(Format))
-    if path.suffix.lower() == ".npz":
-        found = read_npz(path, split=split, task=task, classes=classes)
-    else:
-        found = read_folder(tree_of(path), split=split, classes=classes)
-    return found if group_pattern is None else _grouped(found, group_pattern)
+    suffix = path.suffix.lower()
+    if format not in ("auto", "zip"):
+        return format
+    if path.is_file() and suffix in (".npz", ".csv", ".tsv"):
+        return "npz" if suffix == ".npz" else "csv"
+    if path.is_file() and suffix == ".txt":
+        kind = kind_of(FolderTree(path.parent), path.name)
+        if kind is None:
+            raise DataError(str(path), "a list of no known format", "MedFMC, VTAB-1k or RadImageNet lines", "say which: format=...")
+        return kind
+    if path.is_file() and suffix != ".zip" and is_image_name(path.name):
+        raise InputError(str(path), "one image", "a folder, list, table, npz or zip", "name its folder, or use `medlore predict`")
+    tree = tree_of(path)
+    return kind_of(tree) or ("csv" if table_of(tree) else "folder")
+
+
+def _read(path: Path, kind: Format, split: str | None, images: Path | None, task: Task | None, classes: Sequence[str] | None) -> ImageSet:
+    if kind == "npz":
+        return read_npz(path, split=split, task=task, classes=classes)
+    if kind == "csv":
+        return _read_csv(path, split, images, task, classes)
+    if kind == "folder":
+        return read_folder(tree_of(path), split=split, classes=classes)
+    return read_published(path, kind, split=split, images=images, classes=classes)  # type: ignore[arg-type]
+
+
+def _read_csv(path: Path, split: str | None, images: Path | None, task: Task | None, classes: Sequence[str] | None) -> ImageSet:
+    place = None if images is None else tree_of(images)
+    if path.is_file() and path.suffix.lower() != ".zip":
+        return read_table(FolderTree(path.parent), path.name, images=place, split=split, task=task, classes=classes)
+    tree = tree_of(path)
+    name = table_of(tree, sure=True)
+    if name is None:
+        raise DataError(str(path), "no CSV, or several", "one CSV, or one named labels.csv", "name the table itself")
+    return read_table(tree, name, images=place, split=split, task=task, classes=classes)
 
 
 def _grouped(images: ImageSet, pattern: str) -> ImageSet:

@@ -37,6 +37,10 @@ class ImageItem:
     labels: tuple[int, ...]
     group: str | None = None
 
+    def __repr__(self) -> str:
+        place = f"array {self.source.shape} {self.source.dtype}" if isinstance(self.source, np.ndarray) else str(self.source)
+        return f"ImageItem({self.key!r}, {place}, labels={self.labels}, group={self.group!r})"
+
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
@@ -48,6 +52,7 @@ class ImageSet:
         task: `single` (one class per image) or `multi` (any number of classes per image).
         items: the images.
         source: where the set came from: a path, or `arrays`.
+        notes: what was passed over when it was read, such as lines that were there twice.
 
     Example:
         >>> images = np.zeros((2, 8, 8), np.uint8)
@@ -61,6 +66,7 @@ class ImageSet:
     task: Task
     items: tuple[ImageItem, ...]
     source: str
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.items)

@@ -154,16 +154,17 @@ class ZipTree(Tree):
 
     def __init__(self, path: Path) -> None:
         self.root = path
-        self._members = {info.filename: info for info in _checked_members(path) if not _hidden_anywhere(info.filename)}
+        self._names = tuple(sorted(info.filename for info in _checked_members(path) if not _hidden_anywhere(info.filename)))
+        self._known = frozenset(self._names)
 
     @property
     def names(self) -> tuple[str, ...]:
         """The names of all members, sorted."""
-        return tuple(sorted(self._members))
+        return self._names
 
     def has(self, name: str) -> bool:
         """Whether there is a member of this name."""
-        return name in self._members
+        return name in self._known
 
     def source(self, name: str) -> ArchiveMember:
         """The member, read when it is needed."""
@@ -172,6 +173,31 @@ class ZipTree(Tree):
     def read_bytes(self, name: str) -> bytes:
         """The content of one member."""
         return read_member(self.source(name))
+
+
+class SubTree(Tree):
+    """One folder of another tree."""
+
+    def __init__(self, tree: Tree, folder: str) -> None:
+        self.tree, self.prefix = tree, folder + "/"
+        self.root = tree.root / folder
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names below the folder, relative to it."""
+        return tuple(name.removeprefix(self.prefix) for name in self.tree.names if name.startswith(self.prefix))
+
+    def has(self, name: str) -> bool:
+        """Whether there is a file of this relative name."""
+        return self.tree.has(self.prefix + name)
+
+    def source(self, name: str) -> Path | ArchiveMember:
+        """The place that `load_pixels` reads."""
+        return self.tree.source(self.prefix + name)
+
+    def read_bytes(self, name: str) -> bytes:
+        """The content of one small file."""
+        return self.tree.read_bytes(self.prefix + name)
 
 
 def read_member(member: ArchiveMember) -> bytes:
@@ -191,8 +217,13 @@ def read_member(member: ArchiveMember) -> bytes:
 
 
 def tree_of(path: Path) -> Tree:
-    """The tree at `path`: a folder or a zip file."""
-    return FolderTree(path) if path.is_dir() else ZipTree(path)
+    """The tree at `path`: a folder or a zip file. A zip that wraps everything in one folder is read from inside it."""
+    if path.is_dir():
+        return FolderTree(path)
+    tree = ZipTree(path)
+    tops = {name.split("/", 1)[0] for name in tree.names}
+    wrapped = len(tops) == 1 and tree.names and all(name.count("/") >= 2 or not is_image_name(name) for name in tree.names)
+    return SubTree(tree, tops.pop()) if wrapped else tree
 
 
 def is_image_name(name: str) -> bool:
