@@ -1,0 +1,349 @@
+"""The tuning methods: one dictionary, one small function each. A new method is one new entry.
+
+A method receives a model and a `Request`, installs itself and returns a `Tuning`: the model to train, what to do around a
+step, and how to write what was learnt. The training loop knows nothing else about it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from medlore.errors import InputError, UnknownNameError
+from medlore.files import atomic_folder
+from medlore.layers import surgery
+from medlore.layers.adapter_folder import Factors, write_lora_folder
+
+if TYPE_CHECKING:
+    from medlore.ranks.plan import RankPlan
+
+PartialUpdate = Literal["off", "nested", "single"]
+Form = Literal["adapter", "weights", "model"]  # a PEFT folder; the trained tensors alone; the whole network
+WEIGHTS_FILE = "trained.safetensors"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a method may ask for.
+
+    Attributes:
+        plan: ranks and alphas of the factor pairs; None for methods without factors.
+        head: module name of the head, which every method trains.
+        seed: of the random factors and draws.
+        steps: optimiser steps of the whole run.
+        partial_update: stochastic partial update of SR-LoRA.
+        dropout: probability on the input of the factors.
+        last_blocks: blocks that `partial` trains.
+        sample: (b, c, h, w) one small normalised batch.
+        batches: a few normalised training batches, for methods that look at the data (EVA); a list, since it is read twice.
+    """
+
+    head: str
+    sample: Tensor
+    plan: RankPlan | None = None
+    seed: int = 0
+    steps: int = 1
+    partial_update: PartialUpdate = "off"
+    dropout: float = 0.0
+    last_blocks: int = 2
+    batches: Callable[[], list[Tensor]] = list
+
+
+def _nothing(*_: Any) -> None:
+    return None
+
+
+def _no_state() -> dict[str, Any]:
+    return {}
+
+
+@dataclass
+class Tuning:
+    """One method installed in one model.
+
+    Attributes:
+        model: what is trained; `model(pixel_values=x).logits`.
+        form: what `save` writes.
+        save: write what was learnt into a new folder.
+        merged: the plain network with the same output, for inference; the tuning is used up by it.
+        before_step: called before the forward pass of every step.
+        after_backward: called with the step number (from 0) when gradients are there, after the optimiser's step.
+        state: what besides tensors must survive a kill.
+        restore: puts that back.
+        head_only: only the head trains, so its inputs can be computed once.
+        notes: for the report.
+    """
+
+    model: nn.Module
+    form: Form
+    save: Callable[[Path], None]
+    merged: Callable[[], nn.Module]
+    before_step: Callable[[], None] = _nothing
+    after_backward: Callable[[int], None] = _nothing
+    state: Callable[[], dict[str, Any]] = _no_state
+    restore: Callable[[dict[str, Any]], None] = _nothing
+    head_only: bool = False
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of tuning.
+
+    Attributes:
+        install: put it into a model.
+        rule: how its ranks are chosen when the user says nothing; None for methods without factors.
+        learning_rate: where it starts when the user says nothing.
+        caption: one line for help texts and tables.
+    """
+
+    install: Callable[[nn.Module, Request], Tuning]
+    rule: Literal["stable-rank", "uniform"] | None
+    learning_rate: float
+    caption: str
+
+
+def install_method(name: str, model: nn.Module, request: Request) -> Tuning:
+    """Install the method `name` in `model`.
+
+    Raises:
+        UnknownNameError: no such method.
+        InputError: a partial update for a method without plain LoRA factors.
+    """
+    if name not in METHODS:
+        raise UnknownNameError("--method", name, METHODS)
+    if request.partial_update != "off" and name not in ("sr-lora", "lora", "rslora"):
+        raise InputError(
+            "--partial-update", f"{request.partial_update!r} with --method {name}", "sr-lora, lora or rslora", "leave --partial-update off"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(request.seed)
+        return METHODS[name].install(model, request)
+
+
+# ---- LoRA and its kin, through PEFT --------------------------------------------------------------------------------------
+
+
+def _lora(model: nn.Module, request: Request) -> Tuning:
+    return _peft_tuning(_with_factors(model, request), request)
+
+
+def _dora(model: nn.Module, request: Request) -> Tuning:
+    return _peft_tuning(_with_factors(model, request, use_dora=True), request)
+
+
+def _eva(model: nn.Module, request: Request) -> Tuning:
+    """Directions of largest variance of each layer's input; ranks are shared out anew under the same total.
+
+    Source: Paischer et al., "Parameter Efficient Fine-tuning via Explained Variance Adaptation", 2024.
+    """
+    from peft import EvaConfig, initialize_lora_eva_weights
+
+    tuned = _with_factors(model, request, init_lora_weights="eva", eva_config=EvaConfig(rho=2.0))
+    initialize_lora_eva_weights(
+        tuned,
+        cast("Any", [{"pixel_values": batch} for batch in request.batches()]),
+        forward_fn=lambda network, inputs: network(**inputs),
+        prepare_model_inputs_fn=None,
+        prepare_layer_inputs_fn=None,
+        show_progress_bar=False,
+    )
+    config = tuned.peft_config["default"]
+    config.init_lora_weights, config.eva_config = True, None  # loading the folder must not ask for data again
+    return _peft_tuning(tuned, request)
+
+
+def _pissa(model: nn.Module, request: Request) -> Tuning:
+    """Factors start as the leading singular directions, which leave the base; saved as plain LoRA on the untouched base.
+
+    Source: Meng et al., "PiSSA", NeurIPS 2024.
+    """
+    tuned = _with_factors(model, request, init_lora_weights="pissa")
+    start = {name: (a.clone(), b.clone()) for name, (a, b, _) in _factors_of(tuned).items()}
+
+    def difference() -> dict[str, Factors]:
+        return {
+            name: Factors(torch.cat([a, start[name][0]]), torch.cat([b, -start[name][1]], dim=1), scaling)
+            for name, (a, b, scaling) in _factors_of(tuned).items()
+        }
+
+    return _peft_tuning(tuned, request, plain=difference)
+
+
+def _adalora(model: nn.Module, request: Request) -> Tuning:
+    """Starts at 1.5 times the ranks' mean and prunes singular values to it; saved as plain LoRA of the ranks that are left.
+
+    Source: Zhang et al., "AdaLoRA", ICLR 2023; the schedule follows `request.steps`.
+    """
+    import peft
+
+    plan = _plan_of(request)
+    target = max(1, round(plan.uniform_rank))
+    config = peft.AdaLoraConfig(
+        target_r=target,
+        init_r=max(target + 1, round(1.5 * target)),
+        tinit=request.steps // 10,
+        tfinal=max(1, request.steps // 4),
+        deltaT=max(1, request.steps // 100),
+        total_step=max(request.steps, 3),
+        lora_alpha=max(1, round(plan.layers[0].alpha)),
+        lora_dropout=request.dropout,
+        target_modules=[layer.name for layer in plan.layers],
+        modules_to_save=[request.head],
+    )
+    tuned = peft.get_peft_model(model, config)
+    allocator = tuned.base_model.rankallocator
+    kept = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+
+    def state() -> dict[str, Any]:
+        # lora_E of pruned directions is zero in the trained tensors; the averages and the pattern decide what comes next
+        return {name: dict(getattr(allocator, name)) for name in kept} | {"rank_pattern": dict(tuned.peft_config["default"].rank_pattern)}
+
+    def restore(saved: dict[str, Any]) -> None:
+        for name in kept:
+            setattr(allocator, name, saved[name])
+        tuned.peft_config["default"].rank_pattern = saved["rank_pattern"]
+
+    def plain() -> dict[str, Factors]:
+        found = {}
+        for name, module in _adapted(tuned):
+            a, e, b = (getattr(module, f"lora_{part}")["default"].detach() for part in "AEB")
+            left = e.flatten() != 0
+            scaling = module.scaling["default"] / (float(module.ranknum["default"]) + 1e-5)
+            if left.any():
+                found[name] = Factors((a * e)[left], b[:, left], scaling)
+        return found
+
+    tuning = _peft_tuning(tuned, request, plain=plain)
+    tuning.state, tuning.restore = state, restore
+    tuning.after_backward = tuned.base_model.update_and_allocate
+    return tuning
+
+
+def _with_factors(model: nn.Module, request: Request, **options: Any) -> Any:
+    import peft
+
+    plan = _plan_of(request)
+    config = plan.to_lora_config(model=model, check=False, modules_to_save=[request.head], lora_dropout=request.dropout, **options)
+    return peft.get_peft_model(model, config)
+
+
+def _plan_of(request: Request) -> RankPlan:
+    if request.plan is None:
+        raise InputError("plan", "no rank plan", "a RankPlan", "give one, made with medlore.plan_ranks(model)")
+    return request.plan
+
+
+def _peft_tuning(tuned: Any, request: Request, *, plain: Callable[[], dict[str, Factors]] | None = None) -> Tuning:
+    """The tuning of a PEFT model; `plain` gives the factors of an ordinary LoRA where PEFT's own folder would not do."""
+
+    def save(folder: Path) -> None:
+        if plain is not None:
+            head = tuned.base_model.model.get_submodule(request.head).modules_to_save["default"]
+            write_lora_folder(folder, plain(), head={request.head: head}, base=_base_name(tuned))
+            return
+        tuned.peft_config["default"].base_model_name_or_path = _base_name(tuned)
+        with atomic_folder(folder) as temporary:
+            tuned.save_pretrained(str(temporary), save_embedding_layers=False)
+
+    tuning = Tuning(model=tuned, form="adapter", save=save, merged=tuned.merge_and_unload)
+    if request.partial_update != "off":
+        from medlore.layers.partial_update import install_partial_update
+
+        handle = install_partial_update(tuned, mode=request.partial_update, seed=request.seed)
+        tuning.before_step = handle.draw
+    return tuning
+
+
+def _base_name(tuned: Any) -> str:
+    return str(getattr(tuned.base_model.model.config, "name_or_path", ""))
+
+
+def _adapted(tuned: Any) -> Iterable[tuple[str, Any]]:
+    """Adapted layers with their names in the base model."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in tuned.base_model.model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            yield name, module
+
+
+def _factors_of(tuned: Any) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """A (r, in), B (out, r) and scaling of every adapted layer."""
+    return {
+        name: (m.lora_A["default"].weight.detach(), m.lora_B["default"].weight.detach(), float(m.scaling["default"]))
+        for name, m in _adapted(tuned)
+    }
+
+
+# ---- Methods that train weights of the network itself ---------------------------------------------------------------------
+
+
+def _linear_probe(model: nn.Module, request: Request) -> Tuning:
+    surgery.freeze(model)
+    surgery.thaw_head(model, request.head)
+    tuning = _weights_tuning(model)
+    tuning.head_only = True
+    return tuning
+
+
+def _full(model: nn.Module, request: Request) -> Tuning:
+    model.requires_grad_(True)
+    unused = surgery.freeze_unused(model, request.sample)
+
+    def save(folder: Path) -> None:
+        with atomic_folder(folder) as temporary:
+            cast("Any", model).save_pretrained(str(temporary))
+
+    return Tuning(model=model, form="model", save=save, merged=lambda: model, notes=_about_unused(unused))
+
+
+def _partial(model: nn.Module, request: Request) -> Tuning:
+    surgery.freeze(model)
+    chosen = surgery.thaw_last_blocks(model, request.last_blocks)
+    surgery.thaw_head(model, request.head)
+    unused = surgery.freeze_unused(model, request.sample)
+    return _weights_tuning(model, notes=(f"trained blocks: {', '.join(chosen)}", *_about_unused(unused)))
+
+
+def _bitfit(model: nn.Module, request: Request) -> Tuning:
+    surgery.freeze(model)
+    surgery.thaw_biases(model)
+    surgery.thaw_head(model, request.head)
+    unused = surgery.freeze_unused(model, request.sample)
+    return _weights_tuning(model, notes=_about_unused(unused))
+
+
+def _weights_tuning(model: nn.Module, notes: tuple[str, ...] = ()) -> Tuning:
+    def save(folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        state = {name: tensor.contiguous().cpu() for name, tensor in surgery.trainable_state(model).items()}
+        with atomic_folder(folder) as temporary:
+            save_file(state, temporary / WEIGHTS_FILE)
+
+    return Tuning(model=model, form="weights", save=save, merged=lambda: model, notes=notes)
+
+
+def _about_unused(unused: list[str]) -> tuple[str, ...]:
+    return (f"frozen because no gradient reaches them: {', '.join(unused)}",) if unused else ()
+
+
+METHODS: dict[str, Method] = {
+    "sr-lora": Method(_lora, "stable-rank", 1e-3, "LoRA with the rank of each layer taken from its stable rank"),
+    "lora": Method(_lora, "uniform", 1e-3, "LoRA with one rank"),
+    "rslora": Method(_lora, "uniform", 1e-3, "LoRA with one rank, scaled by 1/sqrt(rank)"),
+    "dora": Method(_dora, "uniform", 1e-3, "LoRA on directions, magnitudes trained apart"),
+    "adalora": Method(_adalora, "uniform", 1e-3, "LoRA in SVD form whose ranks are pruned during training"),
+    "eva": Method(_eva, "uniform", 1e-3, "LoRA that starts from the variance of the layer inputs"),
+    "pissa": Method(_pissa, "uniform", 1e-3, "LoRA that starts from the leading singular directions"),
+    "linear-probe": Method(_linear_probe, None, 1e-2, "the head alone, on features that are computed once"),
+    "bitfit": Method(_bitfit, None, 1e-3, "biases and head"),
+    "partial": Method(_partial, None, 1e-4, "the last blocks and head"),
+    "full": Method(_full, None, 1e-4, "every weight"),
+}

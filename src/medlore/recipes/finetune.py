@@ -1,0 +1,449 @@
+"""Few-shot tuning from top to bottom: images, backbone, ranks, method, training, one look at the test set, report."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pydantic
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from medlore.data.images import Format
+from medlore.data.imageset import ImageSet
+from medlore.data.transforms import Flip, TrainAugmentation
+from medlore.errors import InputError
+from medlore.layers.methods import METHODS, Method, Request, Tuning, install_method
+from medlore.metrics.classification import classification_report
+from medlore.models.backbones import Backbone, load_backbone
+from medlore.ranks.allocate import plan_ranks
+from medlore.ranks.plan import RankPlan
+from medlore.recipes.accelerators import Precision, make_accelerator
+from medlore.recipes.examples import feature_examples, image_examples, preprocessing_of, steps_of
+from medlore.recipes.image_splits import ImageSplits, SplitRules, read_splits, split_images
+from medlore.recipes.predictions import write_predictions
+from medlore.recipes.run import DeviceChoice, Run, Settings, choose_device
+from medlore.recipes.training import Examples, History, Schedule, Trainer, predict_logits, probabilities
+from medlore.recipes.tuned import save_tuned
+from medlore.recipes.watching import ProgressBar, Tracking, Watchers
+
+MethodName = Literal["sr-lora", "lora", "rslora", "dora", "adalora", "eva", "pissa", "linear-probe", "bitfit", "partial", "full"]
+
+
+class FinetuneSettings(Settings):
+    """Everything that decides the result of one tuning run; `docs/tuning.md` explains each field.
+
+    Images: `data` to `test_fraction`. Model: `model` to `heads`. Method and ranks: `method` to `dropout`. Training: `epochs`
+    to `light`. The rest: where and how it runs.
+    """
+
+    data: Path | None = None
+    format: Format = "auto"
+    images: Path | None = None
+    test_data: Path | None = None
+    split: str | None = None
+    task: Literal["single", "multi"] | None = None
+    classes: tuple[str, ...] | None = None
+    group_pattern: str | None = None
+    shots: int | None = pydantic.Field(default=None, ge=1)
+    draw: int = pydantic.Field(default=1, ge=1)
+    data_seed: int = 0
+    per: Literal["image", "group"] = "image"
+    validation_shots: int | None = pydantic.Field(default=None, ge=1)
+    validation_fraction: float = pydantic.Field(default=0.2, ge=0, lt=1)
+    test_fraction: float = pydantic.Field(default=0.2, ge=0, lt=1)
+
+    model: str = "medlore:vit-mini"
+    image_size: int | None = pydantic.Field(default=None, ge=1)
+    heads: int | None = pydantic.Field(default=None, ge=1)
+
+    method: MethodName = "sr-lora"
+    plan: Path | None = None
+    targets: str = "attention"
+    granularity: Literal["projection", "fused"] = "projection"
+    rank: int | Literal["equal"] = 8
+    scale: float = pydantic.Field(default=1.0, gt=0)
+    budget: str | None = None
+    alpha: str | None = None
+    partial_update: Literal["off", "nested", "single"] = "off"
+    last_blocks: int = pydantic.Field(default=2, ge=1)
+    dropout: float = pydantic.Field(default=0.0, ge=0, lt=1)
+
+    epochs: int = pydantic.Field(default=20, ge=1)
+    batch_size: int = pydantic.Field(default=4, ge=1)
+    learning_rate: float | None = pydantic.Field(default=None, gt=0)
+    min_learning_rate: float = pydantic.Field(default=0.0, ge=0)
+    warmup_fraction: float = pydantic.Field(default=0.1, ge=0, le=1)
+    weight_decay: float = pydantic.Field(default=0.05, ge=0)
+    clip: float | None = pydantic.Field(default=1.0, gt=0)
+    patience: int | None = pydantic.Field(default=None, ge=1)
+    augment: bool = True
+    crop: tuple[float, float] = (0.5, 1.0)
+    flip: Flip = "none"
+    degrees: float = pydantic.Field(default=10.0, ge=0)
+    light: float = pydantic.Field(default=0.1, ge=0, lt=1)
+
+    seed: int = pydantic.Field(default=0, ge=0)
+    device: DeviceChoice = "auto"
+    precision: Precision = "auto"
+    bootstrap: int = pydantic.Field(default=1000, ge=0)
+    track: Literal["none", "tensorboard"] = "none"
+    track_stable_rank: bool = False
+    checkpoints: bool = True
+
+    @pydantic.field_validator("rank")
+    @classmethod
+    def _rank_from_one(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("a rank from 1, or 'equal'")
+        return value
+
+    def split_rules(self) -> SplitRules:
+        """How parts are made where the data set has none."""
+        names = ("shots", "draw", "per", "validation_shots", "validation_fraction", "test_fraction")
+        return SplitRules(seed=self.data_seed, **{name: getattr(self, name) for name in names})
+
+    def schedule(self) -> Schedule:
+        """How long and how fast."""
+        names = ("epochs", "batch_size", "min_learning_rate", "warmup_fraction", "weight_decay", "clip", "patience", "seed")
+        rate = self.learning_rate if self.learning_rate is not None else METHODS[self.method].learning_rate
+        return Schedule(learning_rate=rate, **{name: getattr(self, name) for name in names})
+
+
+@dataclass
+class FinetuneResult:
+    """What a run found.
+
+    Attributes:
+        metrics: test metrics, name -> value (None where not defined); empty without a test set.
+        report: everything that `report.json` holds under `results`.
+        history: losses and scores by epoch.
+        scores: (b, c) test probabilities; None without a test set.
+        targets: test labels.
+        model: the tuned network with adapters merged, in evaluation mode.
+        backbone: what it was built on.
+        plan: ranks, for methods with factors.
+        folder: where the tuned model was written; None without an output folder.
+    """
+
+    metrics: dict[str, float | None]
+    report: dict[str, Any]
+    history: History
+    scores: NDArray[np.float32] | None
+    targets: NDArray[Any] | None
+    model: nn.Module
+    backbone: Backbone
+    plan: RankPlan | None = None
+    folder: Path | None = None
+
+
+@dataclass
+class _Prepared:
+    """All that is known before the first step."""
+
+    splits: ImageSplits
+    backbone: Backbone
+    plan: RankPlan | None
+    tuning: Tuning
+    train: Examples
+    validation: Examples | None
+    steps: int
+    notes: list[str] = field(default_factory=list)
+
+
+def finetune(
+    settings: FinetuneSettings,
+    out: str | Path | None = None,
+    *,
+    train: ImageSet | None = None,
+    validation: ImageSet | None = None,
+    test: ImageSet | None = None,
+    resume: bool = False,
+    quiet: bool = True,
+) -> FinetuneResult:
+    """Tune a backbone on a few labelled images and measure it once on the test images.
+
+    Args:
+        settings: what to do.
+        out: folder of the outputs; None writes nothing and keeps everything in memory.
+        train: images in memory in place of `settings.data`. Given with `settings.shots`, shots are drawn from it, and what is
+            left selects; without, all of it trains.
+        validation: images that choose the epoch.
+        test: images that judge; looked at once, after everything is decided. Missing, a share of `train` is held out
+            unless `settings.test_fraction` is 0.
+        resume: go on from the last epoch that an earlier, killed run with the same settings finished.
+        quiet: no progress bar.
+
+    Raises:
+        InputError: wrong settings or data; nothing was trained.
+        StepError: the loss is not finite, or a file cannot be written.
+
+    Source: recipe of Zhang, Wang and Gu, ICCV 2025, section 4.1 (AdamW, cosine, batch 4, 20 epochs), with selection on
+    validation images alone.
+    """
+    folder = None if out is None else Path(out)
+    accelerator = make_accelerator(settings.device, settings.precision, folder if settings.track != "none" else None, track=settings.track)
+    splits = _splits(settings, train, validation, test)
+    with _run(settings, folder, accelerator) as run:
+        prepared = _prepare(settings, splits, accelerator)
+        history = _train(settings, prepared, folder, accelerator, resume=resume, quiet=quiet)
+        result = _conclude(settings, prepared, history, folder, accelerator)
+        if run is not None and folder is not None:
+            _write_outputs(run, folder, prepared, result)
+    return result
+
+
+def dry_run(settings: FinetuneSettings) -> dict[str, Any]:
+    """What a run would do: settings, sizes of the parts, parameters, steps; nothing is trained or written."""
+    accelerator = make_accelerator(settings.device, settings.precision, None)
+    prepared = _prepare(settings, _splits(settings, None, None, None), accelerator)
+    schedule = settings.schedule()
+    return {
+        "settings": settings.model_dump(mode="json"),
+        "learning_rate": schedule.learning_rate,
+        **_facts(settings, prepared),
+    }
+
+
+def _splits(settings: FinetuneSettings, train: ImageSet | None, validation: ImageSet | None, test: ImageSet | None) -> ImageSplits:
+    if train is not None:
+        in_memory = ImageSplits(train, validation, test)
+        if settings.shots is None and (validation is not None or test is not None):
+            return in_memory
+        return split_images(train, settings.split_rules(), validation=validation, test=test)
+    if settings.data is None:
+        raise InputError("--data", "nothing", "an image folder, list, table, .npz or .zip", "name the labelled images")
+    how = {name: getattr(settings, name) for name in ("format", "images", "task", "classes", "group_pattern", "split")}
+    return read_splits(settings.data, settings.split_rules(), test_data=settings.test_data, **how)
+
+
+def _prepare(settings: FinetuneSettings, splits: ImageSplits, accelerator: Any) -> _Prepared:
+    _check_labels(splits)
+    classes = len(splits.train.classes)
+    backbone = load_backbone(settings.model, classes=classes, image_size=settings.image_size, heads=settings.heads, seed=settings.seed)
+    method = METHODS[settings.method]
+    plan = choose_plan(settings, backbone, method)
+    preprocessing = preprocessing_of(backbone)
+    augmentation = None
+    if settings.augment and settings.method != "linear-probe":
+        augmentation = TrainAugmentation(
+            preprocessing,
+            seed=settings.seed + accelerator.process_index,
+            crop=settings.crop,
+            flip=settings.flip,
+            degrees=settings.degrees,
+            light=settings.light,
+        )
+    train = image_examples(splits.train, preprocessing, augmentation=augmentation)
+    validation = None if splits.validation is None else image_examples(splits.validation, preprocessing)
+    steps = steps_of(len(train), settings.batch_size, settings.epochs)
+    backbone.model.to(accelerator.device)
+    request = Request(
+        head=backbone.head_name,
+        sample=train.inputs(np.arange(1), step=None).to(accelerator.device),
+        plan=plan,
+        seed=settings.seed,
+        steps=steps,
+        partial_update=settings.partial_update,
+        dropout=settings.dropout,
+        last_blocks=settings.last_blocks,
+        batches=lambda: _look(train, accelerator.device),
+    )
+    tuning = install_method(settings.method, backbone.model, request)
+    return _Prepared(splits, backbone, plan, tuning, train, validation, steps, [*splits.notes, *backbone.notes, *tuning.notes])
+
+
+def choose_plan(settings: FinetuneSettings, backbone: Backbone, method: Method) -> RankPlan | None:
+    """The ranks of a run: a plan from a file, stable ranks, or one rank; `equal` is the one with the parameters of the stable ranks."""
+    if method.rule is None:
+        return None
+    if settings.plan is not None:
+        return RankPlan.load(settings.plan).for_model(backbone.model)
+    alpha = settings.alpha or ("rslora" if settings.method == "rslora" else "rank")
+
+    def planned(rule: str, scale: float = 1.0, budget: str | None = None) -> RankPlan:
+        return plan_ranks(
+            backbone.model,
+            targets=settings.targets,
+            granularity=settings.granularity,
+            rule=rule,
+            scale=scale,
+            budget=budget,
+            alpha=alpha,
+            seed=settings.seed,
+        )
+
+    if method.rule == "stable-rank":
+        return planned("stable-rank", settings.scale, settings.budget)
+    if settings.rank == "equal":
+        return planned(f"uniform:{max(1, round(planned('stable-rank', settings.scale, settings.budget).uniform_rank))}")
+    return planned(f"uniform:{settings.rank}")
+
+
+def _train(settings: FinetuneSettings, prepared: _Prepared, folder: Path | None, accelerator: Any, *, resume: bool, quiet: bool) -> History:
+    tuning, train, validation = prepared.tuning, prepared.train, prepared.validation
+    if tuning.head_only:
+        head = prepared.backbone.head_name
+        train = feature_examples(train, tuning.model, head, accelerator=accelerator)
+        validation = None if validation is None else feature_examples(validation, tuning.model, head, accelerator=accelerator)
+        tuning = Tuning(tuning.model.get_submodule(head), tuning.form, tuning.save, tuning.merged)
+    bar = ProgressBar(prepared.steps, settings.epochs, enabled=not quiet and accelerator.is_main_process)
+    watchers: list[Any] = [bar]
+    if settings.track != "none":
+        accelerator.init_trackers("finetune")
+        watchers.append(Tracking(accelerator))
+    trainer = Trainer(
+        tuning=tuning,
+        task=prepared.splits.train.task,
+        schedule=settings.schedule(),
+        accelerator=accelerator,
+        judge=_judge(prepared.splits.train),
+        watcher=Watchers(watchers),
+        checkpoint=folder / "checkpoint.pt" if folder is not None and settings.checkpoints else None,
+        fingerprint=_fingerprint(settings, prepared),
+    )
+    with bar:
+        history = trainer.fit(train, validation, resume=resume)
+    if settings.track != "none":
+        accelerator.end_training()
+    return history
+
+
+def _conclude(settings: FinetuneSettings, prepared: _Prepared, history: History, folder: Path | None, accelerator: Any) -> FinetuneResult:
+    """Save what was learnt, merge it, look at the test images once."""
+    tuning, backbone, splits = prepared.tuning, prepared.backbone, prepared.splits
+    facts = _facts(settings, prepared)
+    written = None
+    if folder is not None and accelerator.is_main_process:
+        names = splits.train.classes
+        written = save_tuned(
+            tuning, folder, backbone=backbone, method=settings.method, classes=names, task=splits.train.task, heads=settings.heads
+        )
+    model = tuning.merged().eval()
+    report = facts | {"best_epoch": history.best_epoch, "stopped": history.stopped, "history": history.epochs}
+    scores, targets, metrics = None, None, {}
+    if splits.test is not None:
+        test = image_examples(splits.test, preprocessing_of(backbone))
+        logits = predict_logits(model, test.inputs, len(test), accelerator=accelerator)
+        scores, targets = probabilities(logits, splits.test.task).numpy(), test.targets
+        report["test"] = classification_report(
+            targets,
+            scores,
+            classes=splits.test.classes,
+            task=splits.test.task,
+            seed=settings.seed,
+            bootstrap=settings.bootstrap,
+            groups=splits.test.groups,
+        )
+        metrics = {name: entry["value"] for name, entry in report["test"]["metrics"].items()}
+    return FinetuneResult(metrics, report, history, scores, targets, model, backbone, prepared.plan, written)
+
+
+def _write_outputs(run: Run, folder: Path, prepared: _Prepared, result: FinetuneResult) -> None:
+    from medlore.recipes.curves import plot_curves
+
+    run.results.update(result.report)
+    if result.folder is not None:
+        run.add_output("tuned", result.folder)
+    if result.plan is not None:
+        run.add_output("plan", result.plan.save(folder / "plan.json"))
+    if result.scores is not None and prepared.splits.test is not None:
+        run.add_output("predictions", write_predictions(folder / "predictions.csv", prepared.splits.test, result.scores))
+    run.add_output("curves", plot_curves(result.history, folder / "curves.png", score_name=score_name(prepared.splits.train)))
+    (folder / "checkpoint.pt").unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _run(settings: FinetuneSettings, folder: Path | None, accelerator: Any) -> Iterator[Run | None]:
+    """The report of this run; only the main process of a distributed run writes one."""
+    if folder is None or not accelerator.is_main_process:
+        yield None
+        return
+    with Run("finetune", folder, settings=settings, seed=settings.seed, device=str(accelerator.device)) as run:
+        if settings.data is not None and settings.data.is_file():
+            run.add_input(settings.data)
+        yield run
+
+
+def _facts(settings: FinetuneSettings, prepared: _Prepared) -> dict[str, Any]:
+    model = prepared.tuning.model
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    head = sum(p.numel() for name, p in prepared.backbone.model.named_parameters() if f"{prepared.backbone.head_name}." in f"{name}.")
+    parts = {"train": prepared.splits.train, "validation": prepared.splits.validation, "test": prepared.splits.test}
+    return {
+        "method": settings.method,
+        "backbone": prepared.backbone.describe(),
+        "classes": prepared.splits.train.classes,
+        "task": prepared.splits.train.task,
+        "selection": score_name(prepared.splits.train) if prepared.validation is not None else None,
+        "data": {name: _about(part) for name, part in parts.items()},
+        "trainable_parameters": trained,
+        "head_parameters": head,
+        "total_parameters": sum(p.numel() for p in model.parameters()),
+        "factor_parameters": None if prepared.plan is None else prepared.plan.parameters,
+        "ranks": None if prepared.plan is None else {layer.name: layer.rank for layer in prepared.plan.layers},
+        "steps": prepared.steps,
+        "learning_rate": settings.schedule().learning_rate,
+        "notes": prepared.notes,
+    }
+
+
+def _about(part: ImageSet | None) -> dict[str, Any] | None:
+    if part is None:
+        return None
+    return {"name": part.name, "source": part.source, "images": len(part), "counts": part.counts(), "sha256": _content_hash(part)}
+
+
+def _content_hash(part: ImageSet) -> str:
+    """Hash of names and labels: two runs with the same one saw the same images."""
+    lines = [f"{item.key}\t{','.join(map(str, item.labels))}" for item in part.items]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _fingerprint(settings: FinetuneSettings, prepared: _Prepared) -> str:
+    """What must be the same for a checkpoint to be continued."""
+    free = {"bootstrap", "track", "track_stable_rank", "checkpoints", "device"}
+    facts = settings.model_dump(mode="json", exclude=free)
+    facts["weights"] = prepared.backbone.sha256
+    facts["train"] = _content_hash(prepared.splits.train)
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _check_labels(splits: ImageSplits) -> None:
+    for part in (splits.train, splits.validation, splits.test):
+        if part is not None:
+            part.targets()  # names every image without a label
+    if len(splits.train.classes) < 2 and splits.train.task == "single":
+        raise InputError("--data", f"{len(splits.train.classes)} class", "at least two classes", "add a class folder or a label column")
+
+
+def score_name(images: ImageSet) -> str:
+    """What selects the epoch on validation images."""
+    return "balanced_accuracy" if images.task == "single" else "macro_auc"
+
+
+def _judge(images: ImageSet) -> Any:
+    name = score_name(images)
+
+    def judge(targets: NDArray[Any], scores: NDArray[np.float32]) -> float:
+        report = classification_report(targets, scores, classes=images.classes, task=images.task, bootstrap=0)
+        value = report["metrics"][name]["value"]
+        return float("nan") if value is None else float(value)
+
+    return judge
+
+
+def _look(train: Examples, device: Any, *, batch_size: int = 16, most: int = 8) -> list[torch.Tensor]:
+    """A few training batches as they are, for methods that look at the data."""
+    starts = range(0, min(len(train), batch_size * most), batch_size)
+    return [train.inputs(np.arange(s, min(s + batch_size, len(train))), step=None).to(device) for s in starts]
+
+
+__all__ = ["FinetuneResult", "FinetuneSettings", "choose_device", "choose_plan", "dry_run", "finetune"]

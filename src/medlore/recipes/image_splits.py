@@ -1,0 +1,151 @@
+"""Which images train, which select, which judge: the data set's own parts, else seeded parts that share no patient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from medlore.data.fewshot import draw_shots
+from medlore.data.images import read_images
+from medlore.data.imageset import ImageSet
+from medlore.errors import DataError, InputError, UnknownNameError
+
+
+@dataclass(frozen=True)
+class ImageSplits:
+    """The three parts of one experiment; none shares an image or a group with another.
+
+    Attributes:
+        train: images that are learnt from.
+        validation: images that choose the epoch; None keeps the last epoch.
+        test: images that are looked at once, at the end; None leaves the test out.
+        notes: how the parts were made.
+    """
+
+    train: ImageSet
+    validation: ImageSet | None
+    test: ImageSet | None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SplitRules:
+    """How parts are made where the data set has none.
+
+    Attributes:
+        shots: labelled units a class to train on; None takes all.
+        draw: number of the few-shot draw, from 1.
+        seed: of every draw.
+        per: what one shot is where patients are known, `image` or `group`.
+        validation_shots: at most this many units a class for validation; None keeps all that is left.
+        validation_fraction: share of the pool for validation when all the rest trains (`shots` is None).
+        test_fraction: share of the pool for the test when the data set names no test part; 0 leaves the test out.
+    """
+
+    shots: int | None = None
+    draw: int = 1
+    seed: int = 0
+    per: Literal["image", "group"] = "image"
+    validation_shots: int | None = None
+    validation_fraction: float = 0.2
+    test_fraction: float = 0.2
+
+
+def read_splits(data: str | Path, rules: SplitRules, *, test_data: str | Path | None = None, **how: Any) -> ImageSplits:
+    """Read a data set and make its parts.
+
+    Args:
+        data: what `read_images` reads.
+        rules: shots, fractions and seed.
+        test_data: a set of its own for the test; None takes the test part of `data`, else holds a share out.
+        how: further arguments of `read_images` (`format`, `images`, `task`, `classes`, `group_pattern`, `split`).
+
+    Raises:
+        InputError: nothing is there.
+        DataError: too few images, other classes in the test set, or faults of the files.
+    """
+    split = how.pop("split", None)
+    test = read_images(test_data, **how) if test_data is not None else _part(data, "test", how)
+    own_parts = split is None and _part(data, "train", how) is not None
+    pool = read_images(data, split="train" if own_parts else split, **how)
+    validation = _part(data, "val", how) if own_parts else None
+    return split_images(pool, rules, validation=validation, test=test)
+
+
+def split_images(pool: ImageSet, rules: SplitRules, *, validation: ImageSet | None = None, test: ImageSet | None = None) -> ImageSplits:
+    """Parts of an image set in memory; parts that are given stay as they are.
+
+    Raises:
+        DataError: classes with too few images, or parts with other classes.
+    """
+    for part in (validation, test):
+        if part is not None and (part.classes != pool.classes or part.task != pool.task):
+            raise DataError(
+                part.source, f"classes {part.classes}", f"the classes of {pool.source}: {pool.classes}", "name them with --classes"
+            )
+    notes: list[str] = []
+    if test is None and rules.test_fraction > 0:
+        pool, test = hold_out(pool, rules.test_fraction, seed=rules.seed)
+        notes.append(f"no test part: {len(test)} images held out by seed {rules.seed}, before any shot was drawn")
+    if rules.shots is not None:
+        drawn = draw_shots(
+            pool,
+            shots=rules.shots,
+            draw=rules.draw,
+            seed=rules.seed,
+            per=rules.per,
+            validation_shots=rules.validation_shots,
+        )
+        notes += drawn.notes
+        train, left = drawn.train, drawn.validation
+        validation = validation if validation is not None else left
+    elif validation is None and rules.validation_fraction > 0:
+        train, validation = hold_out(pool, rules.validation_fraction, seed=rules.seed + 1)
+    else:
+        train = pool
+    if validation is not None and not len(validation):
+        validation = None
+        notes.append("no image is left for validation: the last epoch is kept")
+    return ImageSplits(train, validation, test, tuple(notes))
+
+
+def hold_out(pool: ImageSet, fraction: float, *, seed: int) -> tuple[ImageSet, ImageSet]:
+    """Split off a seeded share, whole groups at a time, class by class so that every class has its share.
+
+    Raises:
+        InputError: a fraction outside 0 to 1.
+        DataError: fewer than two images or groups.
+    """
+    if not 0 < fraction < 1:
+        raise InputError("fraction", f"got {fraction}", "more than 0 and less than 1", "take 0.2")
+    units: dict[str, list[int]] = {}
+    for i, item in enumerate(pool.items):
+        units.setdefault(f"image {item.key}" if item.group is None else f"group {item.group}", []).append(i)
+    if len(units) < 2:
+        raise DataError(pool.source, f"{len(units)} images or groups", "at least two to split", "give more images")
+    by_label: dict[tuple[int, ...], list[str]] = {}
+    for name in sorted(units):
+        by_label.setdefault(pool.items[units[name][0]].labels, []).append(name)
+    draw = np.random.default_rng([seed, len(pool)])
+    held: list[int] = []
+    owed = 0.0  # shares of small classes add up until they are worth a whole unit
+    for label in sorted(by_label):
+        names = by_label[label]
+        owed += fraction * len(names)
+        count = min(int(owed + 0.5), len(names))
+        owed -= count
+        held += [i for k in draw.permutation(len(names))[:count] for i in units[names[k]]]
+    chosen = set(held)
+    rest = [i for i in range(len(pool)) if i not in chosen]
+    return pool.subset(rest), pool.subset(sorted(held), name=f"{pool.name} held out")
+
+
+def _part(data: str | Path, split: str, how: dict[str, Any]) -> ImageSet | None:
+    """The part of that name, if the data set has one."""
+    try:
+        return read_images(data, split=split, **how)
+    except UnknownNameError:
+        return None
