@@ -33,18 +33,12 @@ def read_folder(tree: Tree, *, split: str | None = None, classes: Sequence[str] 
         UnknownNameError: a split that is not there.
     """
     parted = [_parted(name) for name in tree.names if not name.lower().endswith(BESIDE_SUFFIXES)]
-    splits = {part for part, *_ in parted if part}
-    if split is not None:
-        wanted = SPLIT_NAMES.get(split.lower(), split.lower())
-        if wanted not in splits:
-            raise UnknownNameError(f"split of {tree.root}", split, sorted(splits) or ["(none: leave it out)"])
-        parted = [entry for entry in parted if entry[0] == wanted]
     images = [entry for entry in parted if is_image_name(entry[2])]
-    found = sorted({label for _, label, _ in images if label})
-    if found and split is None:
-        found = sorted({*found, *(label for _, label, _ in map(_parted, (f"{f}/." for f in tree.empty_folders)) if label)})
+    empty = {label for _, label, _ in map(_parted, (f"{folder}/." for folder in tree.empty_folders)) if label}
+    # The class list comes from all splits: it must not depend on the one that is read.
+    found = sorted({label for _, label, _ in images if label} | (empty if any(label for _, label, _ in images) else set()))
     names = tuple(classes) if classes is not None else tuple(found)
-    faults = _faults(parted, images, names, found, tree)
+    faults = _faults(parted, images, names, found)
     if faults or not images:
         raise DataError(
             str(tree.root),
@@ -53,6 +47,8 @@ def read_folder(tree: Tree, *, split: str | None = None, classes: Sequence[str] 
             "mend or remove what is listed" if faults else "name the folder that holds the class folders",
             faults=faults,
         )
+    if split is not None:
+        images = _of_split(images, split, tree)
     index = {name: i for i, name in enumerate(names)}
     items = tuple(ImageItem(name, tree.source(name), (index[label],) if label else ()) for _, label, name in images)
     return ImageSet(tree.root.stem, names, "single", items, str(tree.root))
@@ -66,12 +62,20 @@ def _parted(name: str) -> tuple[str | None, str | None, str]:
     return split, rest[0] if len(rest) > 1 else None, name
 
 
+def _of_split(images: Sequence[tuple[str | None, str | None, str]], split: str, tree: Tree) -> list[tuple[str | None, str | None, str]]:
+    wanted = SPLIT_NAMES.get(split.lower(), split.lower())
+    chosen = [entry for entry in images if entry[0] == wanted]
+    if not chosen:
+        there = sorted({part for part, *_ in images if part})
+        raise UnknownNameError(f"split of {tree.root}", split, there or ["(none: leave it out)"])
+    return chosen
+
+
 def _faults(
     parted: Iterable[tuple[str | None, str | None, str]],
     images: Sequence[tuple[str | None, str | None, str]],
     classes: Sequence[str],
     found: Sequence[str],
-    tree: Tree,
 ) -> list[str]:
     faults = [f"{name}: not an image file" for _, _, name in parted if not is_image_name(name)]
     if found:

@@ -53,7 +53,7 @@ def read_npz(path: str | Path, *, split: str | None = None, task: Task | None = 
 
 def _load(path: Path) -> dict[str, NDArray[Any]]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:  # np.load leaks a broken file's handle
             return {name: archive[name] for name in archive.files}
     except (ValueError, OSError, zipfile.BadZipFile, EOFError, KeyError, AttributeError) as error:
         reason = str(error).split("\n")[0]

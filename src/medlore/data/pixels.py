@@ -88,7 +88,9 @@ def load_many(items: Sequence[ImageItem], *, after: Callable[[Pixels], Pixels] |
         except DataError as error:
             return error
 
-    with ThreadPoolExecutor(max(1, workers)) as pool:
+    # Pillow warns of odd metadata. The filters are one for all threads, so they are set here, once.
+    with warnings.catch_warnings(), ThreadPoolExecutor(max(1, workers)) as pool:
+        warnings.filterwarnings("ignore", module=r"PIL\.")
         results = list(pool.map(one, items))
     faults = [f"{error.where}: {error.came}" for error in results if isinstance(error, DataError)]
     if len(faults) == 1:
@@ -165,16 +167,14 @@ def _content(source: Path | ArchiveMember | NDArray[Any]) -> bytes:
 
 
 def _pillow_pixels(content: bytes) -> Pixels:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of odd metadata; the bound on the size is ours
-        with Image.open(io.BytesIO(content)) as image:
-            if image.width * image.height > MOST_PIXELS:
-                raise DataError("", f"{image.width} x {image.height} pixels", f"at most {MOST_PIXELS:,}", "cut or shrink the image")
-            if getattr(image, "n_frames", 1) > 1:
-                raise DataError("", f"{image.n_frames} frames in one file", "one frame a file", "save the frame that is meant")  # type: ignore[attr-defined]
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-            return _eight_bit(upright)
+    with Image.open(io.BytesIO(content)) as image:
+        if image.width * image.height > MOST_PIXELS:
+            raise DataError("", f"{image.width} x {image.height} pixels", f"at most {MOST_PIXELS:,}", "cut or shrink the image")
+        frames = getattr(image, "n_frames", 1)
+        if frames > 1:
+            raise DataError("", f"{frames} frames in one file", "one frame a file", "save the frame that is meant")
+        image.load()
+        return _eight_bit(ImageOps.exif_transpose(image))
 
 
 def _eight_bit(image: Image.Image) -> Pixels:

@@ -113,7 +113,7 @@ def table_of(tree: Tree, *, sure: bool = False) -> str | None:
 
 def _lists_images(tree: Tree, name: str) -> bool:
     try:
-        header, rows, _ = _read_rows(tree.read_text(name))
+        header, rows, _ = _read_rows("\n".join(tree.read_text(name).split("\n", 2)[:2]))
     except DataError:
         return False
     column = _first(header, FILE_COLUMNS)

@@ -12,7 +12,7 @@ import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from medlore.errors import DataError, InputError
 
@@ -154,7 +154,7 @@ class ZipTree(Tree):
 
     def __init__(self, path: Path) -> None:
         self.root = path
-        self._names = tuple(sorted(info.filename for info in _checked_members(path) if not _hidden_anywhere(info.filename)))
+        self._names = _checked_names(path)
         self._known = frozenset(self._names)
 
     @property
@@ -207,7 +207,7 @@ def read_member(member: ArchiveMember) -> bytes:
         DataError: it is absent, broken, or larger than its directory entry says.
     """
     try:
-        with _open_archive(str(member.archive), os.getpid()).open(member.name) as stream:
+        with _archive(member.archive).open(member.name) as stream:
             content = stream.read(LARGEST_MEMBER + 1)
     except (KeyError, zipfile.BadZipFile, EOFError, RuntimeError, NotImplementedError, OSError) as error:
         raise DataError(str(member), f"cannot be read ({error})", "a whole, unencrypted member", "make the archive anew") from error
@@ -231,38 +231,45 @@ def is_image_name(name: str) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES)
 
 
+def _archive(path: Path) -> zipfile.ZipFile:
+    """An open handle, kept; a file that has changed since is opened anew."""
+    state = path.stat()
+    return _open_archive(str(path), os.getpid(), state.st_mtime_ns, state.st_size)
+
+
 @functools.lru_cache(maxsize=8)
-def _open_archive(path: str, process: int) -> zipfile.ZipFile:
+def _open_archive(path: str, process: int, modified: int, size: int) -> zipfile.ZipFile:
     # One handle a process: a forked worker must not share its parent's file position.
     return zipfile.ZipFile(path)
 
 
-def _checked_members(path: Path) -> list[zipfile.ZipInfo]:
+def _checked_names(path: Path) -> tuple[str, ...]:
     try:
-        with zipfile.ZipFile(path) as archive:
-            members = [info for info in archive.infolist() if not info.is_dir()]
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
+        state = path.stat()
+        return _names_of(str(path), os.getpid(), state.st_mtime_ns, state.st_size)
+    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
         raise DataError(str(path), f"not a zip file that can be read ({error})", "a whole zip archive", "copy or make it again") from error
+
+
+@functools.lru_cache(maxsize=8)
+def _names_of(path: str, process: int, modified: int, size: int) -> tuple[str, ...]:
+    members = [info for info in _open_archive(path, process, modified, size).infolist() if not info.is_dir()]
     faults = list(_member_faults(members))
     if faults:
         raise DataError(
-            str(path),
-            f"{len(faults)} members that are not safe",
-            "plain members inside the archive",
-            "make the archive anew",
-            faults=faults,
+            path, f"{len(faults)} members that are not safe", "plain members inside the archive", "make the archive anew", faults=faults
         )
     if len(members) > MOST_MEMBERS or sum(info.file_size for info in members) > LARGEST_ARCHIVE:
-        raise _too_large(str(path), "the archive")
-    return members
+        raise _too_large(path, "the archive")
+    return tuple(sorted(info.filename for info in members if not _hidden_anywhere(info.filename)))
 
 
 def _member_faults(members: Iterable[zipfile.ZipInfo]) -> Iterable[str]:
     seen: set[str] = set()
     for info in members:
         name = info.filename
-        parts = PurePosixPath(name).parts
-        if name.startswith("/") or ".." in parts or "\\" in name or (parts and parts[0].endswith(":")):
+        parts = name.split("/")
+        if name.startswith("/") or ".." in parts or "\\" in name or parts[0].endswith(":"):
             yield f"{name!r}: leaves the archive"
         elif info.flag_bits & 0x1:
             yield f"{name!r}: is encrypted"
