@@ -1,0 +1,183 @@
+"""Grey values by modality: what a network of the SAT family expects, as a record that can be undone.
+
+CT is clipped to [-500, 1000] HU, everything else to its 0.5 and 99.5 percentiles; then mean and standard deviation of the
+foreground box are taken out. What counts as body (for the crop and for skipping windows) is stated here too.
+
+Source: the loading rules that the SAT and LoRKD files were trained with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from medlore.data.geometry import Array, Crop, bounding_box
+from medlore.errors import DataError, UnknownNameError
+
+Modality = Literal["ct", "mri", "pet", "us"]
+
+# word in a case or in a DICOM header -> family with its own intensity rule
+MODALITY_WORDS: dict[str, Modality] = {
+    "ct": "ct", "cta": "ct", "cect": "ct", "cbct": "ct",
+    "mri": "mri", "mr": "mri", "t1": "mri", "t1w": "mri", "t1c": "mri", "t1ce": "mri", "t1wce": "mri", "t1-weighted": "mri",
+    "t2": "mri", "t2w": "mri", "t2*": "mri", "t2-weighted": "mri", "flair": "mri", "dwi": "mri", "adc": "mri", "pd": "mri",
+    "mra": "mri", "lge": "mri", "cmr": "mri", "dmri": "mri", "fmri": "mri", "swi": "mri",
+    "pet": "pet", "pt": "pet",
+    "us": "us", "ultrasound": "us",
+}  # fmt: skip
+
+CT_RANGE_HU = (-500.0, 1000.0)
+PERCENTILES = (0.5, 99.5)
+BODY_HU = -500.0  # what is denser than lung; air, and the air around a patient, is not
+BODY_SHARE = 0.05  # other modalities: above the dark end by this share of the range
+
+
+def modality_of(word: str, *, where: str = "modality") -> Modality:
+    """The family of a modality word, e.g. `mri` for `T2w`.
+
+    Raises:
+        UnknownNameError: the word is not known; `pet/ct` is two images, and one must be named.
+
+    Example:
+        >>> modality_of("FLAIR")
+        'mri'
+    """
+    found = MODALITY_WORDS.get(word.strip().casefold())
+    if found is None:
+        raise UnknownNameError(where, word, MODALITY_WORDS)
+    return found
+
+
+@dataclass(frozen=True)
+class Intensity:
+    """How grey values became network input: `clip(value, low, high)`, minus `mean`, over `deviation`.
+
+    Args:
+        low: lower clip.
+        high: upper clip.
+        mean: of the clipped foreground.
+        deviation: population standard deviation of the clipped foreground.
+        body: values above this count as body.
+    """
+
+    low: float
+    high: float
+    mean: float
+    deviation: float
+    body: float
+
+    def apply(self, array: Array) -> Array:
+        """Normalised float32; in place where the array is float32."""
+        array = np.asarray(array, np.float32)
+        np.clip(array, np.float32(self.low), np.float32(self.high), out=array)
+        array -= np.float32(self.mean)
+        array /= np.float32(self.deviation)
+        return array
+
+    def undo(self, array: Array) -> Array:
+        """The clipped grey values again."""
+        return np.asarray(array * np.float32(self.deviation) + np.float32(self.mean))
+
+    @property
+    def air(self) -> float:
+        """What the darkest value becomes; windows that stick out of the volume are padded with it."""
+        return (self.low - self.mean) / self.deviation
+
+    def record(self) -> dict[str, float]:
+        """Plain numbers for `case.json`."""
+        return {name: round(value, 6) for name, value in asdict(self).items()}
+
+
+def intensity_of(foreground: Array, modality: Modality, *, where: str) -> Intensity:
+    """The intensity rule of a modality, with the numbers of one volume's foreground box.
+
+    Args:
+        foreground: x y z grey values of the box over which the network's training took its statistics.
+        modality: which rule.
+        where: name of the volume, for the error.
+
+    Raises:
+        DataError: all values are equal once clipped.
+    """
+    if modality == "ct":
+        low, high = CT_RANGE_HU
+        body = BODY_HU
+    else:
+        low, high = (float(v) for v in np.percentile(foreground, PERCENTILES))
+        body = low + BODY_SHARE * (high - low)
+    mean, deviation = _moments(foreground, low, high)
+    if not deviation > 1e-6 * max(abs(low), abs(high), 1e-6):
+        span = f"all values lie at {mean:.4g} once clipped to {low:.4g} to {high:.4g}"
+        raise DataError(where, span, "an image with something in it", "check modality, slope and intercept of the file")
+    return Intensity(low, high, mean, deviation, body)
+
+
+def published_foreground(array: Array) -> Crop | None:
+    """The box that the published loading takes: around all values above 0 (for CT above 0 HU)."""
+    return bounding_box(array > 0)
+
+
+def body_box(array: Array, modality: Modality) -> Crop | None:
+    """The box around the body: CT denser than lung; else above the 0.5 percentile (0 in most images: the published rule)."""
+    if modality == "ct":
+        return bounding_box(array > BODY_HU)
+    sample = array[::2, ::2, ::2] if array.size > 1 << 21 else array
+    return bounding_box(array > np.percentile(sample, PERCENTILES[0]))
+
+
+def finite_values(array: Array, *, where: str) -> tuple[Array, str | None]:
+    """The array without NaN and infinite voxels (they become the smallest finite value), and a note if there were any.
+
+    Raises:
+        DataError: no voxel is finite, or all are equal.
+    """
+    note = None
+    if array.dtype.kind == "f":
+        good = np.isfinite(array)
+        if not good.all():
+            count = int(array.size - np.count_nonzero(good))
+            if count == array.size:
+                raise DataError(where, "no voxel is a finite number", "an image", "export it again")
+            array = np.where(good, array, array[good].min())
+            note = f"{count:,} voxels that were not finite were set to the smallest finite value"
+    if array.size and array.min() == array.max():
+        raise DataError(where, f"an empty volume: every voxel is {array.flat[0]}", "an image with something in it", "check the file")
+    return array, note
+
+
+def hounsfield_offset(array: Array) -> tuple[float, str | None]:
+    """What to add to a CT so that it is in HU, and a note where something was odd.
+
+    Stored unsigned, with the intercept lost, a CT has air at 0 and soft tissue near 1024: then -1024.
+    """
+    sample = array[::3, ::3, ::3] if array.size > 1 << 20 else array
+    low, high = float(array.min()), float(array.max())
+    if low < 0:
+        return 0.0, None
+    tissue = float(np.mean((sample > 850) & (sample < 1250)))
+    air = float(np.mean(sample < 300))
+    if high > 1250 and tissue > 0.05 and air > 0.005:
+        return -1024.0, "CT without negative values and with soft tissue near 1024: 1024 was subtracted"
+    return 0.0, f"CT values lie in {low:g} to {high:g}: these are not Hounsfield units, so do not trust the result"
+
+
+def describe_rules(modality: Modality) -> dict[str, Any]:
+    """The rules in words, for the plan and the report."""
+    if modality == "ct":
+        return {"clip": "-500 to 1000 HU", "body": "above -500 HU"}
+    return {"clip": "0.5 to 99.5 percentile", "body": "above the dark end by 5 % of the clip range"}
+
+
+def _moments(array: Array, low: float, high: float) -> tuple[float, float]:
+    """Mean and population standard deviation of the clipped values, plane by plane in float64 (no copy of the whole)."""
+    slowest = int(np.argmax([abs(s) for s in array.strides]))
+    planes = np.moveaxis(array, slowest, 0)
+    mean = sum(float(np.clip(plane, low, high).sum(dtype=np.float64)) for plane in planes) / array.size
+    variance = sum(_squares(np.clip(plane, low, high) - mean) for plane in planes) / array.size
+    return mean, float(np.sqrt(variance))
+
+
+def _squares(plane: Array) -> float:
+    return float(np.square(plane, dtype=np.float64).sum())

@@ -1,0 +1,263 @@
+"""Volumes on their way to a network and masks on their way back.
+
+`read_volume` reads a file, folder or zip into a `Volume` (array + affine). `prepare` brings it to the network's grid and
+grey values and keeps a `GridPath` and an `Intensity`; `MaskRestorer` takes the network's probabilities, slab by slab, back
+to the voxels of the file. Nothing on the way back is larger than one bit per voxel and label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from medlore.data.geometry import Array, Crop, GridPath, Taps, reorientation_to, resampling_to, shear_degrees
+from medlore.data.intensity import (
+    Intensity,
+    Modality,
+    body_box,
+    finite_values,
+    hounsfield_offset,
+    intensity_of,
+    published_foreground,
+)
+from medlore.data.nifti import AffineChoice, Volume, read_nifti
+from medlore.errors import DataError, InputError
+
+Resample = Literal["probability", "nearest"]
+NETWORK_SPACING_MM = (1.0, 1.0, 3.0)
+_TILT_NOTE_DEGREES = 0.1
+
+
+def read_volume(path: str | Path, *, affine_from: AffineChoice = "auto", frame: int | None = None, series: str | None = None) -> Volume:
+    """Read NIfTI (.nii, .nii.gz), NRRD, or one DICOM series (a folder, a zip, or one of its files).
+
+    Args:
+        path: the file or folder.
+        affine_from: which NIfTI matrix to believe.
+        frame: which volume of a 4D NIfTI file.
+        series: which DICOM series, where the folder holds several.
+
+    Raises:
+        DataError: it cannot be read as one grey volume; the message says why.
+        MissingExtraError: it is DICOM and the extra `dicom` is not installed.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(str(path), "no such file or folder", "an existing image", "check the spelling and the current folder")
+    if path.is_dir() or _is_dicom_or_zip(path):
+        from medlore.data.dicom import read_dicom
+
+        return read_dicom(path, series=series)
+    if path.suffix.casefold() in (".nrrd", ".nhdr"):
+        from medlore.data.nrrd import read_nrrd
+
+        return read_nrrd(path)
+    return read_nifti(path, affine_from=affine_from, frame=frame)
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A volume on the network's grid, in the network's grey values.
+
+    Args:
+        pixels: 1 x y z float32.
+        path: the way there and back.
+        intensity: the grey values' record.
+        body: x y z, whether a voxel is body; None where every window is to be computed.
+        notes: what was found odd and how it was handled.
+    """
+
+    pixels: Tensor
+    path: GridPath
+    intensity: Intensity
+    body: Array | None
+    notes: tuple[str, ...]
+
+
+def prepare(
+    volume: Volume,
+    modality: Modality,
+    *,
+    orientation_code: str = "RAS",
+    spacing_mm: Sequence[float] = NETWORK_SPACING_MM,
+    published: bool = False,
+) -> Prepared:
+    """Orientation, spacing, crop and grey values.
+
+    Args:
+        volume: from `read_volume`.
+        modality: chooses the intensity rule.
+        orientation_code: of the network's grid; spine models of the SAT family use `ASR`.
+        spacing_mm: of the network's grid, along its axes.
+        published: exactly the published rules: crop to values above 0, no correction of a lost CT intercept, no body mask.
+
+    Raises:
+        DataError: nothing but air, one value only, or no finite voxel.
+    """
+    where = str(volume.path)
+    notes = list(volume.notes)
+    array, note = finite_values(volume.array, where=where)
+    notes += [note] if note else []
+    offset, note = hounsfield_offset(array) if modality == "ct" and not published else (0.0, None)
+    notes += [note] if note else []
+    tilt = shear_degrees(volume.affine)
+    if tilt > _TILT_NOTE_DEGREES:
+        notes.append(
+            f"the axes are {tilt:.1f} degrees from orthogonal (gantry tilt); the network sees them as they are, masks come back exactly"
+        )
+    turn = reorientation_to(orientation_code, volume.affine, volume.shape)
+    change = resampling_to(spacing_mm, turn.apply_to_affine(volume.affine), turn.new_shape)
+    grey = change.apply(turn.apply(array))
+    if offset:
+        grey += np.float32(offset)
+    training_box = published_foreground(grey)
+    crop = training_box if published else body_box(grey, modality)
+    if crop is None:
+        raise DataError(where, "nothing but air", f"an image with a body in it ({modality})", "check modality, slope and intercept")
+    intensity = intensity_of((training_box or crop).apply(grey), modality, where=where)
+    cropped = crop.apply(grey)
+    body = None if published else np.asarray(cropped > intensity.body)
+    pixels = torch.from_numpy(intensity.apply(cropped))
+    return Prepared(pixels[None], GridPath(volume.affine, turn, change, crop), intensity, body, tuple(notes))
+
+
+class PackedMasks:
+    """One bit per voxel and label, on one grid; memory is only touched where a mask has voxels.
+
+    Args:
+        shape: x y z.
+        labels: how many.
+    """
+
+    def __init__(self, shape: Sequence[int], labels: int) -> None:
+        self.shape = (int(shape[0]), int(shape[1]), int(shape[2]))
+        self.counts = np.zeros(labels, np.int64)
+        self._bits = [np.zeros((self.shape[0], self.shape[1], -(-self.shape[2] // 8)), np.uint8) for _ in range(labels)]
+        self._rows: list[list[int]] = [[self.shape[0], 0] for _ in range(labels)]
+
+    def set_plane(self, label: int, x: int, box: tuple[slice, slice], mask: Array) -> None:
+        """Store the true voxels of a plane (y z); outside `box` it is empty. `box[1]` starts at a multiple of 8."""
+        count = int(np.count_nonzero(mask))
+        if count:
+            self.counts[label] += count
+            packed = np.packbits(mask, axis=1)
+            start = (box[1].start or 0) // 8
+            self._bits[label][x, box[0], start : start + packed.shape[1]] = packed
+            rows = self._rows[label]
+            rows[0], rows[1] = min(rows[0], x), max(rows[1], x + 1)
+
+    def boxed(self, label: int) -> tuple[Crop, Array] | None:
+        """The box around a label and the mask in it; None where the label is empty."""
+        first, last = self._rows[label]
+        if last <= first:
+            return None
+        bits = self._bits[label][first:last]
+        ys = np.flatnonzero(bits.any(axis=(0, 2)))
+        zs = np.flatnonzero(bits.any(axis=(0, 1)))
+        y0, y1, z0, z1 = int(ys[0]), int(ys[-1]) + 1, int(zs[0]), int(zs[-1]) + 1
+        mask = np.unpackbits(bits[:, y0:y1, z0:z1], axis=2).astype(np.bool_, copy=False)
+        stop = min(z1 * 8, self.shape[2])
+        return Crop((first, y0, z0 * 8), (last, y1, stop)), mask[:, :, : stop - z0 * 8]
+
+    def whole(self, label: int) -> Array:
+        """The mask of a label as a Boolean volume."""
+        found = self.boxed(label)
+        return np.zeros(self.shape, np.bool_) if found is None else found[0].undo(found[1], self.shape)
+
+
+class MaskRestorer:
+    """Turns slabs of probability on the network's grid into masks on the grid of the (reoriented) file.
+
+    `probability` interpolates linearly and then thresholds: smooth borders. `nearest` thresholds first: the network's own
+    voxels. Beyond the crop the probability is 0. Only voxels that can pass the threshold are computed.
+
+    Args:
+        path: of the prepared volume.
+        labels: how many.
+        resample: which of the two.
+        threshold: a voxel belongs to a label above this probability.
+    """
+
+    def __init__(self, path: GridPath, labels: int, *, resample: Resample = "probability", threshold: float = 0.5) -> None:
+        self.masks = PackedMasks(path.resampling.shape, labels)
+        self.network_shape = path.crop.new_shape
+        self._threshold = threshold
+        self._taps = [_nearest(path.taps(axis)) if resample == "nearest" else path.taps(axis) for axis in range(3)]
+        self._nearest = resample == "nearest"
+        self._next = 0
+        self._last: tuple[int, Array] | None = None
+
+    def add(self, start: int, probability: Tensor) -> None:
+        """Take the finished rows from `start` on (q rows y z); slabs come in the order of x."""
+        rows = probability.shape[1]
+        x = self._taps[0]
+        held: dict[int, Array] = {} if self._last is None else {self._last[0]: self._last[1]}
+        while self._next < len(x.lower) and max(x.lower[self._next], x.upper[self._next]) < start + rows:
+            k = self._next
+            self._plane(k, [(self._row(i, start, probability, held), w) for i, w in _pairs(x, k)])
+            self._next += 1
+        self._last = (start + rows - 1, self._row(start + rows - 1, start, probability, held))
+
+    def _row(self, index: int, start: int, probability: Tensor, held: dict[int, Array]) -> Array:
+        if index not in held:
+            for old in [i for i in held if i < index - 1]:
+                del held[old]
+            row = probability[:, index - start].float().cpu().numpy()
+            held[index] = (row > self._threshold).astype(np.float32) if self._nearest else row
+        return held[index]
+
+    def _plane(self, k: int, rows: list[tuple[Array, float]]) -> None:
+        if not rows:
+            return
+        for label in range(len(self.masks.counts)):
+            planes = [(row[label], weight) for row, weight in rows]
+            hot = np.logical_or.reduce([plane > self._threshold for plane, _ in planes])
+            if hot.any():
+                self._restore(label, k, planes, hot)
+
+    def _restore(self, label: int, k: int, planes: list[tuple[Array, float]], hot: Array) -> None:
+        """Interpolate the part of one plane whose neighbours include a voxel above the threshold."""
+        y, z = (_reached(self._taps[axis], hot.any(axis=2 - axis)) for axis in (1, 2))
+        z = slice(z.start // 8 * 8, z.stop)
+        if y.stop <= y.start or z.stop <= z.start:
+            return
+        mixed = sum((plane * np.float32(weight) for plane, weight in planes), np.float32(0))
+        mixed = _gather(mixed, self._taps[1], y, axis=0)
+        mixed = _gather(mixed, self._taps[2], z, axis=1)
+        self.masks.set_plane(label, k, (y, z), mixed > self._threshold)
+
+
+def _pairs(taps: Taps, k: int) -> list[tuple[int, float]]:
+    pairs = ((int(taps.lower[k]), float(taps.lower_weight[k])), (int(taps.upper[k]), float(taps.upper_weight[k])))
+    return [(index, weight) for index, weight in pairs if weight > 0]
+
+
+def _nearest(taps: Taps) -> Taps:
+    index = taps.nearest()
+    found = np.maximum(index, 0)
+    return Taps(found, found, (index >= 0).astype(float), np.zeros(len(index)))
+
+
+def _reached(taps: Taps, hot: Array) -> slice:
+    """The positions one of whose neighbours is hot."""
+    found = np.flatnonzero((hot[taps.lower] & (taps.lower_weight > 0)) | (hot[taps.upper] & (taps.upper_weight > 0)))
+    return slice(int(found[0]), int(found[-1]) + 1) if len(found) else slice(0, 0)
+
+
+def _gather(plane: Array, taps: Taps, part: slice, *, axis: int) -> Array:
+    shape = (-1, 1) if axis == 0 else (1, -1)
+    lower = np.take(plane, taps.lower[part], axis=axis) * taps.lower_weight[part].astype(np.float32).reshape(shape)
+    upper = np.take(plane, taps.upper[part], axis=axis) * taps.upper_weight[part].astype(np.float32).reshape(shape)
+    return np.asarray(lower + upper)
+
+
+def _is_dicom_or_zip(path: Path) -> bool:
+    with path.open("rb") as stream:
+        head = stream.read(132)
+    return head[:4] == b"PK\x03\x04" or head[128:132] == b"DICM" or path.suffix.casefold() == ".dcm"
