@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from medlore.errors import CheckpointError, InputError, MedloreError, TargetError
 from medlore.linalg.spectra import Rounding, StableRank, stable_rank
-from medlore.ranks.plan import Granularity, PlannedLayer, RankPlan, digest, matrix_of, plan_digest
+from medlore.ranks.plan import Granularity, PlannedLayer, RankPlan, digest, is_plan_file, matrix_of, plan_digest
 from medlore.ranks.rules import alpha_rule, given_ranks, rank_bounds, read_budget, share_budget
 from medlore.ranks.sources import ModuleSource, WeightSource, open_source
 from medlore.ranks.targets import Attention, Found, Target, find_targets
+
+Progress = Callable[[int, int, str], None]
 
 _BUDGET_TOLERANCE = 1e-6
 
@@ -30,13 +32,15 @@ def plan_ranks(  # noqa: PLR0913 - every option is one decision that the plan re
     ranks: str | Path | Sequence[Any] | Mapping[str, int] | None = None,
     scale: float = 1.0,
     budget: str | float | None = None,
-    alpha: str | float = "rank",
+    alpha: str | float | None = None,
     include_k: bool = False,
     min_rank: int = 1,
     max_rank: int | None = None,
     rounding: Rounding = "half-even",
     proof: bool = False,
     seed: int = 0,
+    check: bool = True,
+    progress: Progress | None = None,
 ) -> RankPlan:
     """Ranks for the low-rank updates of a model, from its weights alone: no data, no search.
 
@@ -48,18 +52,21 @@ def plan_ranks(  # noqa: PLR0913 - every option is one decision that the plan re
         granularity: `projection` measures each of q, v and o; `fused` measures the stacked q, k, v matrix and gives its rank to
             q and to v, as the released code of the paper does.
         rule: `stable-rank`, `uniform:K`, or `given` (with `ranks`).
-        ranks: ranks that are given: a file, `medlore:rank-lists/NAME`, a nested list of pairs, or a mapping of names.
+        ranks: ranks that are given: a nested list of pairs, a mapping of names, a file with either, `medlore:rank-lists/NAME`, or
+            a plan file, whose targets and alphas are taken over too.
         scale: factor on the stable rank before rounding.
         budget: parameters that all factor pairs may have together: `250000`, `0.5M`, `2%` of the model, `uniform:8`; stable ranks
             are scaled by one factor to meet it and rounded by largest remainder.
         alpha: `rank` or `rank*C` (alpha = C · rank, so the scaling is C at every rank), `rslora*C` (scaling C / √rank), or a number
-            C (scaling C / rank; the released code uses 1).
+            C (scaling C / rank; the released code uses 1). None: `rank`, or what a given plan holds.
         include_k: adapt the key projection too.
         min_rank: smallest rank of a layer.
         max_rank: largest rank of a layer; never more than the smaller side of its matrix.
         rounding: how a stable rank becomes an integer; Python's half-to-even, as in the original.
         proof: certify by a proof in place of a failure probability below 1e-12.
         seed: of the random start vectors; the ranks do not depend on it.
+        check: refuse a given plan that was computed for other weights.
+        progress: called as `progress(done, of, name)` after each matrix.
 
     Returns:
         A plan; every layer tells how its integer was decided.
@@ -78,13 +85,17 @@ def plan_ranks(  # noqa: PLR0913 - every option is one decision that the plan re
 
     Source: Zhang, Wang and Gu, "Beyond Low-Rank Tuning", ICCV 2025, for the rule; certificates, budgets and alpha rules are ours.
     """
-    options = _Options(granularity, _checked_rule(rule, ranks, budget), scale, alpha, include_k, min_rank, max_rank, rounding, proof, seed)
     opened = open_source(source)
+    if isinstance(ranks, str | Path) and is_plan_file(ranks):
+        given = RankPlan.load(ranks).for_source(opened, check=check)
+        return _with_module_names(_taken_over(given, opened, alpha), opened)
+    alpha = "rank" if alpha is None else alpha
+    options = _Options(granularity, _checked_rule(rule, ranks, budget), scale, alpha, include_k, min_rank, max_rank, rounding, proof, seed)
     try:
         found = find_targets(opened.shapes, targets, include_k=include_k, kinds=opened.kinds)
     except MedloreError as error:
         raise error.at(opened.label) from None
-    measured = _measure(opened, found, options, exact_values=budget is not None)
+    measured = _measure(opened, found, options, exact_values=budget is not None, progress=progress)
     chosen, decided, budget_text = _choose(found.targets, measured, options, ranks=ranks, budget=budget, parameters=opened.parameters)
     plan = RankPlan(
         source=opened.label,
@@ -189,14 +200,25 @@ class _Reader:
         return torch.cat([self.matrix(attention.parts[part]) for part in ("q", "k", "v") if part in attention.parts])
 
 
-def _measure(source: WeightSource, found: Found, options: _Options, *, exact_values: bool) -> list[_Measured]:
+def _taken_over(given: RankPlan, source: WeightSource, alpha: str | float | None) -> RankPlan:
+    """A plan that was read from a file, for these weights."""
+    digests = [digest(matrix_of(layer, source.read(layer.key))) for layer in given.layers]
+    layers = tuple(replace(layer, sha256=d, decided_by="given") for layer, d in zip(given.layers, digests, strict=True))
+    plan = replace(given, layers=layers, source=source.label, sha256=plan_digest(digests), model_parameters=source.parameters)
+    if alpha is None:
+        return replace(plan, rule="given")
+    plan = replace(plan, alpha_rule=str(alpha_rule(alpha)))
+    return plan.with_ranks([layer.rank for layer in layers], rule="given", decided_by="given")
+
+
+def _measure(source: WeightSource, found: Found, options: _Options, *, exact_values: bool, progress: Progress | None) -> list[_Measured]:
     """Hash and, where the rule needs it, stable rank of every target; all unusable weights are reported at once."""
     reader = _Reader(source)
     attentions = {a.path: a for a in found.attentions}
     fused: dict[str, _Measured] = {}
     measured: list[_Measured] = []
     faults: list[str] = []
-    for target in found.targets:
+    for number, target in enumerate(found.targets, start=1):
         try:
             matrix = reader.matrix(target)
             if matrix.is_meta and options.measures():
@@ -211,6 +233,8 @@ def _measure(source: WeightSource, found: Found, options: _Options, *, exact_val
                 measured.append(_stable(matrix, target, options, exact_values=exact_values))
         except TargetError as error:
             faults.append(f"{target.key} ({target.part}): {error.came}")
+        if progress is not None:
+            progress(number, len(found.targets), target.name)
     if faults:
         raise TargetError(
             source.label,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from medlore.errors import DataError, TargetError
 from medlore.files import read_json, write_json
 from medlore.ranks.rules import AlphaRule, alpha_rule
-from medlore.ranks.sources import ModuleSource
+from medlore.ranks.sources import ModuleSource, WeightSource
 from medlore.ranks.targets import Layout, Part, Target, find_targets
 
 if TYPE_CHECKING:
@@ -73,6 +74,11 @@ class PlannedLayer:
     def parameters(self) -> int:
         """Parameters of the factor pair: rank · (rows + columns)."""
         return self.rank * sum(self.shape)
+
+    @property
+    def key(self) -> str:
+        """Name of the tensor in a state dict."""
+        return f"{self.name}.{self.tensor}" if self.name else self.tensor
 
     @property
     def label(self) -> str:
@@ -187,8 +193,11 @@ class RankPlan:
         Raises:
             TargetError: layers are missing or have other shapes, or, with `check`, hold other weights; all are listed.
         """
-        source = ModuleSource(model)
-        plan = self if self._fits(source) else self._renamed(source)
+        return self.for_source(ModuleSource(model), check=check)
+
+    def for_source(self, source: WeightSource, *, check: bool = True) -> RankPlan:
+        """As `for_model`, for any opened weights."""
+        plan = self if all(_fits(layer, source) for layer in self.layers) else self._renamed(source)
         if check:
             plan._check_weights(source)
         return plan
@@ -211,10 +220,7 @@ class RankPlan:
 
         return lora_config(self if model is None else self.for_model(model, check=check), folded=False, options=options)
 
-    def _fits(self, source: ModuleSource) -> bool:
-        return all(_fits(layer, source) for layer in self.layers)
-
-    def _renamed(self, source: ModuleSource) -> RankPlan:
+    def _renamed(self, source: WeightSource) -> RankPlan:
         if self.targets not in ("attention", "attention+mlp"):
             return self._suffix_renamed(source)
         try:
@@ -237,7 +243,7 @@ class RankPlan:
             raise self._misfit(source, faults)
         return replace(self, layers=tuple(renamed), layout=found.layout)
 
-    def _suffix_renamed(self, source: ModuleSource) -> RankPlan:
+    def _suffix_renamed(self, source: WeightSource) -> RankPlan:
         """Layers of a free choice are found by the end of their names, if that is unique."""
         faults, renamed = [], []
         for layer in self.layers:
@@ -252,11 +258,12 @@ class RankPlan:
             raise self._misfit(source, faults)
         return replace(self, layers=tuple(renamed))
 
-    def _check_weights(self, source: ModuleSource) -> None:
-        if source.is_meta:
-            return
-        known = (layer for layer in self.layers if layer.sha256 is not None)
-        faults = [f"{x.label} holds other values" for x in known if x.sha256 != digest(matrix_of(x, source.read(f"{x.name}.{x.tensor}")))]
+    def _check_weights(self, source: WeightSource) -> None:
+        faults = []
+        for layer in self.layers:
+            here = None if layer.sha256 is None else digest(matrix_of(layer, source.read(layer.key)))
+            if here is not None and here != layer.sha256:
+                faults.append(f"{layer.label} holds other values")
         if faults:
             raise TargetError(
                 f"plan of {self.source}",
@@ -266,7 +273,7 @@ class RankPlan:
                 faults=faults,
             )
 
-    def _misfit(self, source: ModuleSource, faults: list[str]) -> TargetError:
+    def _misfit(self, source: WeightSource, faults: list[str]) -> TargetError:
         return TargetError(
             f"plan of {self.source}",
             f"{len(faults)} layers do not fit {source.label}",
@@ -274,6 +281,15 @@ class RankPlan:
             "compute a plan for this model with medlore.plan_ranks(model)",
             faults=faults,
         )
+
+
+def is_plan_file(path: str | Path) -> bool:
+    """Whether a file says that it is a plan, right or wrong."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and str(content.get("schema", "")).startswith(PLAN_SCHEMA.rpartition("/")[0])
 
 
 def matrix_of(place: PlannedLayer | Target, tensor: Tensor) -> Tensor:
@@ -298,8 +314,8 @@ def plan_digest(digests: Iterable[str | None]) -> str | None:
     return hashlib.sha256("".join(cast("list[str]", known)).encode()).hexdigest()
 
 
-def _fits(layer: PlannedLayer, source: ModuleSource) -> bool:
-    shape = source.shapes.get(f"{layer.name}.{layer.tensor}")
+def _fits(layer: PlannedLayer, source: WeightSource) -> bool:
+    shape = source.shapes.get(layer.key)
     if shape is None:
         return False
     height, width = shape[0], math.prod(shape[1:])

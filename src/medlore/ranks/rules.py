@@ -135,7 +135,8 @@ def given_ranks(ranks: str | Path | Sequence[Any] | Mapping[str, int], targets: 
     """One rank for each target, from a file, a shipped list, a nested list of pairs, or a mapping of names.
 
     A nested list holds `[rank of q and v, rank of the output projection]` for each block in depth order, with or without a
-    further level for stages; triples `[q, v, output]` are accepted too. A mapping, or a plan file, gives ranks by name.
+    further level for stages; triples `[q, v, output]` are accepted too. A mapping gives ranks by name, or by
+    `name:part` inside a fused matrix.
 
     Raises:
         DataError: the file holds something else.
@@ -200,16 +201,7 @@ def _read_list(path: str | Path) -> Any:
             raise DataError(label, "neither JSON nor a list", "[[9, 10], [25, 35], ...] or a plan", "mend the file") from error
     if isinstance(content, dict) and isinstance(content.get("ranks"), list | dict):
         return content["ranks"]
-    if isinstance(content, dict) and isinstance(content.get("layers"), list):
-        return _named_by_plan(content["layers"], label)
     return content
-
-
-def _named_by_plan(layers: list[Any], label: str) -> dict[str, int]:
-    try:
-        return {f"{row['name']}:{row['part']}": row["rank"] for row in layers}
-    except (KeyError, TypeError) as error:
-        raise DataError(label, f"a layer without {error}", "layers with name, part and rank", "write the plan anew") from error
 
 
 def _by_name(content: Mapping[str, Any], targets: Sequence[Target], where: str) -> list[int]:
