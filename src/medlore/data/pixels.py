@@ -211,7 +211,8 @@ def _dicom_pixels(content: bytes) -> Pixels:
     stored = values
     values = apply_modality_lut(values, data)
     if data.get("VOILUTSequence"):
-        eight = windowed(apply_voi_lut(values, data, prefer_lut=True))
+        depth = int(data.VOILUTSequence[0].LUTDescriptor[2])
+        eight = windowed(apply_voi_lut(values, data, prefer_lut=True), low=0, high=2**depth - 1)
     else:
         eight = windowed(values, **_window(data), valid=_not_padding(stored, data))
     return pixels_of_array(255 - eight if photometric == "MONOCHROME1" else eight)
