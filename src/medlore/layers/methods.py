@@ -6,7 +6,9 @@ step, and how to write what was learnt. The training loop knows nothing else abo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -83,7 +85,7 @@ class Tuning:
     form: Form
     save: Callable[[Path], None]
     merged: Callable[[], nn.Module]
-    before_step: Callable[[], None] = _nothing
+    before_step: Callable[[], object] = _nothing
     after_backward: Callable[[int], None] = _nothing
     state: Callable[[], dict[str, Any]] = _no_state
     restore: Callable[[dict[str, Any]], None] = _nothing
@@ -121,9 +123,18 @@ def install_method(name: str, model: nn.Module, request: Request) -> Tuning:
         raise InputError(
             "--partial-update", f"{request.partial_update!r} with --method {name}", "sr-lora, lora or rslora", "leave --partial-update off"
         )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), quiet_peft():
         torch.manual_seed(request.seed)
         return METHODS[name].install(model, request)
+
+
+@contextlib.contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Inside, PEFT's notes that concern no user of ours are silent: old names it asks transformers for, memory hints of EVA."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        warnings.filterwarnings("ignore", message="lora with eva initialization", category=UserWarning)
+        yield
 
 
 # ---- LoRA and its kin, through PEFT --------------------------------------------------------------------------------------
@@ -256,7 +267,7 @@ def _peft_tuning(tuned: Any, request: Request, *, plain: Callable[[], dict[str, 
         from medlore.layers.partial_update import install_partial_update
 
         handle = install_partial_update(tuned, mode=request.partial_update, seed=request.seed)
-        tuning.before_step = handle.draw
+        tuning.before_step, tuning.state, tuning.restore = handle.draw, handle.state_dict, handle.load_state_dict
     return tuning
 
 

@@ -8,113 +8,31 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import pydantic
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from medlore.data.images import Format
 from medlore.data.imageset import ImageSet
-from medlore.data.transforms import Flip, TrainAugmentation
+from medlore.data.transforms import TrainAugmentation
 from medlore.errors import InputError
 from medlore.layers.methods import METHODS, Method, Request, Tuning, install_method
 from medlore.metrics.classification import classification_report
 from medlore.models.backbones import Backbone, load_backbone
 from medlore.ranks.allocate import plan_ranks
 from medlore.ranks.plan import RankPlan
-from medlore.recipes.accelerators import Precision, make_accelerator
+from medlore.recipes.accelerators import make_accelerator
 from medlore.recipes.examples import feature_examples, image_examples, preprocessing_of, steps_of
-from medlore.recipes.image_splits import ImageSplits, SplitRules, read_splits, split_images
+from medlore.recipes.finetune_settings import FinetuneSettings
+from medlore.recipes.image_splits import ImageSplits, read_splits, split_images
 from medlore.recipes.predictions import write_predictions
-from medlore.recipes.run import DeviceChoice, Run, Settings, choose_device
-from medlore.recipes.training import Examples, History, Schedule, Trainer, predict_logits, probabilities
+from medlore.recipes.rank_tracking import RankTracking, plot_tracked
+from medlore.recipes.run import Run
+from medlore.recipes.training import Examples, History, Trainer, predict_logits, probabilities
 from medlore.recipes.tuned import save_tuned
 from medlore.recipes.watching import ProgressBar, Tracking, Watchers
-
-MethodName = Literal["sr-lora", "lora", "rslora", "dora", "adalora", "eva", "pissa", "linear-probe", "bitfit", "partial", "full"]
-
-
-class FinetuneSettings(Settings):
-    """Everything that decides the result of one tuning run; `docs/tuning.md` explains each field.
-
-    Images: `data` to `test_fraction`. Model: `model` to `heads`. Method and ranks: `method` to `dropout`. Training: `epochs`
-    to `light`. The rest: where and how it runs.
-    """
-
-    data: Path | None = None
-    format: Format = "auto"
-    images: Path | None = None
-    test_data: Path | None = None
-    split: str | None = None
-    task: Literal["single", "multi"] | None = None
-    classes: tuple[str, ...] | None = None
-    group_pattern: str | None = None
-    shots: int | None = pydantic.Field(default=None, ge=1)
-    draw: int = pydantic.Field(default=1, ge=1)
-    data_seed: int = 0
-    per: Literal["image", "group"] = "image"
-    validation_shots: int | None = pydantic.Field(default=None, ge=1)
-    validation_fraction: float = pydantic.Field(default=0.2, ge=0, lt=1)
-    test_fraction: float = pydantic.Field(default=0.2, ge=0, lt=1)
-
-    model: str = "medlore:vit-mini"
-    image_size: int | None = pydantic.Field(default=None, ge=1)
-    heads: int | None = pydantic.Field(default=None, ge=1)
-
-    method: MethodName = "sr-lora"
-    plan: Path | None = None
-    targets: str = "attention"
-    granularity: Literal["projection", "fused"] = "projection"
-    rank: int | Literal["equal"] = 8
-    scale: float = pydantic.Field(default=1.0, gt=0)
-    budget: str | None = None
-    alpha: str | None = None
-    partial_update: Literal["off", "nested", "single"] = "off"
-    last_blocks: int = pydantic.Field(default=2, ge=1)
-    dropout: float = pydantic.Field(default=0.0, ge=0, lt=1)
-
-    epochs: int = pydantic.Field(default=20, ge=1)
-    batch_size: int = pydantic.Field(default=4, ge=1)
-    learning_rate: float | None = pydantic.Field(default=None, gt=0)
-    min_learning_rate: float = pydantic.Field(default=0.0, ge=0)
-    warmup_fraction: float = pydantic.Field(default=0.1, ge=0, le=1)
-    weight_decay: float = pydantic.Field(default=0.05, ge=0)
-    clip: float | None = pydantic.Field(default=1.0, gt=0)
-    patience: int | None = pydantic.Field(default=None, ge=1)
-    augment: bool = True
-    crop: tuple[float, float] = (0.5, 1.0)
-    flip: Flip = "none"
-    degrees: float = pydantic.Field(default=10.0, ge=0)
-    light: float = pydantic.Field(default=0.1, ge=0, lt=1)
-
-    seed: int = pydantic.Field(default=0, ge=0)
-    device: DeviceChoice = "auto"
-    precision: Precision = "auto"
-    bootstrap: int = pydantic.Field(default=1000, ge=0)
-    track: Literal["none", "tensorboard"] = "none"
-    track_stable_rank: bool = False
-    checkpoints: bool = True
-
-    @pydantic.field_validator("rank")
-    @classmethod
-    def _rank_from_one(cls, value: int | str) -> int | str:
-        if isinstance(value, int) and value < 1:
-            raise ValueError("a rank from 1, or 'equal'")
-        return value
-
-    def split_rules(self) -> SplitRules:
-        """How parts are made where the data set has none."""
-        names = ("shots", "draw", "per", "validation_shots", "validation_fraction", "test_fraction")
-        return SplitRules(seed=self.data_seed, **{name: getattr(self, name) for name in names})
-
-    def schedule(self) -> Schedule:
-        """How long and how fast."""
-        names = ("epochs", "batch_size", "min_learning_rate", "warmup_fraction", "weight_decay", "clip", "patience", "seed")
-        rate = self.learning_rate if self.learning_rate is not None else METHODS[self.method].learning_rate
-        return Schedule(learning_rate=rate, **{name: getattr(self, name) for name in names})
 
 
 @dataclass
@@ -155,6 +73,9 @@ class _Prepared:
     train: Examples
     validation: Examples | None
     steps: int
+    tracking: RankTracking | None
+    description: dict[str, Any]
+    head_parameters: int
     notes: list[str] = field(default_factory=list)
 
 
@@ -221,7 +142,7 @@ def _splits(settings: FinetuneSettings, train: ImageSet | None, validation: Imag
     if settings.data is None:
         raise InputError("--data", "nothing", "an image folder, list, table, .npz or .zip", "name the labelled images")
     how = {name: getattr(settings, name) for name in ("format", "images", "task", "classes", "group_pattern", "split")}
-    return read_splits(settings.data, settings.split_rules(), test_data=settings.test_data, **how)
+    return read_splits(settings.data, settings.split_rules(), test_data=settings.test_data, official=settings.official_draw, **how)
 
 
 def _prepare(settings: FinetuneSettings, splits: ImageSplits, accelerator: Any) -> _Prepared:
@@ -256,12 +177,42 @@ def _prepare(settings: FinetuneSettings, splits: ImageSplits, accelerator: Any) 
         last_blocks=settings.last_blocks,
         batches=lambda: _look(train, accelerator.device),
     )
+    tracking = _tracking(settings, backbone, plan)
+    description, head_parameters = backbone.describe(), sum(p.numel() for p in backbone.head().parameters())
     tuning = install_method(settings.method, backbone.model, request)
-    return _Prepared(splits, backbone, plan, tuning, train, validation, steps, [*splits.notes, *backbone.notes, *tuning.notes])
+    if tracking is not None:
+        tracking.follow(tuning.model)
+    return _Prepared(
+        splits,
+        backbone,
+        plan,
+        tuning,
+        train,
+        validation,
+        steps,
+        tracking,
+        description,
+        head_parameters,
+        [*splits.notes, *backbone.notes, *tuning.notes],
+    )
+
+
+def _tracking(settings: FinetuneSettings, backbone: Backbone, plan: RankPlan | None) -> RankTracking | None:
+    """Follows the planned layers; methods without a plan are followed on the same targets."""
+    if not settings.track_stable_rank:
+        return None
+    followed = plan or plan_ranks(backbone.model, targets=settings.targets, rule="uniform:1")
+    return RankTracking(backbone.model, [layer.name for layer in followed.layers])
 
 
 def choose_plan(settings: FinetuneSettings, backbone: Backbone, method: Method) -> RankPlan | None:
-    """The ranks of a run: a plan from a file, stable ranks, or one rank; `equal` is the one with the parameters of the stable ranks."""
+    """The ranks of a run: a plan or a list from a file, stable ranks, or one rank.
+
+    `rank: equal` is the one rank whose factors have about as many parameters as those of the stable ranks.
+
+    Raises:
+        TargetError: a plan for other weights, or a model without such targets.
+    """
     if method.rule is None:
         return None
     if settings.plan is not None:
@@ -274,12 +225,15 @@ def choose_plan(settings: FinetuneSettings, backbone: Backbone, method: Method) 
             targets=settings.targets,
             granularity=settings.granularity,
             rule=rule,
+            ranks=settings.ranks if rule == "given" else None,
             scale=scale,
             budget=budget,
             alpha=alpha,
             seed=settings.seed,
         )
 
+    if settings.ranks is not None:
+        return planned("given")
     if method.rule == "stable-rank":
         return planned("stable-rank", settings.scale, settings.budget)
     if settings.rank == "equal":
@@ -295,7 +249,7 @@ def _train(settings: FinetuneSettings, prepared: _Prepared, folder: Path | None,
         validation = None if validation is None else feature_examples(validation, tuning.model, head, accelerator=accelerator)
         tuning = Tuning(tuning.model.get_submodule(head), tuning.form, tuning.save, tuning.merged)
     bar = ProgressBar(prepared.steps, settings.epochs, enabled=not quiet and accelerator.is_main_process)
-    watchers: list[Any] = [bar]
+    watchers: list[Any] = [bar] if prepared.tracking is None else [bar, prepared.tracking]
     if settings.track != "none":
         accelerator.init_trackers("finetune")
         watchers.append(Tracking(accelerator))
@@ -327,6 +281,8 @@ def _conclude(settings: FinetuneSettings, prepared: _Prepared, history: History,
             tuning, folder, backbone=backbone, method=settings.method, classes=names, task=splits.train.task, heads=settings.heads
         )
     model = tuning.merged().eval()
+    if prepared.tracking is not None:
+        facts["stable_rank"] = prepared.tracking.weights
     report = facts | {"best_epoch": history.best_epoch, "stopped": history.stopped, "history": history.epochs}
     scores, targets, metrics = None, None, {}
     if splits.test is not None:
@@ -357,6 +313,9 @@ def _write_outputs(run: Run, folder: Path, prepared: _Prepared, result: Finetune
     if result.scores is not None and prepared.splits.test is not None:
         run.add_output("predictions", write_predictions(folder / "predictions.csv", prepared.splits.test, result.scores))
     run.add_output("curves", plot_curves(result.history, folder / "curves.png", score_name=score_name(prepared.splits.train)))
+    if prepared.tracking is not None:
+        plotted = plot_tracked(prepared.tracking.weights, result.history.epochs, folder / "stable_ranks.png")
+        run.add_output("stable_ranks", plotted)
     (folder / "checkpoint.pt").unlink(missing_ok=True)
 
 
@@ -375,18 +334,17 @@ def _run(settings: FinetuneSettings, folder: Path | None, accelerator: Any) -> I
 def _facts(settings: FinetuneSettings, prepared: _Prepared) -> dict[str, Any]:
     model = prepared.tuning.model
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    head = sum(p.numel() for name, p in prepared.backbone.model.named_parameters() if f"{prepared.backbone.head_name}." in f"{name}.")
     parts = {"train": prepared.splits.train, "validation": prepared.splits.validation, "test": prepared.splits.test}
     return {
         "method": settings.method,
-        "backbone": prepared.backbone.describe(),
+        "backbone": prepared.description,
         "classes": prepared.splits.train.classes,
         "task": prepared.splits.train.task,
         "selection": score_name(prepared.splits.train) if prepared.validation is not None else None,
         "data": {name: _about(part) for name, part in parts.items()},
         "trainable_parameters": trained,
-        "head_parameters": head,
-        "total_parameters": sum(p.numel() for p in model.parameters()),
+        "head_parameters": prepared.head_parameters,
+        "total_parameters": prepared.description["parameters"] + (0 if prepared.plan is None else prepared.plan.parameters),
         "factor_parameters": None if prepared.plan is None else prepared.plan.parameters,
         "ranks": None if prepared.plan is None else {layer.name: layer.rank for layer in prepared.plan.layers},
         "steps": prepared.steps,
@@ -409,7 +367,7 @@ def _content_hash(part: ImageSet) -> str:
 
 def _fingerprint(settings: FinetuneSettings, prepared: _Prepared) -> str:
     """What must be the same for a checkpoint to be continued."""
-    free = {"bootstrap", "track", "track_stable_rank", "checkpoints", "device"}
+    free = {"bootstrap", "track", "checkpoints", "device"}
     facts = settings.model_dump(mode="json", exclude=free)
     facts["weights"] = prepared.backbone.sha256
     facts["train"] = _content_hash(prepared.splits.train)
@@ -446,4 +404,4 @@ def _look(train: Examples, device: Any, *, batch_size: int = 16, most: int = 8) 
     return [train.inputs(np.arange(s, min(s + batch_size, len(train))), step=None).to(device) for s in starts]
 
 
-__all__ = ["FinetuneResult", "FinetuneSettings", "choose_device", "choose_plan", "dry_run", "finetune"]
+__all__ = ["FinetuneResult", "FinetuneSettings", "choose_plan", "dry_run", "finetune"]

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from medlore.data.fewshot import draw_shots
-from medlore.data.images import read_images
+from medlore.data.fewshot import draw_shots, read_official_draw
+from medlore.data.images import format_of, read_images
 from medlore.data.imageset import ImageSet
 from medlore.errors import DataError, InputError, UnknownNameError
 
@@ -40,7 +40,8 @@ class SplitRules:
         draw: number of the few-shot draw, from 1.
         seed: of every draw.
         per: what one shot is where patients are known, `image` or `group`.
-        validation_shots: at most this many units a class for validation; None keeps all that is left.
+        validation_shots: at most this many units a class for validation when shots are drawn; None takes as many as `shots`, `all`
+            keeps everything that is left.
         validation_fraction: share of the pool for validation when all the rest trains (`shots` is None).
         test_fraction: share of the pool for the test when the data set names no test part; 0 leaves the test out.
     """
@@ -49,18 +50,21 @@ class SplitRules:
     draw: int = 1
     seed: int = 0
     per: Literal["image", "group"] = "image"
-    validation_shots: int | None = None
+    validation_shots: int | Literal["all"] | None = None
     validation_fraction: float = 0.2
     test_fraction: float = 0.2
 
 
-def read_splits(data: str | Path, rules: SplitRules, *, test_data: str | Path | None = None, **how: Any) -> ImageSplits:
+def read_splits(
+    data: str | Path, rules: SplitRules, *, test_data: str | Path | None = None, official: bool = False, **how: Any
+) -> ImageSplits:
     """Read a data set and make its parts.
 
     Args:
         data: what `read_images` reads.
         rules: shots, fractions and seed.
         test_data: a set of its own for the test; None takes the test part of `data`, else holds a share out.
+        official: read the published draw number `rules.draw` of MedFMC or VTAB-1k in place of drawing.
         how: further arguments of `read_images` (`format`, `images`, `task`, `classes`, `group_pattern`, `split`).
 
     Raises:
@@ -69,10 +73,22 @@ def read_splits(data: str | Path, rules: SplitRules, *, test_data: str | Path | 
     """
     split = how.pop("split", None)
     test = read_images(test_data, **how) if test_data is not None else _part(data, "test", how)
+    if official:
+        return _official(data, rules, test, how)
     own_parts = split is None and _part(data, "train", how) is not None
     pool = read_images(data, split="train" if own_parts else split, **how)
-    validation = _part(data, "val", how) if own_parts else None
+    validation = _part(data, "val", how) if own_parts and rules.shots is None else None
     return split_images(pool, rules, validation=validation, test=test)
+
+
+def _official(data: str | Path, rules: SplitRules, test: ImageSet | None, how: dict[str, Any]) -> ImageSplits:
+    """A published few-shot draw, cleaned of what would leak."""
+    if rules.shots is None:
+        raise InputError("--official-draw", "no number of shots", "the shots of a published draw, e.g. 1, 5 or 10", "give --shots")
+    kind = format_of(Path(data), how.get("format", "auto"))
+    name = kind.removeprefix("medfmc-") if kind.startswith("medfmc-") else Path(data).name
+    drawn = read_official_draw(data, name, rules.shots, rules.draw, images=how.get("images"))
+    return ImageSplits(drawn.train, drawn.validation, test, drawn.notes)
 
 
 def split_images(pool: ImageSet, rules: SplitRules, *, validation: ImageSet | None = None, test: ImageSet | None = None) -> ImageSplits:
@@ -91,17 +107,10 @@ def split_images(pool: ImageSet, rules: SplitRules, *, validation: ImageSet | No
         pool, test = hold_out(pool, rules.test_fraction, seed=rules.seed)
         notes.append(f"no test part: {len(test)} images held out by seed {rules.seed}, before any shot was drawn")
     if rules.shots is not None:
-        drawn = draw_shots(
-            pool,
-            shots=rules.shots,
-            draw=rules.draw,
-            seed=rules.seed,
-            per=rules.per,
-            validation_shots=rules.validation_shots,
-        )
+        wanted = None if rules.validation_shots == "all" else rules.validation_shots or rules.shots
+        drawn = draw_shots(pool, shots=rules.shots, draw=rules.draw, seed=rules.seed, per=rules.per, validation_shots=wanted)
         notes += drawn.notes
-        train, left = drawn.train, drawn.validation
-        validation = validation if validation is not None else left
+        train, validation = drawn.train, drawn.validation if validation is None else validation
     elif validation is None and rules.validation_fraction > 0:
         train, validation = hold_out(pool, rules.validation_fraction, seed=rules.seed + 1)
     else:

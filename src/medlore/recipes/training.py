@@ -82,7 +82,7 @@ class History:
         stopped: why training ended.
     """
 
-    epochs: list[dict[str, float]] = field(default_factory=list)
+    epochs: list[dict[str, Any]] = field(default_factory=list)
     best_epoch: int = 0
     stopped: Literal["all epochs", "patience"] = "all epochs"
 
@@ -96,7 +96,7 @@ class Watcher(Protocol):
     def step(self, loss: float) -> None:
         """One optimiser step is done."""
 
-    def epoch(self, record: dict[str, float]) -> None:
+    def epoch(self, record: dict[str, Any]) -> None:
         """One epoch is done and judged."""
 
 
@@ -180,7 +180,7 @@ class Trainer:
         load_trainable_state(plain, best)
         return history
 
-    def _train_epoch(self, model: nn.Module, optimizer: Any, train: Examples, epoch: int) -> dict[str, float]:
+    def _train_epoch(self, model: nn.Module, optimizer: Any, train: Examples, epoch: int) -> dict[str, Any]:
         """One pass in a seeded order; every process takes its share of each batch."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         torch.manual_seed(_seed_of(self.schedule.seed, epoch, rank))
@@ -188,6 +188,7 @@ class Trainer:
         steps = math.ceil(len(train) / self.schedule.batch_size)
         total = steps * self.schedule.epochs
         set_training(self.tuning.model)
+        trained = [p for p in model.parameters() if p.requires_grad]
         losses, rate = 0.0, 0.0
         for i in range(steps):
             step = (epoch - 1) * steps + i
@@ -201,7 +202,7 @@ class Trainer:
             loss = loss_of(_logits(model, inputs), targets, self.task)
             self.accelerator.backward(loss)
             if self.schedule.clip is not None:
-                self.accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], self.schedule.clip)
+                self.accelerator.clip_grad_norm_(trained, self.schedule.clip)
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise StepError(
@@ -217,7 +218,7 @@ class Trainer:
             self.watcher.step(value)
         return {"epoch": float(epoch), "train_loss": losses / max(1, len(train)) * world, "learning_rate": rate}
 
-    def _validate(self, model: nn.Module, validation: Examples) -> dict[str, float]:
+    def _validate(self, model: nn.Module, validation: Examples) -> dict[str, Any]:
         logits = predict_logits(model, validation.inputs, len(validation), accelerator=self.accelerator)
         loss = float(loss_of(logits, torch.from_numpy(validation.targets), self.task))
         score = self.judge(validation.targets, probabilities(logits, self.task).numpy())
@@ -315,7 +316,7 @@ def _seed_of(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
-def _key(record: Mapping[str, float]) -> tuple[float, float]:
+def _key(record: Mapping[str, Any]) -> tuple[float, float]:
     """Higher is better: the score first, then the lower loss; a score that is not defined comes last."""
     score = record.get("validation_score", 0.0)
     return (score if math.isfinite(score) else -math.inf, -record.get("validation_loss", 0.0))

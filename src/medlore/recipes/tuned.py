@@ -23,7 +23,7 @@ from torch import nn
 from medlore.data.transforms import Preprocessing
 from medlore.errors import CheckpointError, DataError, InputError
 from medlore.files import read_json, write_json
-from medlore.layers.methods import WEIGHTS_FILE, Form, Tuning
+from medlore.layers.methods import WEIGHTS_FILE, Form, Tuning, quiet_peft
 from medlore.layers.surgery import load_trainable_state
 from medlore.models.backbones import Backbone, load_backbone
 from medlore.models.keymaps import read_weights
@@ -145,7 +145,8 @@ def _with_adapter(base: nn.Module, folder: Path) -> nn.Module:
     from safetensors import SafetensorError
 
     try:
-        tuned: Any = peft.PeftModel.from_pretrained(base, str(folder))
+        with quiet_peft():
+            tuned: Any = peft.PeftModel.from_pretrained(base, str(folder))
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise CheckpointError(

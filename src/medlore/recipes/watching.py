@@ -37,7 +37,7 @@ class ProgressBar:
         """One optimiser step is done."""
         self._bar.update(self._task, advance=1, description=f"loss {loss:.3f}{self._score}")
 
-    def epoch(self, record: dict[str, float]) -> None:
+    def epoch(self, record: dict[str, Any]) -> None:
         """One epoch is done and judged."""
         if "validation_score" in record:
             self._score = f"  epoch {record['epoch']:.0f}/{self._epochs} score {record['validation_score']:.3f}"
@@ -52,9 +52,9 @@ class Tracking:
     def step(self, loss: float) -> None:
         """Single steps are not logged: few-shot epochs are a handful of steps."""
 
-    def epoch(self, record: dict[str, float]) -> None:
+    def epoch(self, record: dict[str, Any]) -> None:
         """Log numbers of one epoch."""
-        values = {name: value for name, value in record.items() if name != "epoch"}
+        values = {name: value for name, value in record.items() if name != "epoch" and isinstance(value, float)}
         self._accelerator.log(values, step=int(record["epoch"]))
 
 
@@ -69,7 +69,7 @@ class Watchers:
         for watcher in self._watchers:
             watcher.step(loss)
 
-    def epoch(self, record: dict[str, float]) -> None:
+    def epoch(self, record: dict[str, Any]) -> None:
         """Tell all."""
         for watcher in self._watchers:
             watcher.epoch(record)

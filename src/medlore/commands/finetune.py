@@ -1,0 +1,119 @@
+"""`medlore finetune`: tune a pre-trained network on a few labelled images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+app = typer.Typer()
+
+_IMAGES, _MODEL, _METHOD, _TRAINING, _RUN = "Images", "Backbone", "Method and ranks", "Training", "Run"
+# Flags that stand for a setting of the same name; the rest say how the run goes.
+_NOT_SETTINGS = {"settings", "out", "resume", "dry_run", "as_json", "no_augment", "no_checkpoints"}
+
+
+@app.command(
+    help="Tune a pre-trained network on a few labelled images, choose the epoch on validation images, measure once on test images."
+)
+def finetune(
+    data: Path | None = typer.Option(
+        None, help="Folder of class folders, MedFMC or VTAB-1k folder or list, CSV, .npz or .zip.", rich_help_panel=_IMAGES
+    ),
+    format: str | None = typer.Option(None, help="Format of --data, where auto is wrong.", rich_help_panel=_IMAGES),
+    images: Path | None = typer.Option(None, help="Folder of the images, where the list lies elsewhere.", rich_help_panel=_IMAGES),
+    test_data: Path | None = typer.Option(
+        None, help="Test set of its own; default the test part of --data, else a share held out.", rich_help_panel=_IMAGES
+    ),
+    split: str | None = typer.Option(None, help="Part of --data to take the pool from.", rich_help_panel=_IMAGES),
+    task: str | None = typer.Option(None, help="single or multi, where a table could be both.", rich_help_panel=_IMAGES),
+    classes: str | None = typer.Option(None, help="Class names in label order, separated by commas.", rich_help_panel=_IMAGES),
+    group_pattern: str | None = typer.Option(
+        None, help="Regular expression on file names; its bracket is the patient.", rich_help_panel=_IMAGES
+    ),
+    shots: int | None = typer.Option(None, help="Labelled images a class; default all.", rich_help_panel=_IMAGES),
+    draw: int | None = typer.Option(None, help="Number of the few-shot draw, from 1.", rich_help_panel=_IMAGES),
+    official_draw: bool | None = typer.Option(
+        None, "--official-draw", help="The published draw of MedFMC or VTAB-1k.", rich_help_panel=_IMAGES
+    ),
+    per: str | None = typer.Option(None, help="One shot is an image or a group (patient).", rich_help_panel=_IMAGES),
+    data_seed: int | None = typer.Option(None, help="Seed of all draws of images.", rich_help_panel=_IMAGES),
+    validation_shots: str | None = typer.Option(
+        None, help="Validation images a class, or all; default as many as --shots.", rich_help_panel=_IMAGES
+    ),
+    model: str | None = typer.Option(
+        None, help="medlore:vit-mini, a transformers folder, a weights file or a hub name.", rich_help_panel=_MODEL
+    ),
+    image_size: int | None = typer.Option(None, help="Side of the input in pixels.", rich_help_panel=_MODEL),
+    heads: int | None = typer.Option(None, help="Attention heads of a ViT weights file; default width / 64.", rich_help_panel=_MODEL),
+    method: str | None = typer.Option(
+        None, help="sr-lora, lora, rslora, dora, adalora, eva, pissa, linear-probe, bitfit, partial, full.", rich_help_panel=_METHOD
+    ),
+    plan: Path | None = typer.Option(None, help="Rank plan of `medlore ranks --out`.", rich_help_panel=_METHOD),
+    ranks: str | None = typer.Option(None, help="List of given ranks: a file, or medlore:rank-lists/NAME.", rich_help_panel=_METHOD),
+    targets: str | None = typer.Option(None, help="attention, attention+mlp, all-linear, conv, or a pattern.", rich_help_panel=_METHOD),
+    granularity: str | None = typer.Option(None, help="projection or fused.", rich_help_panel=_METHOD),
+    scale: float | None = typer.Option(None, help="Factor on the stable ranks.", rich_help_panel=_METHOD),
+    budget: str | None = typer.Option(None, help="Parameters of all factors: 250000, 0.5M, 2%, uniform:8.", rich_help_panel=_METHOD),
+    rank: str | None = typer.Option(
+        None, help="Rank of methods with one rank; `equal` has the parameters of sr-lora.", rich_help_panel=_METHOD
+    ),
+    alpha: str | None = typer.Option(None, help="rank, rank*C, rslora*C or a number.", rich_help_panel=_METHOD),
+    partial_update: str | None = typer.Option(None, help="off, nested or single.", rich_help_panel=_METHOD),
+    last_blocks: int | None = typer.Option(None, help="Blocks that `partial` trains.", rich_help_panel=_METHOD),
+    dropout: float | None = typer.Option(None, help="Dropout before the factors.", rich_help_panel=_METHOD),
+    epochs: int | None = typer.Option(None, help="Passes over the training images.", rich_help_panel=_TRAINING),
+    batch_size: int | None = typer.Option(None, help="Images a step.", rich_help_panel=_TRAINING),
+    learning_rate: float | None = typer.Option(
+        None, "--learning-rate", "--lr", help="Peak rate; default the method's.", rich_help_panel=_TRAINING
+    ),
+    weight_decay: float | None = typer.Option(None, help="On matrices.", rich_help_panel=_TRAINING),
+    patience: int | None = typer.Option(None, help="Stop after so many epochs without a better score.", rich_help_panel=_TRAINING),
+    flip: str | None = typer.Option(None, help="none, horizontal, vertical or both.", rich_help_panel=_TRAINING),
+    no_augment: bool = typer.Option(False, "--no-augment", help="Train on the images as they are.", rich_help_panel=_TRAINING),
+    seed: int | None = typer.Option(None, help="Seed of head, factors, order and augmentation.", rich_help_panel=_TRAINING),
+    precision: str | None = typer.Option(None, help="auto, fp32, bf16 or fp16.", rich_help_panel=_TRAINING),
+    device: str | None = typer.Option(None, help="auto, cpu, cuda or mps.", rich_help_panel=_RUN),
+    out: Path | None = typer.Option(None, help="Folder of the outputs.", rich_help_panel=_RUN),
+    settings: Path | None = typer.Option(None, help="YAML file with any of the settings; flags go before it.", rich_help_panel=_RUN),
+    resume: bool = typer.Option(
+        False, "--resume", help="Go on after the last finished epoch of a run that was killed.", rich_help_panel=_RUN
+    ),
+    no_checkpoints: bool = typer.Option(False, "--no-checkpoints", help="Write no checkpoint after each epoch.", rich_help_panel=_RUN),
+    track: str | None = typer.Option(None, help="none or tensorboard.", rich_help_panel=_RUN),
+    track_stable_rank: bool | None = typer.Option(
+        None, "--track-stable-rank", help="Follow stable ranks of weights and updates.", rich_help_panel=_RUN
+    ),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Print settings, sizes and parameters; train nothing.", rich_help_panel=_RUN),
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON object.", rich_help_panel=_RUN),
+) -> None:
+    values: dict[str, Any] = {name: value for name, value in locals().items() if name not in _NOT_SETTINGS}
+    from medlore.errors import InputError
+    from medlore.recipes.finetune import FinetuneSettings
+    from medlore.recipes.finetune import dry_run as look
+    from medlore.recipes.finetune import finetune as tune
+    from medlore.recipes.run import read_settings
+    from medlore.recipes.tuning_screen import print_facts, print_json, print_notes, print_report
+
+    values["classes"] = None if classes is None else tuple(name.strip() for name in classes.split(","))
+    values |= {"augment": False if no_augment else None, "checkpoints": False if no_checkpoints else None}
+    chosen = read_settings(FinetuneSettings, settings, **values)
+    if dry_run:
+        facts = look(chosen)
+        if as_json:
+            print_json(facts)
+        else:
+            print_facts(facts)
+        return
+    if out is None:
+        raise InputError("--out", "nothing", "a folder for adapter, report, predictions and curves", "give --out runs/NAME")
+    result = tune(chosen, out, resume=resume, quiet=as_json)
+    if as_json:
+        print_json({"out": out, "metrics": result.metrics, **result.report})
+        return
+    print_notes(result.report["notes"])
+    print_facts(result.report)
+    if "test" in result.report:
+        test = result.report["data"]["test"]
+        print_report(result.report["test"], title=f"{test['name']}: {test['images']} test images")

@@ -1,0 +1,100 @@
+"""What one tuning run is asked to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import pydantic
+
+from medlore.data.images import Format
+from medlore.data.transforms import Flip
+from medlore.layers.methods import METHODS
+from medlore.recipes.accelerators import Precision
+from medlore.recipes.image_splits import SplitRules
+from medlore.recipes.run import DeviceChoice, Settings
+from medlore.recipes.training import Schedule
+
+MethodName = Literal["sr-lora", "lora", "rslora", "dora", "adalora", "eva", "pissa", "linear-probe", "bitfit", "partial", "full"]
+
+
+class FinetuneSettings(Settings):
+    """Everything that decides the result of one tuning run; `docs/tuning.md` explains each field.
+
+    Images: `data` to `test_fraction`. Model: `model` to `heads`. Method and ranks: `method` to `dropout`. Training: `epochs`
+    to `light`. The rest: where and how it runs.
+    """
+
+    data: Path | None = None
+    format: Format = "auto"
+    images: Path | None = None
+    test_data: Path | None = None
+    split: str | None = None
+    task: Literal["single", "multi"] | None = None
+    classes: tuple[str, ...] | None = None
+    group_pattern: str | None = None
+    shots: int | None = pydantic.Field(default=None, ge=1)
+    draw: int = pydantic.Field(default=1, ge=1)
+    data_seed: int = 0
+    per: Literal["image", "group"] = "image"
+    official_draw: bool = False
+    validation_shots: int | Literal["all"] | None = None
+    validation_fraction: float = pydantic.Field(default=0.2, ge=0, lt=1)
+    test_fraction: float = pydantic.Field(default=0.2, ge=0, lt=1)
+
+    model: str = "medlore:vit-mini"
+    image_size: int | None = pydantic.Field(default=None, ge=1)
+    heads: int | None = pydantic.Field(default=None, ge=1)
+
+    method: MethodName = "sr-lora"
+    plan: Path | None = None
+    ranks: str | None = None
+    targets: str = "attention"
+    granularity: Literal["projection", "fused"] = "projection"
+    rank: int | Literal["equal"] = 8
+    scale: float = pydantic.Field(default=1.0, gt=0)
+    budget: str | None = None
+    alpha: str | None = None
+    partial_update: Literal["off", "nested", "single"] = "off"
+    last_blocks: int = pydantic.Field(default=2, ge=1)
+    dropout: float = pydantic.Field(default=0.0, ge=0, lt=1)
+
+    epochs: int = pydantic.Field(default=20, ge=1)
+    batch_size: int = pydantic.Field(default=4, ge=1)
+    learning_rate: float | None = pydantic.Field(default=None, gt=0)
+    min_learning_rate: float = pydantic.Field(default=0.0, ge=0)
+    warmup_fraction: float = pydantic.Field(default=0.1, ge=0, le=1)
+    weight_decay: float = pydantic.Field(default=0.05, ge=0)
+    clip: float | None = pydantic.Field(default=1.0, gt=0)
+    patience: int | None = pydantic.Field(default=None, ge=1)
+    augment: bool = True
+    crop: tuple[float, float] = (0.5, 1.0)
+    flip: Flip = "none"
+    degrees: float = pydantic.Field(default=10.0, ge=0)
+    light: float = pydantic.Field(default=0.1, ge=0, lt=1)
+
+    seed: int = pydantic.Field(default=0, ge=0)
+    device: DeviceChoice = "auto"
+    precision: Precision = "auto"
+    bootstrap: int = pydantic.Field(default=1000, ge=0)
+    track: Literal["none", "tensorboard"] = "none"
+    track_stable_rank: bool = False
+    checkpoints: bool = True
+
+    @pydantic.field_validator("rank", "validation_shots")
+    @classmethod
+    def _from_one(cls, value: int | str | None) -> int | str | None:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("a number from 1, or the word")
+        return value
+
+    def split_rules(self) -> SplitRules:
+        """How parts are made where the data set has none."""
+        names = ("shots", "draw", "per", "validation_shots", "validation_fraction", "test_fraction")
+        return SplitRules(seed=self.data_seed, **{name: getattr(self, name) for name in names})
+
+    def schedule(self) -> Schedule:
+        """How long and how fast."""
+        names = ("epochs", "batch_size", "min_learning_rate", "warmup_fraction", "weight_decay", "clip", "patience", "seed")
+        rate = self.learning_rate if self.learning_rate is not None else METHODS[self.method].learning_rate
+        return Schedule(learning_rate=rate, **{name: getattr(self, name) for name in names})
