@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,17 +13,25 @@ import torch
 from numpy.typing import NDArray
 
 from medlore.errors import InputError, TargetError, UnknownNameError
+from medlore.linalg.cholesky import GramMatrix, exact_enclosure, svd_enclosure
+from medlore.linalg.lanczos import BlockKrylov, Enclosure
+from medlore.linalg.passes import gamma
 
 Rounding = Literal["half-even", "half-up", "floor", "ceil"]
-Decision = Literal["lanczos", "proof", "exact"]
+Decision = Literal["lanczos", "cholesky", "proof", "exact"]
 Array = NDArray[np.floating]
 
-_ROUND = {
-    "half-even": round,
-    "half-up": lambda x: math.floor(x + 0.5),
-    "floor": math.floor,
-    "ceil": math.ceil,
+# rounding -> the function, and how far below and above an integer its inputs lie
+_ROUND: dict[str, tuple[Callable[[float], int], float, float]] = {
+    "half-even": (round, 0.5, 0.5),
+    "half-up": (lambda x: math.floor(x + 0.5), 0.5, 0.5),
+    "floor": (math.floor, 0.0, 1.0),
+    "ceil": (math.ceil, 1.0, 0.0),
 }
+_SMALL = 48  # below this side a float64 Gram matrix costs less than the loop around Lanczos
+_MOST_BLOCK_STEPS = 7
+_EXPECTED_RESIDUAL = 2e-5  # of float32 block steps, relative to σ₁²; only a guess of when the measured one will be small enough
+_EXPECTED_SLACK = 1e-3
 
 
 @dataclass(frozen=True)
@@ -34,9 +43,10 @@ class StableRank:
         lower: certified lower bound of the stable rank.
         upper: certified upper bound of the stable rank.
         rank: scale times the stable rank, rounded, then clipped to 1 .. min(m, n).
-        decided_by: what made the integer sure: `lanczos` (two-sided bounds, failure probability below), `proof` (no probability), `exact`
-            (all of it in float64, because the value lies on a rounding edge or the matrix is small).
-        steps: Lanczos steps taken; 0 where none were needed.
+        decided_by: what made the integer sure: `lanczos` (block Lanczos, two-sided bounds), `cholesky` (flat spectra: a float32 Cholesky
+            factorisation whose error was probed), `proof` (a float64 Cholesky factorisation, no probability), `exact` (all in float64,
+            because the value lies on a rounding edge or the matrix is small).
+        steps: (block) Lanczos steps taken; 0 where none were needed.
         failure_probability: upper bound of the probability that `lower` (and so the integer) is wrong; 0.0 when proved or exact.
     """
 
@@ -91,19 +101,36 @@ def stable_rank(
     """
     _check_options(rounding, scale, tolerance)
     A = _as_matrix(W)
-    frobenius2, top = _exact_squares(A)
-    value = frobenius2 / top
-    margin = value * 1e-12
-    rank = _to_rank(value * scale, rounding, min(A.shape))
-    return StableRank(value, max(1.0, value - margin), min(float(min(A.shape)), value + margin), rank, "exact", 0, 0.0)
+    question = _Question(min(A.shape), rounding, scale, tolerance)
+    return _answer(A, question, proof=proof, rng=np.random.default_rng(seed))
 
 
-def spectral_norm(W: torch.Tensor | Array, *, tolerance: float = 1e-6, seed: int = 0) -> SpectralNorm:
-    """The largest singular value with certified bounds, at most `tolerance` apart relative to the value."""
-    frobenius = float(np.linalg.norm(_as_matrix(W).astype(np.float64)))
-    found = stable_rank(W, tolerance=tolerance, seed=seed)
+def spectral_norm(W: torch.Tensor | Array, *, tolerance: float = 1e-4, proof: bool = False, seed: int = 0) -> SpectralNorm:
+    """The largest singular value with certified bounds, at most `tolerance` apart relative to the value.
+
+    Args:
+        W: as for `stable_rank`.
+        tolerance: relative width of the bounds.
+        proof: replace the failure probability by a proof.
+        seed: of the random start.
+
+    Returns:
+        Estimate, bounds and the probability that the upper one fails.
+
+    Raises:
+        TargetError, InputError: as `stable_rank`.
+
+    Example:
+        >>> spectral_norm(np.diag([3.0, 1.0])).value
+        3.0
+    """
+    found = stable_rank(W, tolerance=tolerance, proof=proof, seed=seed)
+    values = W.detach().double().cpu().numpy() if isinstance(W, torch.Tensor) else np.asarray(W, np.float64)
+    frobenius = float(np.abs(values).max())
+    frobenius *= float(np.linalg.norm(values / frobenius))
     value, lower, upper = (frobenius / math.sqrt(s) for s in (found.value, found.upper, found.lower))
-    return SpectralNorm(value, lower, upper, found.failure_probability)
+    slip = 1 + gamma(1 << 18)
+    return SpectralNorm(value, lower / slip, upper * slip, found.failure_probability)
 
 
 def effective_rank(W: torch.Tensor | Array) -> float:
@@ -131,7 +158,7 @@ def _check_options(rounding: str, scale: float, tolerance: float | None) -> None
 
 
 def _as_matrix(W: torch.Tensor | Array) -> Array:
-    """The weight as a NumPy matrix of float32 or float64, faults told."""
+    """The weight as a tall float32 or float64 matrix of moderate size, faults told; a copy only where type or layout ask for it."""
     if isinstance(W, torch.Tensor):
         W = W.detach()
         W = (W if W.dtype == torch.float64 else W.float()).cpu().numpy()
@@ -142,18 +169,108 @@ def _as_matrix(W: torch.Tensor | Array) -> Array:
         raise TargetError("weight", f"{A.ndim} axes, shape {A.shape}", "a matrix with two axes", "flatten the weight to out x in first")
     if A.size == 0:
         raise TargetError("weight", f"empty, shape {A.shape}", "at least one row and one column", "leave this weight out")
-    if not np.isfinite(A).all():
+    if not (A.flags.c_contiguous or A.flags.f_contiguous):
+        A = np.ascontiguousarray(A)
+    A = A if A.shape[0] >= A.shape[1] else A.T
+    flat = A.ravel(order="K")
+    squares = float(np.vdot(flat, flat))
+    return A if 1e-18 < squares < 1e30 else _moderate(A)
+
+
+def _moderate(A: Array) -> Array:
+    """A times a power of two that brings its largest entry to about 1: the stable rank stays, squares neither overflow nor vanish."""
+    largest = float(np.abs(A).max())
+    if not math.isfinite(largest):
         raise TargetError("weight", "NaN or infinity in it", "finite numbers", "load another checkpoint, or leave this weight out")
-    if not A.any():
+    if largest == 0:
         raise TargetError("weight", "all zero, so its stable rank is undefined", "at least one non-zero entry", "leave this weight out")
-    return A
+    moderate: Array = np.ldexp(A, -math.frexp(largest)[1])
+    return moderate
 
 
-def _exact_squares(A: Array) -> tuple[float, float]:
-    """‖A‖_F² and σ₁² from a float64 SVD, of A divided by its largest entry."""
-    values = scipy.linalg.svdvals(A.astype(np.float64) / float(np.abs(A).max()))
-    return float((values**2).sum()), float(values[0] ** 2)
+@dataclass(frozen=True)
+class _Question:
+    """What has to be settled about one matrix: the integer, and the width of the bounds where that is asked for."""
+
+    most: int
+    rounding: str
+    scale: float
+    tolerance: float | None
+
+    def rank(self, stable: float) -> int:
+        rounded = _ROUND[self.rounding][0](self.scale * stable)
+        return max(1, min(self.most, int(rounded)))
+
+    def target(self, frobenius2: float, theta: float) -> float:
+        """The σ₁² below which an upper bound must come, when `theta` is close below σ₁²."""
+        rank = self.rank(frobenius2 / theta)
+        lowest = rank - _ROUND[self.rounding][1] if rank > 1 else 0.0
+        edge = self.scale * frobenius2 / lowest if lowest > 0 else math.inf
+        wide = theta * (1 + 0.8 * self.tolerance) if self.tolerance else 2 * theta
+        return min(edge, wide)
+
+    def settle(self, seen: Enclosure, decided_by: Decision, steps: int) -> StableRank | None:
+        """The answer, if both bounds round to the same integer and lie close enough together."""
+        slip = 1 + gamma(1 << 18) if decided_by != "exact" else 1.0  # rounding of ‖A‖_F², summed chunk by chunk, and of the division
+        value = min(float(self.most), max(1.0, seen.frobenius2 / seen.value))
+        upper = min(float(self.most), max(value, seen.frobenius2 / seen.lower * slip if seen.lower > 0 else math.inf))
+        lower = max(1.0, min(value, seen.frobenius2 / seen.upper / slip))
+        if self.rank(lower) != self.rank(upper) or (self.tolerance is not None and upper - lower > self.tolerance * value):
+            return None
+        return StableRank(value, lower, upper, self.rank(value), decided_by, steps, seen.failure_probability)
+
+    def stamp(self, seen: Enclosure) -> StableRank:
+        """The answer that a float64 SVD gives, taken as it is."""
+        value = min(float(self.most), max(1.0, seen.frobenius2 / seen.value))
+        return StableRank(value, value, value, self.rank(value), "exact", 0, 0.0)
 
 
-def _to_rank(scaled: float, rounding: Rounding, most: int) -> int:
-    return max(1, min(most, int(_ROUND[rounding](scaled))))
+def _answer(A: Array, question: _Question, *, proof: bool, rng: np.random.Generator) -> StableRank:
+    """The cheapest way that settles the question: block Lanczos, Cholesky, all of it in float64."""
+    found = None
+    if min(A.shape) >= _SMALL:
+        flat = A.ravel(order="K")
+        frobenius2 = float(np.vdot(flat, flat))
+        vector = A.T @ (A @ np.asarray(rng.standard_normal(A.shape[1]), A.dtype))
+        image = A @ vector
+        early = float(image @ image) / float(vector @ vector)  # a rough σ₁² from one power step, too low by a small factor
+        if not proof and frobenius2 / early <= A.shape[1] / 8:
+            found = _by_lanczos(A, question, frobenius2, rng)
+        found = found or _by_cholesky(A, question, frobenius2, vector, proof=proof, rng=rng)
+    found = found or question.settle(exact_enclosure(A), "exact", 0)
+    return found or question.stamp(svd_enclosure(A))
+
+
+def _by_lanczos(A: Array, question: _Question, frobenius2: float, rng: np.random.Generator) -> StableRank | None:
+    """Block Lanczos: a few steps are enough where the spectrum decays."""
+    block = 16 if A.shape[1] >= 256 else 8
+    krylov = BlockKrylov(A, block, min(_MOST_BLOCK_STEPS, A.shape[1] // block - 1), rng)
+    while krylov.step():
+        if krylov.steps < 2:
+            continue
+        theta = krylov.solve()
+        target = question.target(frobenius2, theta)
+        if krylov.upper_bound(target, residual=_EXPECTED_RESIDUAL * theta, slack=_EXPECTED_SLACK) > target:
+            continue
+        found = question.settle(krylov.enclose(target), "lanczos", krylov.steps)
+        if found is not None:
+            return found
+    return None
+
+
+def _by_cholesky(
+    A: Array, question: _Question, frobenius2: float, start: Array, *, proof: bool, rng: np.random.Generator
+) -> StableRank | None:
+    """Lanczos on the Gram matrix for the lower bound, a Cholesky factorisation just above it for the upper one."""
+    gram = GramMatrix(A, start, exact=proof)
+    target = question.target(frobenius2, gram.theta)
+    room = target - gram.theta
+    if room <= gram.theta * (1e-9 if proof else 4e-5):
+        return None
+    for share in (0.5, 0.9):
+        level = gram.theta + share * room
+        seen = gram.proved_bound(level) if proof else gram.probed_bound(level, rng)
+        found = question.settle(seen, "proof" if proof else "cholesky", gram.steps) if seen else None
+        if found is not None:
+            return found
+    return None

@@ -1,0 +1,187 @@
+"""Block Lanczos on AᵀA from a random start, with an upper bound of σ₁² that holds except with a stated probability.
+
+The derivation of every line of `CertifiedKrylov` is in docs/certificates.md.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.linalg
+from numpy.typing import NDArray
+
+from medlore.linalg.passes import Array, Float64, apply_gram, chi_floor, exact_pass, gamma, lower_bound_of_top
+
+FAILURE_OF_START = 5e-13
+FAILURE_OF_PROBES = 4e-13
+
+
+@dataclass(frozen=True)
+class Enclosure:
+    """Bounds of ‖A‖_F² and σ₁²: `value` and `lower` are sure, `upper` fails with at most `failure_probability`."""
+
+    frobenius2: float
+    value: float
+    lower: float
+    upper: float
+    failure_probability: float
+
+
+class BlockKrylov:
+    """A growing orthonormal basis of span{Ω, GΩ, G²Ω, ...} with G = AᵀA, and the projection T of G on it.
+
+    Nothing that is proved from it assumes that the basis is exactly orthonormal or T exact: what they lack is measured.
+
+    Args:
+        A: m x n with m >= n, float32 or float64.
+        block: columns b of the random start Ω.
+        most_steps: upper limit of the number of steps.
+        rng: draws Ω, and later the probes.
+    """
+
+    def __init__(self, A: Array, block: int, most_steps: int, rng: np.random.Generator) -> None:
+        n = A.shape[1]
+        self.A, self.block, self.steps, self.rng = A, block, 0, rng
+        self._rows = np.empty(((most_steps + 1) * block, n), A.dtype)  # one basis vector a row
+        self._T = np.zeros((most_steps * block, most_steps * block))
+        start = rng.standard_normal((n, block)).astype(A.dtype)
+        V, R = np.linalg.qr(start)
+        self._rows[:block] = V.T
+        self.start, self.start_factor = start, R.astype(np.float64)  # Ω = V₀ R₀ + rounding
+        self.next_factor = np.zeros((block, block))
+        self.ritz_values = np.zeros(0)
+        self.ritz_vectors = np.zeros((0, 0))
+
+    @property
+    def size(self) -> int:
+        """Number of basis vectors that T speaks of."""
+        return self.steps * self.block
+
+    def step(self) -> bool:
+        """One block step; false when the space cannot grow (it is invariant, or as large as asked for)."""
+        low, high = self.size, self.size + self.block
+        if high + self.block > len(self._rows):
+            return False
+        W = apply_gram(self.A, self._rows[low:high].T)
+        Q = self._rows[:high]
+        H = Q @ W
+        W -= Q.T @ H
+        again = Q @ W  # twice is enough
+        W -= Q.T @ again
+        H = (H + again).astype(np.float64)
+        self._T[:high, low:high] = H
+        self._T[low:high, :high] = H.T
+        self._T[low:high, low:high] = (H[low:high] + H[low:high].T) / 2
+        V, R = np.linalg.qr(W)
+        self._rows[high : high + self.block] = V.T
+        self.next_factor = R.astype(np.float64)
+        self.steps += 1
+        return True
+
+    def solve(self) -> float:
+        """Ritz values and vectors of T; returns the largest."""
+        T = self._T[: self.size, : self.size]
+        self.ritz_values, self.ritz_vectors = scipy.linalg.eigh(T, check_finite=False, driver="evd")
+        return float(self.ritz_values[-1])
+
+    def top_vector(self) -> Float64:
+        """The Ritz vector of the largest Ritz value, n."""
+        return np.asarray(self._rows[: self.size].T @ self.ritz_vectors[:, -1].astype(self._rows.dtype), np.float64)
+
+    def upper_bound(self, target: float, *, residual: float, slack: float) -> float:
+        """The smallest number of a grid that λ₁ exceeds only if the start was unlucky; infinity if the grid holds none below `target`.
+
+        Args:
+            target: where the bound is wanted; the grid starts well below it and ends where a decreasing bound takes over.
+            residual: bound φ of ‖G V − V T − V₊ B Eᵀ‖.
+            slack: how much of the length of qᵀΩ rounding may eat.
+        """
+        theta, b = float(self.ritz_values[-1]), self.block
+        if target <= theta:
+            return math.inf
+        left = self.next_factor @ self.ritz_vectors[-b:]  # b p
+        right = self.start_factor.T @ self.ritz_vectors[:b]  # b p
+        nu, floor = self._spread(), chi_floor(b, FAILURE_OF_START) - slack
+        if nu * float(np.linalg.norm((left / (target - self.ritz_values)) @ right.T, 2)) > floor:
+            return math.inf
+        points = _grid(theta, target)
+        inverse = 1 / (points[:, None] - self.ritz_values)  # l p
+        squares = inverse * inverse
+        e = np.sqrt(squares @ (left**2).sum(0))
+        g = np.sqrt(squares @ (right**2).sum(0))
+        tail = np.flatnonzero((nu * e + residual) * g <= floor)  # both fall with λ: good from here to infinity
+        if tail.size == 0:
+            return math.inf
+        end = int(tail[0])
+        allowed = (floor - (residual + nu * np.diff(points)[:end] * np.minimum(e[:end], 1)) * g[:end]) / nu
+        bad = np.flatnonzero(~_norms_within(inverse[:end], left, right, allowed))
+        first = 0 if bad.size == 0 else int(bad[-1]) + 1
+        return float(points[first]) if points[first] <= target else math.inf
+
+    def _spread(self) -> float:
+        """Bound of ‖[V V₊]‖: one plus how far the basis is from orthonormal, with the rounding of that measure."""
+        Q = self._rows[: self.size + self.block]
+        defect = Q @ Q.T
+        defect[np.diag_indices(len(Q))] -= 1
+        unit = float(np.finfo(Q.dtype).eps) / 2
+        return math.sqrt(1 + float(np.linalg.norm(defect)) + 2 * len(Q) * Q.shape[1] * unit)
+
+    def enclose(self, target: float) -> Enclosure:
+        """Bounds in which every rounding error is measured in float64: one more pass over A.
+
+        Args:
+            target: where an upper bound of σ₁² is wanted.
+        """
+        p, b, n = self.size, self.block, self.A.shape[1]
+        probes = 8 if target > 1.008 * self.ritz_values[-1] else 16
+        weights = np.zeros((p + b, probes + 1))
+        weights[:p, 0] = self.ritz_vectors[:, -1]
+        weights[:p, 1:] = self.rng.standard_normal((p, probes))
+        basis = self._rows[: p + b].astype(np.float64).T  # n p+b
+        X = basis @ weights
+        seen = exact_pass(self.A, X)
+        expected = np.zeros_like(weights)
+        expected[:p] = self._T[:p, :p] @ weights[:p]
+        expected[p:] = self.next_factor @ weights[p - b : p]
+        misses = (seen.images - basis @ expected)[:, 1:]
+        rounding = 4 * gamma(self.A.shape[0] + n) * seen.frobenius2 * float(np.linalg.norm(X[:, 1:]))
+        residual = (float(np.linalg.norm(misses)) + rounding) / chi_floor(probes, FAILURE_OF_PROBES)
+        slack = float(np.linalg.norm(self.start - basis[:, :b] @ self.start_factor))
+        lower = lower_bound_of_top(seen, 0, X[:, 0], max(self.A.shape))
+        upper = self.upper_bound(target, residual=residual, slack=slack)
+        value = float(seen.lengths2[0] / (X[:, 0] @ X[:, 0]))
+        return Enclosure(seen.frobenius2, value, lower, upper, FAILURE_OF_START + FAILURE_OF_PROBES)
+
+
+def _grid(theta: float, target: float) -> Float64:
+    """Points above θ, coarse near it and finer where the whole spectrum counts; `target` is one of them."""
+    gap = target - theta
+    below = gap * np.geomspace(1 / 16, 1, 57)  # steps of 5 %
+    middle = max(gap, 0.1 * theta)
+    near = np.geomspace(gap, middle, max(2, math.ceil(math.log(middle / gap) / 0.05) + 1))
+    far = np.geomspace(middle, max(32 * theta, 2 * middle), 300)  # steps of 2 %
+    points: Float64 = theta + np.unique(np.concatenate([below, near[1:], far[1:]]))
+    return points
+
+
+def _norms_within(inverse: Float64, left: Float64, right: Float64, allowed: Float64) -> NDArray[np.bool_]:
+    """Whether ‖left · diag(inverse row) · rightᵀ‖ <= allowed, row by row; never yes by mistake."""
+    b = len(left)
+    products = (left[:, None, :] * right[None, :, :]).reshape(b * b, -1)
+    N = inverse @ products.T  # l b·b
+    good: NDArray[np.bool_] = np.einsum("ij,ij->i", N, N) <= np.maximum(allowed, 0) ** 2
+    rest = np.flatnonzero(~good & (allowed > 0))
+    if rest.size:
+        good[rest] = schatten8(N[rest].reshape(-1, b, b)) <= allowed[rest]
+    return good
+
+
+def schatten8(N: Float64) -> Float64:
+    """An upper bound of the largest singular value of each matrix of a stack: (Σ σ⁸)^(1/8), l b b -> l."""
+    scale = np.abs(N).max(axis=(1, 2), keepdims=True)
+    N = N / np.where(scale > 0, scale, 1)
+    square = N @ N.transpose(0, 2, 1)
+    fourth = square @ square
+    return np.asarray((fourth * fourth).sum(axis=(1, 2)) ** 0.125 * scale[:, 0, 0])

@@ -1,0 +1,98 @@
+"""Passes over one weight matrix, row chunk by row chunk, so that each chunk is read once and stays in the cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.linalg.blas
+import scipy.special
+from numpy.typing import NDArray
+
+Array = NDArray[np.floating]
+Float64 = NDArray[np.float64]
+
+UNIT_64 = float(np.finfo(np.float64).eps) / 2
+_CHUNK_BYTES = 1 << 19
+
+
+def gamma(count: int) -> float:
+    """Bound of the relative error of `count` chained float64 operations, n u / (1 - n u), in any order.
+
+    Source: Higham, "Accuracy and Stability of Numerical Algorithms", 2nd ed., Lemma 3.1.
+    """
+    return count * UNIT_64 / (1 - count * UNIT_64)
+
+
+def chi_floor(degrees: int, failure: float) -> float:
+    """The t with P[‖g‖ <= t] = failure for a standard normal vector g with `degrees` entries."""
+    return float(np.sqrt(2 * scipy.special.gammaincinv(degrees / 2, failure)))
+
+
+def row_chunks(A: Array, bytes_per_entry: int) -> list[Array]:
+    """Views of successive rows of A, about one cache-full each."""
+    rows = max(16, _CHUNK_BYTES // (bytes_per_entry * A.shape[1]))
+    return [A[i : i + rows] for i in range(0, A.shape[0], rows)]
+
+
+def apply_gram(A: Array, X: Array) -> Array:
+    """AᵀA X in A's own precision, for A m x n and X n x b: one pass over A."""
+    chunks = row_chunks(A, A.itemsize)
+    Z: Array = chunks[0].T @ (chunks[0] @ X)
+    for chunk in chunks[1:]:
+        Z += chunk.T @ (chunk @ X)
+    return Z
+
+
+@dataclass(frozen=True)
+class ExactPass:
+    """What one float64 pass over A tells.
+
+    Attributes:
+        frobenius2: ‖A‖_F², relative error below `gamma(size of a chunk + chunks)`.
+        images: AᵀA X, n x b.
+        lengths2: ‖A x‖² for every column x of X.
+    """
+
+    frobenius2: float
+    images: Float64
+    lengths2: Float64
+
+
+def exact_pass(A: Array, X: Float64) -> ExactPass:
+    """‖A‖_F², AᵀA X and the squared lengths of A X, in float64; A is converted chunk by chunk, never as a whole."""
+    frobenius2, images, lengths2 = 0.0, np.zeros_like(X), np.zeros(X.shape[1])
+    for chunk in row_chunks(A, 8):
+        C = np.asarray(chunk, np.float64)
+        flat = C.ravel(order="K")
+        frobenius2 += float(np.dot(flat, flat))
+        Y = C @ X
+        images += C.T @ Y
+        lengths2 += (Y * Y).sum(axis=0)
+    return ExactPass(frobenius2, images, lengths2)
+
+
+def lower_bound_of_top(seen: ExactPass, column: int, x: Float64, width: int) -> float:
+    """A number surely below σ₁² = max ‖A x‖² / ‖x‖², from the pass's column for x, less its float64 rounding."""
+    length = float(np.sqrt(x @ x))
+    image = float(np.sqrt(seen.lengths2[column])) * (1 - gamma(width + 8))
+    sigma = image / length - gamma(width) * float(np.sqrt(seen.frobenius2))
+    return max(0.0, sigma) ** 2 * (1 - gamma(2 * width))
+
+
+def gram_upper(A: Array) -> Array:
+    """The upper triangle of AᵀA in A's precision, Fortran order; what is below the diagonal is zero."""
+    syrk = scipy.linalg.blas.ssyrk if A.dtype == np.float32 else scipy.linalg.blas.dsyrk
+    result: Array = syrk(1.0, A.T) if A.flags.c_contiguous else syrk(1.0, A, trans=1)
+    return result
+
+
+def gram_upper_64(A: Array) -> Float64:
+    """The same in float64, added up over chunks of rows, so that A needs no float64 copy."""
+    n = A.shape[1]
+    G: Float64 = np.zeros((n, n), order="F")
+    rows = max(256, n)
+    for i in range(0, A.shape[0], rows):
+        C = np.ascontiguousarray(A[i : i + rows], np.float64)
+        G = scipy.linalg.blas.dsyrk(1.0, C.T, beta=1.0, c=G, overwrite_c=1)
+    return G
