@@ -1,0 +1,279 @@
+"""Expert packs of classifiers: a folder with a manifest, the shared base, and one file per expert.
+
+::
+
+    PACK/
+    ├── manifest.json            schema medlore/expert-pack/1, kind "classifier": student, tasks, ranks, hashes, licence, metrics
+    ├── base.safetensors         the shared base
+    ├── experts/NAME.safetensors factors and head of one expert
+    └── README.md                the model card, where there is one
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from medlore.assets import PREFIX, asset_path
+from medlore.errors import CheckpointError, InputError, UnknownNameError
+from medlore.files import atomic_folder, read_json, sha256_of, write_json
+from medlore.layers.expert_surgery import install_experts, merge
+from medlore.models.multitask import MultiTaskNetwork
+from medlore.models.students import build_student, feature_width
+
+SCHEMA = "medlore/expert-pack/1"
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ExpertEntry:
+    """What a pack knows of one expert.
+
+    Attributes:
+        name: of the task and of the expert.
+        classes: labels, in the order of the head's outputs.
+        kind: `single` or `multi`.
+        ranks: layer -> rank of this expert's factors.
+        metrics: measured on the task's test part when the pack was made.
+        licence: of the data that the expert was trained on.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    kind: str
+    ranks: dict[str, int]
+    metrics: dict[str, Any] = field(default_factory=dict)
+    licence: str = "not stated"
+
+
+@dataclass(frozen=True)
+class ClassifierPack:
+    """A decomposed classifier in memory.
+
+    Attributes:
+        manifest: as read.
+        network: body with experts and heads, in fp32, in eval mode.
+        experts: name -> entry.
+    """
+
+    manifest: dict[str, Any]
+    network: MultiTaskNetwork
+    experts: dict[str, ExpertEntry]
+
+    @property
+    def image_size(self) -> int:
+        """Side of the input, in pixels."""
+        return int(self.manifest["preprocessing"]["image_size"])
+
+    def merged(self, expert: str) -> nn.Module:
+        """A plain network, body with its classifier, that needs nothing of MedLoRE's layers; the pack is not touched.
+
+        Raises:
+            UnknownNameError: the pack has no such expert.
+        """
+        if expert not in self.experts:
+            raise UnknownNameError("--expert", expert, self.experts)
+        body = merge(self.network.body, expert)
+        return with_classifier(body, self.network.heads[expert], self.experts[expert])
+
+
+def with_classifier(body: nn.Module, head: nn.Module, entry: ExpertEntry) -> nn.Module:
+    """Put a head on a body without classes, in the place where its family keeps its classifier."""
+    import copy
+
+    head = copy.deepcopy(head)
+    old = body.classifier
+    body.classifier = nn.Sequential(nn.Flatten(), head) if isinstance(old, nn.Sequential) else head
+    config = getattr(body, "config", None)
+    if config is not None:
+        config.id2label = dict(enumerate(entry.classes))
+        config.label2id = {name: number for number, name in enumerate(entry.classes)}
+        config.problem_type = "single_label_classification" if entry.kind == "single" else "multi_label_classification"
+        if hasattr(body, "num_labels"):
+            body.num_labels = len(entry.classes)
+    return body.eval()
+
+
+def save_classifier_pack(
+    path: str | Path,
+    network: MultiTaskNetwork,
+    *,
+    student: Mapping[str, Any],
+    experts: Mapping[str, ExpertEntry],
+    preprocessing: Mapping[str, Any],
+    layout: str,
+    weights: str = "fp16",
+    extra: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a pack as a whole or not at all.
+
+    Args:
+        path: the folder; replaced if it exists.
+        network: body with experts, and heads.
+        student: the arguments of `build_student`.
+        experts: task -> entry.
+        preprocessing: image_size, mean, std, interpolation.
+        layout: of the factors.
+        weights: `fp32` or `fp16`.
+        extra: further entries of the manifest (name, teacher).
+    """
+    shares = split_state({k: _stored(v, _DTYPES[weights]) for k, v in network.state_dict().items()}, list(experts))
+    with atomic_folder(path) as folder:
+        (folder / "experts").mkdir()
+        save_file(shares[None], folder / "base.safetensors")
+        for expert in experts:
+            save_file(shares[expert], folder / _file_of(expert))
+        files = ["base.safetensors", *(_file_of(e) for e in experts)]
+        manifest = {
+            "schema": SCHEMA,
+            "kind": "classifier",
+            "student": dict(student),
+            "preprocessing": dict(preprocessing),
+            "layout": layout,
+            "weights": weights,
+            "experts": {k: _entry_json(e) for k, e in experts.items()},
+            "files": {f: sha256_of(folder / f) for f in files},
+            **(extra or {}),
+        }
+        write_json(folder / "manifest.json", manifest)
+    return Path(path)
+
+
+def split_state(state: Mapping[str, Tensor], experts: list[str]) -> dict[str | None, dict[str, Tensor]]:
+    """Sort a state dict by owner: None (the shared base) and each expert (factors, scalings, own statistics, head)."""
+    shares: dict[str | None, dict[str, Tensor]] = {None: {}, **{e: {} for e in experts}}
+    for key, value in state.items():
+        shares[next((e for e in experts if e in key.split(".")), None)][key] = value
+    return shares
+
+
+def read_manifest(path: str | Path) -> dict[str, Any]:
+    """The manifest of a pack folder or `medlore:NAME`.
+
+    Raises:
+        CheckpointError: the folder is no pack, or one of another version.
+    """
+    path = asset_path(str(path)) if str(path).startswith(PREFIX) else Path(path)
+    file = path / "manifest.json"
+    if not file.is_file():
+        raise CheckpointError(
+            str(path), "no manifest.json", "an expert pack", "give the folder that `medlore decompose` or `medlore export` wrote"
+        )
+    manifest = read_json(file)
+    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+        came = manifest.get("schema") if isinstance(manifest, dict) else type(manifest).__name__
+        raise CheckpointError(str(file), f"schema {came!r}", SCHEMA, "write the pack anew with this version of medlore")
+    return manifest
+
+
+def load_classifier_pack(path: str | Path) -> ClassifierPack:
+    """Read a pack; hashes and every key and shape are checked.
+
+    Raises:
+        CheckpointError: a file is missing or altered, or keys do not fit; all faults of the pack in one report.
+    """
+    manifest = read_manifest(path)
+    folder = asset_path(str(path)) if str(path).startswith(PREFIX) else Path(path)
+    if manifest.get("kind") != "classifier":
+        raise CheckpointError(
+            str(folder), f"a pack of kind {manifest.get('kind')!r}", "a classifier pack", "use `medlore segment` for segmenter packs"
+        )
+    _check_files(folder, manifest["files"])
+    experts = {name: _entry_from(name, values) for name, values in manifest["experts"].items()}
+    network = _rebuild(manifest, experts)
+    state: dict[str, Tensor] = {}
+    for file in manifest["files"]:
+        state.update({k: v.float() if v.dtype == torch.float16 else v for k, v in _read(folder / file).items()})
+    _load_strictly(network, state, str(folder))
+    return ClassifierPack(manifest, network.eval(), experts)
+
+
+def _rebuild(manifest: Mapping[str, Any], experts: Mapping[str, ExpertEntry]) -> MultiTaskNetwork:
+    size = manifest["preprocessing"]["image_size"]
+    body = build_student(**manifest["student"], image_size=size)
+    width = feature_width(body, size)
+    layers = {layer for e in experts.values() for layer in e.ranks}
+    ranks = {(layer, name): e.ranks.get(layer, 0) for layer in layers for name, e in experts.items()}
+    install_experts(
+        body,
+        experts=list(experts),
+        ranks=ranks,
+        targets=lambda name, _module: name in layers,
+        layout=manifest["layout"],
+        batchnorm=manifest.get("batchnorm", "refuse"),
+    )
+    return MultiTaskNetwork(body, {name: len(e.classes) for name, e in experts.items()}, width=width, experts=True)
+
+
+def _check_files(folder: Path, files: Mapping[str, str]) -> None:
+    faults = []
+    for name, digest in files.items():
+        inside = (folder / name).resolve().is_relative_to(folder.resolve())
+        if not inside:
+            faults.append(f"{name}: lies outside the pack")
+        elif not (folder / name).is_file():
+            faults.append(f"{name}: missing")
+        elif sha256_of(folder / name) != digest:
+            faults.append(f"{name}: altered since the pack was written (its SHA-256 differs)")
+    if faults:
+        raise CheckpointError(
+            str(folder),
+            f"{len(faults)} of {len(files)} files do not fit the manifest",
+            "the files as written",
+            "fetch the pack anew",
+            faults=faults,
+        )
+
+
+def _load_strictly(network: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    wanted = {k: tuple(v.shape) for k, v in network.state_dict().items()}
+    faults = [f"missing: {k} {s}" for k, s in wanted.items() if k not in state]
+    faults += [f"unexpected: {k} {tuple(v.shape)}" for k, v in state.items() if k not in wanted]
+    faults += [
+        f"misshapen: {k} is {tuple(state[k].shape)}, the network has {s}"
+        for k, s in wanted.items()
+        if k in state and tuple(state[k].shape) != s
+    ]
+    if faults:
+        raise CheckpointError(
+            where,
+            f"{len(faults)} keys that do not fit",
+            "the keys and shapes of the described student",
+            "this pack belongs to another base",
+            faults=faults,
+        )
+    network.load_state_dict(dict(state))
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        found: dict[str, Tensor] = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(str(file), f"not a whole safetensors file ({error})", "a safetensors file", "fetch the pack anew") from error
+    return found
+
+
+def _stored(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weights in the pack's type; what is no float32 (counters, scalings) as it is."""
+    return value.detach().to(dtype if value.dtype == torch.float32 else value.dtype).contiguous().cpu()
+
+
+def _file_of(expert: str) -> str:
+    if "/" in expert or expert.startswith("."):
+        raise InputError("expert name", repr(expert), "letters, digits, blanks, - and _", "rename the task")
+    return f"experts/{expert}.safetensors"
+
+
+def _entry_json(entry: ExpertEntry) -> dict[str, Any]:
+    return {"classes": list(entry.classes), "kind": entry.kind, "ranks": entry.ranks, "metrics": entry.metrics, "licence": entry.licence}
+
+
+def _entry_from(name: str, values: Mapping[str, Any]) -> ExpertEntry:
+    return ExpertEntry(name, tuple(values["classes"]), values["kind"], dict(values["ranks"]), dict(values["metrics"]), values["licence"])

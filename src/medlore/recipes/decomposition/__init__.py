@@ -1,0 +1,1 @@
+"""The pieces of `medlore decompose` for classification: settings, tasks, ranks, training, report."""

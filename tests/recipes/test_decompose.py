@@ -1,0 +1,249 @@
+"""Decomposition end to end on two tiny tasks: every network, the pack, exact resume, live losses, clear refusals."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from medlore.errors import CheckpointError, DataError, InputError, StepError, UnknownNameError
+from medlore.files import read_json, write_json, write_text
+from medlore.layers.experts import ExpertLayer
+from medlore.layers.routing import route
+from medlore.models.classifier_pack import load_classifier_pack
+from medlore.recipes.decompose import decompose, plan
+from medlore.recipes.decomposition import training
+from medlore.recipes.decomposition.tasks import split_by_group
+from medlore.recipes.run import seed_everything
+
+SIZE = 32
+
+
+def write_task(folder: Path, name: str, *, classes: int, seed: int) -> Path:
+    """A MedMNIST-like file of blurred blocks: the class is the brightness of one quarter."""
+    rng = np.random.default_rng(seed)
+    arrays = {}
+    for part, count in (("train", 40), ("val", 16), ("test", 16)):
+        labels = np.arange(count) % classes
+        images = rng.integers(0, 60, (count, SIZE, SIZE)).astype(np.uint8)
+        for image, label in zip(images, labels, strict=True):
+            image[: SIZE // 2, : SIZE // 2] += np.uint8(180 * label // max(classes - 1, 1))
+        arrays |= {f"{part}_images": images, f"{part}_labels": labels[:, None]}
+    np.savez(folder / f"{name}.npz", **arrays)
+    return folder / f"{name}.npz"
+
+
+def write_study(folder: Path, **changes: Any) -> Path:
+    tasks = []
+    for number, (name, classes) in enumerate((("left", 2), ("right", 3))):
+        write_task(folder, name, classes=classes, seed=number)
+        tasks.append({"name": name, "data": f"{name}.npz", "train": "train", "validation": "val", "test": "test", "licence": "made here"})
+    study: dict[str, Any] = {
+        "name": "tiny",
+        "image_size": SIZE,
+        "tasks": tasks,
+        "teacher": {"source": "shufflenet", "steps": 4},
+        "ranks": {"rule": "given", "given": {"left": 2, "right": 3}},
+        "steps": 4,
+        "batch_size": 8,
+        "evaluate_every": 2,
+        "device": "cpu",
+        "weights": "fp32",
+    }
+    return write_text(folder / "study.yaml", yaml.safe_dump(study | changes))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    decompose(write_study(folder), folder / "out")
+    return folder
+
+
+def test_every_network_has_a_row_for_every_task(finished: Path) -> None:
+    report = read_json(finished / "out" / "report.json")
+    assert report["state"] == "done"
+    rows = report["results"]["table"]
+    networks = ["majority", "teacher", "shared", "shared-distilled", "experts", "single"]
+    assert [(r["network"], r["task"]) for r in rows] == [(n, t) for n in networks for t in ("left", "right")]
+    experts = next(r for r in rows if r["network"] == "experts")
+    teacher = next(r for r in rows if r["network"] == "teacher")
+    # one merged expert is as large as the plain student, which here is the teacher's own architecture
+    assert experts["deployed_parameters"] == teacher["deployed_parameters"]
+    assert experts["mega_flops"] == pytest.approx(teacher["mega_flops"])
+    assert experts["stored_parameters"] > teacher["stored_parameters"]
+    low, value, high = (experts["report"]["metrics"]["balanced_accuracy"][k] for k in ("low", "value", "high"))
+    assert low <= value <= high
+
+
+def test_all_terms_of_the_loss_were_live(finished: Path) -> None:
+    history = read_json(finished / "out" / "networks" / "experts" / "history.json")
+    for entry in history["losses"]:
+        assert min(entry["task"], entry["logit distillation"], entry["feature distillation"]) > 0
+    assert "logit distillation" not in read_json(finished / "out" / "networks" / "shared" / "history.json")["losses"][0]
+
+
+def test_a_merged_expert_answers_like_the_routed_one(finished: Path) -> None:
+    pack = load_classifier_pack(finished / "out" / "pack")
+    images = torch.randn(2, 3, SIZE, SIZE)
+    with torch.no_grad():
+        routed = pack.network(images, [("right", 2)]).logits["right"]
+        assert torch.allclose(pack.merged("right")(pixel_values=images).logits, routed, atol=1e-5)
+        with route(pack.network.body, "left"):
+            assert not torch.allclose(pack.network.heads["right"](pack.network.body(pixel_values=images).logits), routed, atol=1e-5)
+    assert {m.ranks["left"] for m in pack.network.modules() if isinstance(m, ExpertLayer)} == {2}
+    assert pack.experts["left"].licence == "made here"
+    with pytest.raises(UnknownNameError, match="'left'"):
+        pack.merged("lef")
+
+
+def test_a_second_run_takes_finished_networks_over(finished: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in (finished / "out" / "networks").rglob("best.pt")}
+    trained: list[str] = []
+
+    def narrate(name: str) -> training.Progress:
+        trained.append(name)
+        return lambda _step, _steps, _text: None
+
+    again = decompose(finished / "study.yaml", finished / "out", narrate=narrate)
+    assert trained == []
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    assert len(again.table) == 12
+
+
+def test_a_run_that_was_stopped_ends_where_an_unbroken_one_ends(finished: Path, tmp_path: Path) -> None:
+    study = write_study(tmp_path, variants=["experts"])
+
+    def stop_at_third_step(name: str) -> training.Progress:
+        def progress(step: int, _steps: int, _text: str) -> None:
+            if name == "experts" and step == 3:
+                raise KeyboardInterrupt
+
+        return progress
+
+    with pytest.raises(KeyboardInterrupt):
+        decompose(study, tmp_path / "out", narrate=stop_at_third_step)
+    assert read_json(tmp_path / "out" / "report.json")["state"] == "interrupted"
+    assert list((tmp_path / "out" / "networks" / "experts").glob("checkpoint-*.pt"))
+    seed_everything(99)  # nothing may hang on the global random state
+    decompose(study, tmp_path / "out")
+    broken = torch.load(tmp_path / "out" / "networks" / "experts" / "best.pt", weights_only=True)
+    whole = torch.load(finished / "out" / "networks" / "experts" / "best.pt", weights_only=True)
+    assert all(torch.equal(broken[k], whole[k]) for k in whole)
+
+
+def test_weights_of_zero_skip_the_teacher(tmp_path: Path) -> None:
+    study = write_study(tmp_path, loss={"beta": 0, "feature": 0}, variants=["experts"], steps=2, evaluate_every=1)
+    decompose(study, tmp_path / "out")
+    assert not (tmp_path / "out" / "networks" / "teacher").exists()
+    assert set(read_json(tmp_path / "out" / "networks" / "experts" / "history.json")["losses"][0]) == {"step", "task"}
+
+
+def test_dry_run_counts_without_training(tmp_path: Path) -> None:
+    found = plan(write_study(tmp_path, ranks={"rule": "task-size", "rank": 4}))
+    assert found["tasks"]["right"] == {"classes": ["0", "1", "2"], "kind": "single", "train": 40, "validation": 16, "test": 16}
+    assert found["base_parameters"] == 1_253_604
+    # two tasks of one size: the mean rank each; ShuffleNetV2 at r = 4 costs 43,308 per task in both layouts (but for the stem's kernel)
+    assert set(found["ranks"]["left"]) == {4}
+    assert found["expert_parameters"]["left"] == found["expert_parameters"]["right"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_ranks_by_the_stable_rank_of_the_teacher_keep_their_mean(tmp_path: Path) -> None:
+    found = plan(write_study(tmp_path, ranks={"rule": "stable-rank", "rank": 6}))
+    ranks = found["ranks"]["left"]
+    assert len(set(ranks)) > 1
+    assert np.mean(ranks) == pytest.approx(6, abs=0.5)
+
+
+def test_interleaved_layout_costs_what_the_reference_says(tmp_path: Path) -> None:
+    """43,308 parameters per task at rank 4 (notes on LoRKD, section 2.2)."""
+    found = plan(write_study(tmp_path, ranks={"rule": "uniform", "rank": 4, "layout": "interleaved"}))
+    assert found["expert_parameters"] == {"left": 43_308, "right": 43_308}
+
+
+def test_groups_never_stand_on_both_sides() -> None:
+    from medlore.data.images import from_arrays
+
+    images = from_arrays(
+        np.zeros((30, 4, 4), np.uint8), np.zeros(30, int), classes=("a",), name="g", groups=[str(i // 3) for i in range(30)]
+    )
+    part, rest = split_by_group(images, share=0.3, seed=0)
+    assert len(part) == 9
+    assert not set(part.groups) & set(rest.groups)
+    assert split_by_group(images, share=0.3, seed=0)[0].keys == part.keys
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shots": 5}, "shots: unknown setting"),
+        ({"ranks": {"rule": "given", "given": {"left": 2}}}, r"ranks\.given has \['left'\]"),
+        ({"teacher": None}, "need a teacher"),
+        ({"teacher": {"source": "resnet-81"}}, "the nearest are 'resnet-18'"),
+        ({"steps": 0, "batch_size": 0}, "2 faults"),
+    ],
+)
+def test_a_wrong_study_is_refused_before_anything_is_written(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        decompose(write_study(tmp_path, **changes), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_tasks_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    study = write_study(tmp_path)
+    (tmp_path / "left.npz").unlink()
+    (tmp_path / "right.npz").write_bytes(b"no archive")
+    with pytest.raises(DataError, match="2 of 2 cannot be read") as caught:
+        decompose(study, tmp_path / "out")
+    assert caught.value.faults[0].startswith("left:")
+    assert caught.value.faults[1].startswith("right:")
+
+
+def test_batch_norm_is_refused_until_the_user_decides(tmp_path: Path) -> None:
+    study = write_study(tmp_path, student={"norm": "batch"}, variants=["experts"], loss={"beta": 0, "feature": 0})
+    with pytest.raises(InputError, match="couple the samples"):
+        decompose(study, tmp_path / "out")
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = write_study(tmp_path, variants=["experts"], loss={"beta": 0, "feature": 0})
+    real = training.task_loss
+    calls = iter(range(1000))
+    monkeypatch.setattr(training, "task_loss", lambda *a: real(*a) * (math.nan if next(calls) >= 5 else 1.0))
+    with pytest.raises(StepError, match=r"step 2: loss nan"):
+        decompose(study, tmp_path / "out")
+    assert list((tmp_path / "out" / "networks" / "experts").glob("checkpoint-*.pt"))
+
+
+def test_a_pack_that_was_touched_is_refused(finished: Path, tmp_path: Path) -> None:
+    import shutil
+
+    pack = Path(shutil.copytree(finished / "out" / "pack", tmp_path / "pack"))
+    file = pack / "experts" / "left.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\0")
+    (pack / "experts" / "right.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="2 of 3 files") as caught:
+        load_classifier_pack(pack)
+    assert "altered" in caught.value.faults[0]
+    assert "missing" in caught.value.faults[1]
+
+
+def test_a_pack_of_another_base_is_refused_in_one_report(finished: Path, tmp_path: Path) -> None:
+    import shutil
+
+    pack = Path(shutil.copytree(finished / "out" / "pack", tmp_path / "pack"))
+    manifest = read_json(pack / "manifest.json")
+    manifest["experts"]["left"]["classes"] = ["only"]
+    write_json(pack / "manifest.json", manifest)
+    with pytest.raises(CheckpointError, match="do not fit") as caught:
+        load_classifier_pack(pack)
+    assert [f.split(":")[0] for f in caught.value.faults] == ["misshapen", "misshapen"]
+    write_json(pack / "manifest.json", manifest | {"schema": "medlore/expert-pack/0"})
+    with pytest.raises(CheckpointError, match="expert-pack/0"):
+        load_classifier_pack(pack)
