@@ -77,6 +77,15 @@ def test_flat_folder_is_unlabelled(tmp_path: Path) -> None:
         found.targets()
 
 
+def test_scanner_exports_without_a_suffix(tmp_path: Path) -> None:
+    (tmp_path / "IM0001").write_bytes(b"\0" * 128 + b"DICM")
+    (tmp_path / "1.2.840.113619").write_bytes(b"\0" * 128 + b"DICM")
+    assert read_images(tmp_path).keys == ("1.2.840.113619", "IM0001")
+    (tmp_path / "LICENSE").write_text("no image")
+    with pytest.raises(DataError, match="LICENSE: not an image file"):
+        read_images(tmp_path)
+
+
 def test_empty_folder_and_missing_path(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no images"):
         read_images(tmp_path)

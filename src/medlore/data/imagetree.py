@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from medlore.data.imageset import ImageItem, ImageSet
-from medlore.data.trees import BESIDE_SUFFIXES, Tree, is_image_name
+from medlore.data.trees import BESIDE_SUFFIXES, Tree, is_image
 from medlore.errors import DataError, UnknownNameError
 
 SPLIT_NAMES = {
@@ -33,7 +33,7 @@ def read_folder(tree: Tree, *, split: str | None = None, classes: Sequence[str] 
         UnknownNameError: a split that is not there.
     """
     parted = [_parted(name) for name in tree.names if not name.lower().endswith(BESIDE_SUFFIXES)]
-    images = [entry for entry in parted if is_image_name(entry[2])]
+    images = [entry for entry in parted if is_image(tree, entry[2])]
     empty = {label for _, label, _ in map(_parted, (f"{folder}/." for folder in tree.empty_folders)) if label}
     # The class list comes from all splits: it must not depend on the one that is read.
     found = sorted({label for _, label, _ in images if label} | (empty if any(label for _, label, _ in images) else set()))
@@ -77,7 +77,8 @@ def _faults(
     classes: Sequence[str],
     found: Sequence[str],
 ) -> list[str]:
-    faults = [f"{name}: not an image file" for _, _, name in parted if not is_image_name(name)]
+    known = {name for _, _, name in images}
+    faults = [f"{name}: not an image file" for _, _, name in parted if name not in known]
     if found:
         faults += [f"{name}: an image outside the class folders" for _, label, name in images if not label]
     faults += [f"{label}: a folder that is not in the class list" for label in found if label not in classes]

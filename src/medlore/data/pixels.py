@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from medlore.data.imageset import ImageItem
 from medlore.data.trees import ArchiveMember, read_member
@@ -65,8 +65,10 @@ def load_pixels(item: ImageItem) -> Pixels:
     except DataError as error:
         raise DataError(str(item.source), error.came, error.accepted, error.fix) from error
     except _BROKEN as error:
-        reason = str(error).split("\n")[0].replace("<_io.BytesIO object", "the file").split(" at 0x")[0] or type(error).__name__
-        raise DataError(str(item.source), f"cannot be read as an image ({reason})", ACCEPTED, "copy or export the file again") from error
+        reason = "no format that is known here" if isinstance(error, UnidentifiedImageError) else str(error).split("\n")[0]
+        raise DataError(
+            str(item.source), f"cannot be read as an image ({reason or type(error).__name__})", ACCEPTED, "copy or export the file again"
+        ) from error
 
 
 def load_many(items: Sequence[ImageItem], *, after: Callable[[Pixels], Pixels] | None = None, workers: int = 2) -> list[Pixels]:

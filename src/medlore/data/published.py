@@ -66,9 +66,8 @@ def read_published(
         inside = prefix + line.file.lstrip("/")  # RadImageNet's lists begin their paths with a slash
         if not place.has(inside):
             faults.append(f"line {line.number}: no file {inside!r} in {place.root}")
-        items.append(
-            ImageItem(line.file, place.source(inside) if place.has(inside) else place.root / inside, line.labels, form.group_of(line.file))
-        )
+            continue
+        items.append(ImageItem(line.file, place.source(inside), line.labels, form.group_of(line.file)))
     if faults or not items:
         raise DataError(
             f"{tree.root}/{name}",

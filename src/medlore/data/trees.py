@@ -231,6 +231,14 @@ def is_image_name(name: str) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES)
 
 
+def is_image(tree: Tree, name: str) -> bool:
+    """Whether a file is an image by its suffix, or a DICOM file without one, as scanners export them."""
+    if is_image_name(name):
+        return True
+    suffix = name.rsplit("/", 1)[-1].partition(".")[2]
+    return not suffix.strip("0123456789.") and tree.read_bytes(name)[128:132] == b"DICM"
+
+
 def _archive(path: Path) -> zipfile.ZipFile:
     """An open handle, kept; a file that has changed since is opened anew."""
     state = path.stat()

@@ -7,7 +7,7 @@ MedFMC baselines count the class before twice in the mean of AUC).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -71,9 +71,7 @@ def classification_report(
     count = len(hits)
     if bootstrap < 0:
         raise InputError("bootstrap", f"got {bootstrap}", "a whole number from 0", "give 0 to leave the intervals out")
-    draws = _resamples(count, groups, bootstrap, seed)
-    width = max(1, _CHUNK // max(count, 1))
-    parts = [_measure(hits, guesses, draws[:, i : i + width], task, threshold) for i in range(0, draws.shape[1], width)]
+    parts = [_measure(hits, guesses, weights, task, threshold) for weights in _resamples(count, groups, bootstrap, seed)]
     table = {name: np.concatenate([part[name] for part in parts], axis=-1) for name in parts[0]}
     return {
         "task": task,
@@ -117,17 +115,21 @@ def _checked(targets: ArrayLike, scores: ArrayLike, classes: Sequence[str], task
     return labels.astype(bool), guesses
 
 
-def _resamples(count: int, groups: Sequence[str | None] | None, bootstrap: int, seed: int) -> NDArray[np.float32]:
-    """(b, 1 + r) weights: the sample itself, then r resamples of items or of whole groups."""
+def _resamples(count: int, groups: Sequence[str | None] | None, bootstrap: int, seed: int) -> Iterator[NDArray[np.float32]]:
+    """(b, r) weights: first the sample itself, then resamples of items or of whole groups, a few at a time."""
     if groups is not None and len(groups) != count:
         raise InputError("groups", f"{len(groups)} for {count} items", "one per item", "give one group per item")
     names = [f"item {i}" if g is None else f"group {g}" for i, g in enumerate(groups or [None] * count)]
     index = np.unique(names, return_inverse=True)[1] if groups is not None else np.arange(count)
     units = int(index.max()) + 1
-    draws = np.random.default_rng(seed).integers(units, size=(bootstrap, units))
-    flat = draws + np.arange(bootstrap)[:, None] * units
-    weights = np.bincount(flat.ravel(), minlength=bootstrap * units).reshape(bootstrap, units).astype(np.float32)
-    return np.concatenate([np.ones((1, count), dtype=np.float32), weights[:, index]]).T.copy()  # b r
+    yield np.ones((count, 1), dtype=np.float32)
+    generator = np.random.default_rng(seed)
+    width = max(1, _CHUNK // count)
+    for start in range(0, bootstrap, width):  # the stream of draws does not depend on the width
+        rows = min(width, bootstrap - start)
+        draws = generator.integers(units, size=(rows, units)) + np.arange(rows)[:, None] * units
+        weights = np.bincount(draws.ravel(), minlength=rows * units).reshape(rows, units).astype(np.float32)
+        yield np.ascontiguousarray(weights[:, index].T)
 
 
 def _measure(
