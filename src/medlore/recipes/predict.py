@@ -15,7 +15,7 @@ from medlore.data.imageset import ImageItem, ImageSet
 from medlore.data.lists import MedfmcName
 from medlore.data.pixels import check_pixels
 from medlore.data.submission import write_submission
-from medlore.data.trees import is_image_name, tree_of
+from medlore.data.trees import is_image, tree_of
 from medlore.errors import InputError, StepError
 from medlore.recipes.accelerators import Precision, make_accelerator
 from medlore.recipes.evaluate import score_images
@@ -89,7 +89,7 @@ def gather_images(sources: Sequence[str | Path], card: TunedCard) -> ImageSet:
             items += _listed(source, faults)
         elif source.is_dir() or source.suffix.lower() == ".zip":
             tree = tree_of(source)
-            found = [name for name in tree.names if is_image_name(name)]
+            found = [name for name in tree.names if is_image(tree, name)]
             items += [ImageItem(f"{source.name}/{name}" if len(sources) > 1 else name, tree.source(name), ()) for name in found]
             if not found:
                 faults.append(f"{source}: no images in it")
