@@ -77,7 +77,7 @@ def feature_examples(examples: Examples, model: nn.Module, head: str, *, acceler
     """The same examples as inputs of the head: one pass through the frozen network."""
     with without_head(model, head) as body:
         features = predict_logits(body, examples.inputs, len(examples), accelerator=accelerator)
-    return Examples(_FeatureBatches(features), examples.targets)
+    return Examples(_FeatureBatches(features.clone()), examples.targets)  # a clone leaves inference mode
 
 
 def steps_of(count: int, batch_size: int, epochs: int) -> int:
