@@ -58,8 +58,10 @@ def lorkd_shapes(config: SegmenterConfig, ranks: Sequence[int]) -> Shapes:
 
 
 def filled(shapes: Shapes) -> dict[str, Tensor]:
-    """Weights by formula; a copy has the values of its original."""
-    return {name: formula_weight(_origin(name), shape) for name, shape in shapes.items()}
+    """Weights by formula; a copy is its original, so that torch.save stores both once, as in the published files."""
+    origins = {name: _origin(name) for name in shapes}
+    weights = {origin: formula_weight(origin, shapes[name]) for name, origin in origins.items()}
+    return {name: weights[origin] for name, origin in origins.items()}
 
 
 def write_published(path: Path, state: Mapping[str, Tensor], *, training: bool = True) -> Path:

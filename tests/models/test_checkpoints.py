@@ -290,7 +290,8 @@ def test_a_pack_without_one_expert_still_serves_the_others(lorkd_file: Path, tmp
     bundle = load_segmenter(tmp_path / "pack")
     assert any("head and neck" in note for note in bundle.notes)
     assert bundle.network("brain") is not None
-    with pytest.raises(CheckpointError, match=r"head-and-neck.safetensors: is not in the pack"):
+    assert "head and neck" not in bundle.ranks
+    with pytest.raises(CheckpointError, match=r"no expert for 'head and neck' \(experts/head-and-neck.safetensors is missing\)"):
         bundle.network("head and neck")
 
 
@@ -334,6 +335,12 @@ def test_a_pair_that_was_never_bound_is_warned_about(lorkd_file: Path, tmp_path:
         warnings.simplefilter("error")
         load_segmenter(tmp_path / "pack")
         load_segmenter(tmp_path / "pack", prompt_embeddings=tmp_path / "table.safetensors")
+    write_segmenter_pack(tmp_path / "nameless", bundle.weights, prompts=PromptTable(table.keys, table.embeddings))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_segmenter(tmp_path / "nameless")
+    with pytest.warns(UnboundPairWarning):
+        load_segmenter(tmp_path / "nameless", prompt_embeddings=tmp_path / "table.safetensors")
     PromptTable(table.keys, table.embeddings, "b" * 64).write(tmp_path / "foreign.safetensors")
     with pytest.warns(UnboundPairWarning):
         load_segmenter(tmp_path / "pack", prompt_embeddings=tmp_path / "foreign.safetensors")

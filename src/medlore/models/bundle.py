@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from medlore.assets import PREFIX, asset_path
 from medlore.errors import CheckpointError, InputError, UnknownNameError
 from medlore.files import sha256_of
 from medlore.models import packs
@@ -52,6 +53,7 @@ class SegmenterBundle:
         text: text encoder; None if there is a table only.
         preprocessing: constants of the training.
         region: the region of a merged expert; None for a model of all regions.
+        absent: experts that the pack's manifest names and that are not there: region -> reason.
         notes: what a user should know of how the files were read.
         source: the file or folder.
     """
@@ -65,11 +67,12 @@ class SegmenterBundle:
         text: TextEncoder | None = None,
         preprocessing: Mapping[str, Any] | None = None,
         region: str | None = None,
+        absent: Mapping[str, str] | None = None,
         notes: Sequence[str] = (),
     ) -> None:
         self.weights, self.source, self.prompts, self.text = weights, source, prompts, text
         self.preprocessing = dict(preprocessing or PUBLISHED_PREPROCESSING)
-        self.region, self.notes = region, tuple(notes)
+        self.region, self.absent, self.notes = region, dict(absent or {}), tuple(notes)
         self._networks: OrderedDict[str | None, Segmenter] = OrderedDict()
 
     @property
@@ -148,7 +151,8 @@ class SegmenterBundle:
             return None
         if region not in self.regions:
             fix = "load the file or pack that holds all experts" if self.region else "choose one of its regions, or leave the region out"
-            raise CheckpointError(str(self.source), f"no expert for {region!r}", f"one of {', '.join(self.regions)}", fix)
+            came = f"no expert for {region!r}" + (f" ({self.absent[region]})" if region in self.absent else "")
+            raise CheckpointError(str(self.source), came, f"one of {', '.join(self.regions)}", fix)
         return region if region in self.weights.experts else None
 
     def _merged_bytes(self) -> int:
@@ -171,7 +175,7 @@ def load_segmenter(
     """A pack, or a published SAT or LoRKD file, ready for use.
 
     Args:
-        path: pack folder, .pth or .safetensors.
+        path: pack folder, .pth or .safetensors, or a shipped pack (`medlore:NAME`).
         expert: only this region's expert is kept.
         text: the published text encoder's file, for prompts outside a table.
         tokenizer: wordpiece list for it.
@@ -186,7 +190,7 @@ def load_segmenter(
     Warns:
         UnboundPairWarning: vision weights and prompts that no pack has bound together.
     """
-    path = Path(path)
+    path = asset_path(str(path)) if str(path).startswith(PREFIX) else Path(path)
     encoder = read_text_encoder(text, tokenizer=tokenizer) if text is not None else None
     table = PromptTable.read(prompt_embeddings) if prompt_embeddings is not None else None
     if path.is_dir():
@@ -199,7 +203,7 @@ def load_segmenter(
     _check_width(bundle)
     if expert is not None:
         _keep(bundle, expert)
-    _warn_unbound(bundle, bound_to)
+    _warn_unbound(bundle, [given.sha256 for given in (encoder,) if given] + [given.text_sha256 for given in (table,) if given], bound_to)
     return bundle
 
 
@@ -253,13 +257,15 @@ def _load_pack(path: Path, table: PromptTable | None, encoder: TextEncoder | Non
     manifest = packs.read_manifest(path, kind=KIND)
     config = SegmenterConfig.from_dict(manifest["config"])
     base = packs.read_pack_file(path, manifest, BASE_FILE, verify=verify)
-    experts = _PackExperts(path, manifest, verify=verify)
+    told_experts: dict[str, dict[str, Any]] = manifest["experts"]
+    absent = {name: f"{e['file']} is missing" for name, e in told_experts.items() if not (path / e["file"]).is_file()}
+    experts = _PackExperts(path, manifest, {name: e for name, e in told_experts.items() if name not in absent}, verify=verify)
     weights = SegmenterWeights(config, base, experts, form=manifest["form"], lora_alpha=manifest["lora_alpha"])
     told = manifest.get("prompts")
     if table is None and told is not None:
         rows = packs.read_pack_file(path, manifest, PROMPTS_FILE, verify=verify)["embeddings"]
         table = PromptTable(tuple(told["keys"]), rows, told.get("text_sha256"))
-    notes = [f"the pack names an expert for {name} that is not there: {reason}" for name, reason in experts.absent().items()]
+    notes = [f"the pack names an expert for {name} that is not there: {reason}" for name, reason in absent.items()]
     bundle = SegmenterBundle(
         weights,
         source=path,
@@ -267,17 +273,17 @@ def _load_pack(path: Path, table: PromptTable | None, encoder: TextEncoder | Non
         text=encoder,
         preprocessing=manifest["preprocessing"],
         region=manifest.get("region"),
+        absent=absent,
         notes=notes,
     )
     return bundle, told.get("text_sha256") if told else None
 
 
 class _PackExperts(Mapping[str, Expert]):
-    """Experts of a pack, read when they are used; one that is missing or damaged spoils only its own region."""
+    """Experts of a pack, read when they are used; one that is damaged spoils only its own region."""
 
-    def __init__(self, path: Path, manifest: Mapping[str, Any], *, verify: bool) -> None:
-        self._path, self._manifest, self._verify = path, manifest, verify
-        self._told: dict[str, dict[str, Any]] = manifest["experts"]
+    def __init__(self, path: Path, manifest: Mapping[str, Any], told: Mapping[str, Mapping[str, Any]], *, verify: bool) -> None:
+        self._path, self._manifest, self._told, self._verify = path, manifest, told, verify
         self._read: dict[str, Expert] = {}
 
     def __iter__(self) -> Iterator[str]:
@@ -297,9 +303,6 @@ class _PackExperts(Mapping[str, Expert]):
             pairs = {t: (state[f"{t}.lora_A"], state[f"{t}.lora_B"]) for t in targets}
             self._read[name] = Expert(pairs, told["scaling"], told["layout"])
         return self._read[name]
-
-    def absent(self) -> dict[str, str]:
-        return {name: f"{told['file']} is missing" for name, told in self._told.items() if not (self._path / told["file"]).is_file()}
 
 
 def _plain_network(config: SegmenterConfig, state: State) -> Segmenter:
@@ -339,10 +342,15 @@ def _check_width(bundle: SegmenterBundle) -> None:
             )
 
 
-def _warn_unbound(bundle: SegmenterBundle, bound_to: str | None) -> None:
-    """A pair is bound when a pack was made of it: then the hashes of the text encoder agree."""
-    given = bundle.text.sha256 if bundle.text is not None else bundle.prompts.text_sha256 if bundle.prompts is not None else None
-    if (bundle.text is None and bundle.prompts is None) or (bound_to is not None and given == bound_to):
+def _warn_unbound(bundle: SegmenterBundle, given: Sequence[str | None], bound_to: str | None) -> None:
+    """A pair is bound when a pack was made of it; prompts given from outside are bound if they came from the same text encoder.
+
+    Args:
+        bundle: what was loaded.
+        given: hashes of the text encoders behind the table and encoder that were given; None for an unknown one.
+        bound_to: hash of the text encoder behind the pack's own prompts.
+    """
+    if all(sha256 is not None and sha256 == bound_to for sha256 in given):
         return
     note = (
         f"{bundle.source.name} and these prompts were never bound: if they do not belong together, the masks are garbage and nothing "

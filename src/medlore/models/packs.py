@@ -31,7 +31,7 @@ def is_pack(path: str | Path) -> bool:
 
 
 def write_pack(path: str | Path, manifest: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> Path:
-    """Write a whole pack or nothing; `manifest["files"]` gets the size and hash of every file.
+    """Write a whole pack or nothing; `manifest["files"]` gets the hash of every file.
 
     Args:
         path: the folder; replaced if it is there.
@@ -45,7 +45,7 @@ def write_pack(path: str | Path, manifest: Mapping[str, Any], tensors: Mapping[s
         for name, state in tensors.items():
             (folder / name).parent.mkdir(exist_ok=True)
             save_file({key: tensor.detach().contiguous() for key, tensor in state.items()}, folder / name)
-            files[name] = {"sha256": sha256_of(folder / name), "bytes": (folder / name).stat().st_size}
+            files[name] = sha256_of(folder / name)
         write_json(folder / MANIFEST, {**manifest, "files": files})
     return Path(path)
 
@@ -90,7 +90,7 @@ def read_pack_file(path: str | Path, manifest: Mapping[str, Any], name: str, *, 
     place = Path(path) / name
     if not place.is_file():
         raise CheckpointError(str(place), "is not in the pack", "every file that the manifest names", "copy or export the pack again")
-    wanted = manifest.get("files", {}).get(name, {}).get("sha256")
+    wanted = manifest.get("files", {}).get(name)
     if verify and sha256_of(place) != wanted:
         raise CheckpointError(
             str(place), "is not the file that was exported (its hash differs)", f"sha256 {wanted}", "copy or export the pack again"

@@ -15,6 +15,7 @@ from medlore.files import atomic_path, existing_file
 from medlore.models.statefile import read_state
 from medlore.models.vocabulary import canonical_modality
 
+SCHEMA = "medlore/prompts/1"
 _TENSOR = "embeddings"
 
 
@@ -79,7 +80,7 @@ class PromptTable:
         """One safetensors file; the prompts are in its header."""
         from safetensors.torch import save_file
 
-        header = {"prompts": json.dumps(list(self.keys)), "schema": "medlore/prompts/1"}
+        header = {"prompts": json.dumps(list(self.keys)), "schema": SCHEMA}
         if self.text_sha256:
             header["text_sha256"] = self.text_sha256
         with atomic_path(path) as temporary:
@@ -137,15 +138,24 @@ def _read_tensors(path: Path) -> PromptTable:
 def _header(path: Path) -> Mapping[str, str]:
     if path.suffix.lower() != ".safetensors":
         return {}
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(path, framework="pt") as opened:
-        return dict(opened.metadata() or {})
+    try:
+        with safe_open(path, framework="pt") as opened:
+            return dict(opened.metadata() or {})
+    except (SafetensorError, OSError):
+        return {}
 
 
 def _key(prompt: str) -> str:
     """`ct/liver` from `ct/liver` or `ct_liver`."""
     return prompt.replace("_", "/", 1) if "/" not in prompt.split("_", 1)[0] else prompt
+
+
+def is_prompt_table(path: str | Path) -> bool:
+    """Whether a file is a table of our own form."""
+    path = Path(path)
+    return path.is_file() and path.suffix.lower() == ".safetensors" and _header(path).get("schema") == SCHEMA
 
 
 def table_of(embeddings: Iterable[tuple[str, Tensor]], *, text_sha256: str | None = None) -> PromptTable:

@@ -1,0 +1,276 @@
+"""What is this? A weights file, a pack, a plan, an adapter, a folder of images: each kind has one small describer."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from medlore.assets import PREFIX, asset_path
+from medlore.errors import CheckpointError, InputError
+from medlore.files import read_json, sha256_of
+from medlore.models import packs
+from medlore.models.bundle import KIND, PROMPTS_FILE, load_segmenter
+from medlore.models.checkpoints import SegmenterWeights, recognise
+from medlore.models.statefile import State, read_state
+from medlore.models.vocabulary import Entry, canonical_modality, default_vocabulary
+
+Facts = dict[str, Any]
+_WEIGHTS = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
+
+
+def describe(path: str | Path, *, lora_alpha: float | None = None) -> Facts:
+    """What a file or folder is, ready for JSON; the first describer that knows it speaks.
+
+    Args:
+        path: file or folder.
+        lora_alpha: alpha of a published file with equal ranks.
+
+    Raises:
+        InputError: nothing is there.
+        CheckpointError: weights that are broken, foreign in part, or fit only in part.
+    """
+    path = asset_path(str(path)) if str(path).startswith(PREFIX) else Path(path)
+    if not path.exists():
+        raise InputError(str(path), "no such file or folder", "a weights file, a pack, a plan, images", "check the spelling")
+    for describer in _DESCRIBERS:
+        facts = describer(path, lora_alpha)
+        if facts is not None:
+            return {"path": str(path), **facts}
+    raise InputError(str(path), "is of no kind that is known here", "weights, a pack, a plan, an adapter, images", "name another")
+
+
+def describe_labels(*, modality: str | None = None, region: str | None = None, pack: str | Path | None = None) -> Facts:
+    """Labels of the vocabulary, or those that a pack has prompts for.
+
+    Raises:
+        UnknownNameError: no such modality or region.
+        InputError: a pack without prompts.
+    """
+    entries = default_vocabulary().entries(modality=modality, region=region)
+    if pack is not None:
+        bundle = load_segmenter(pack)
+        if bundle.prompts is None:
+            raise InputError(str(pack), "has no prompts inside", "a pack that was exported with --text", "export it again")
+        known = {e.key: e for e in default_vocabulary().entries()}
+        wanted = None if modality is None else canonical_modality(modality)
+        region = None if region is None else default_vocabulary().checked_region(region)
+        entries = [known.get(key, _stranger(key)) for key in bundle.prompts.keys]
+        entries = [e for e in entries if wanted in (None, e.modality) and region in (None, e.region)]
+    by_label: dict[tuple[str, str], list[Entry]] = {}
+    for entry in entries:
+        by_label.setdefault((entry.region, entry.label), []).append(entry)
+    rows = [
+        {
+            "label": label,
+            "region": where,
+            "modalities": [e.modality for e in group],
+            "published": [e.modality for e in group if e.published],
+            "synonyms": list(group[0].synonyms),
+        }
+        for (where, label), group in by_label.items()
+    ]
+    return {"kind": "labels", "count": len(rows), "pairs_with_modality": len(entries), "labels": rows}
+
+
+def print_facts(facts: Facts, *, as_json: bool) -> None:
+    """One JSON object, or lines and tables for people with notes on stderr."""
+    if as_json:
+        sys.stdout.write(json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+        return
+    for note in facts.get("notes", ()):
+        sys.stderr.write(f"note: {note}\n")
+    for name, value in facts.items():
+        if name != "notes" and value not in (None, [], {}, ""):
+            _print_fact(name.replace("_", " "), value)
+
+
+def _print_fact(name: str, value: Any, *, indent: str = "") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(soft_wrap=True, highlight=False)
+    if isinstance(value, list) and value and isinstance(value[0], Mapping):
+        table = Table(*(str(column).replace("_", " ") for column in value[0]), box=None, pad_edge=False)
+        for row in value:
+            table.add_row(*(_plain(cell) for cell in row.values()))
+        console.print(table)
+    elif isinstance(value, Mapping):
+        console.print(f"{indent}{name}:", markup=False)
+        for key, item in value.items():
+            _print_fact(str(key).replace("_", " "), item, indent=indent + "  ")
+    else:
+        console.print(f"{indent}{name}: {_plain(value)}", markup=False)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, list):
+        return ", ".join(_plain(v) for v in value)
+    return "" if value is None else str(value)
+
+
+def _describe_pack(path: Path, lora_alpha: float | None) -> Facts | None:
+    if not packs.is_pack(path):
+        return None
+    manifest = packs.read_manifest(path)
+    if manifest.get("kind") == KIND:
+        return _segmenter_pack(path, manifest, lora_alpha)
+    shown = ("name", "kind", "parameters", "student", "tasks", "ranks", "licence", "metrics")
+    return {"kind": f"{manifest.get('kind')} pack", **{key: manifest[key] for key in shown if key in manifest and key != "kind"}}
+
+
+def _segmenter_pack(path: Path, manifest: Mapping[str, Any], lora_alpha: float | None) -> Facts:
+    bundle = load_segmenter(path, lora_alpha=lora_alpha)
+    facts = {"kind": "segmenter pack", **_segmenter(bundle.weights, name=bundle.name)}
+    prompts = manifest.get("prompts") or {}
+    return {
+        **facts,
+        "prompts": len(prompts.get("keys", ())),
+        "text_sha256": prompts.get("text_sha256"),
+        "preprocessing": bundle.preprocessing,
+        "about": manifest.get("about"),
+        "sha256": bundle.sha256,
+        "files": manifest["files"],
+        "notes": [*bundle.notes, *([] if prompts else [f"no {PROMPTS_FILE}: prompts must be given when it is used"])],
+    }
+
+
+def _describe_weights(path: Path, lora_alpha: float | None) -> Facts | None:
+    if not path.is_file() or path.suffix.lower() not in _WEIGHTS:
+        return None
+    state = read_state(path)
+    try:
+        kind = recognise(state)
+    except CheckpointError as error:
+        raise error.at(str(path)) from error
+    if kind == "segmenter":
+        bundle = load_segmenter(path, lora_alpha=lora_alpha)
+        facts = _segmenter(bundle.weights, name=bundle.name)
+        return {"kind": "segmenter checkpoint", **facts, "sha256": bundle.sha256, "notes": list(bundle.notes)}
+    if kind == "text encoder":
+        return _text_encoder(path, state)
+    return {
+        "kind": "weights of another family",
+        "parameters": sum(w.numel() for w in state.values()),
+        "tensors": len(state),
+        "first_keys": list(state)[:5],
+        "sha256": sha256_of(path),
+    }
+
+
+def _segmenter(weights: SegmenterWeights, *, name: str) -> Facts:
+    base = sum(w.numel() for w in weights.base.values())
+    deep = sum(w.numel() for n, w in weights.base.items() if n.startswith("mid_mask_embed_proj"))
+    config = weights.config
+    return {
+        "model": name,
+        "parameters": weights.parameters(),
+        "base_parameters": base,
+        "expert_parameters": weights.parameters() - base,
+        "training_only_parameters": deep,
+        "features": list(config.features),
+        "convs_per_stage": config.convs_per_stage,
+        "query_width": config.query_width,
+        "form": weights.form,
+        "lora_alpha": weights.lora_alpha,
+        "experts": [_expert(weights, region) for region in weights.experts],
+    }
+
+
+def _expert(weights: SegmenterWeights, region: str) -> Facts:
+    expert = weights.experts[region]
+    ranks = expert.ranks(weights.base)
+    decoder = sorted({rank for target, rank in ranks.items() if ".decoder." in target})
+    scalings = sorted(set(expert.scaling.values()), reverse=True)
+    return {
+        "region": region,
+        "rank": weights.rank_of(region),
+        "decoder_rank": decoder[0] if len(decoder) == 1 else decoder,
+        "scaling": scalings[0] if len(scalings) == 1 else scalings,
+        "parameters": expert.parameters(),
+    }
+
+
+def _text_encoder(path: Path, state: State) -> Facts:
+    from medlore.models.text import read_text_encoder
+
+    encoder = read_text_encoder(path)
+    return {
+        "kind": "text encoder checkpoint",
+        "model": "BioLORD (MPNet) with SAT's projection and modality table",
+        "parameters": sum(p.numel() for p in encoder.parameters()),
+        "tensors": len(state),
+        "embedding_width": encoder.width,
+        "modalities": ["ct", "mri", "us", "pet"],
+        "sha256": encoder.sha256,
+    }
+
+
+def _describe_prompts(path: Path, _: float | None) -> Facts | None:
+    from medlore.models.prompts import PromptTable, is_prompt_table
+
+    if not is_prompt_table(path):
+        return None
+    table = PromptTable.read(path)
+    counts = {modality: len(table.labels(modality)) for modality in ("ct", "mri", "us", "pet")}
+    return {
+        "kind": "prompt table",
+        "prompts": len(table.keys),
+        "by_modality": counts,
+        "embedding_width": table.width,
+        "text_sha256": table.text_sha256,
+        "sha256": sha256_of(path),
+    }
+
+
+def _describe_json(path: Path, _: float | None) -> Facts | None:
+    """Plans, reports, vocabularies: whatever carries a schema of ours."""
+    if not path.is_file() or path.suffix.lower() != ".json":
+        return None
+    content = read_json(path)
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if not isinstance(schema, str) or not schema.startswith("medlore/"):
+        return None
+    plain = {k: v for k, v in content.items() if isinstance(v, str | int | float | bool) and k != "schema"}
+    sizes = {f"{k}_entries": len(v) for k, v in content.items() if isinstance(v, list | dict)}
+    return {"kind": schema, **plain, **sizes}
+
+
+def _describe_adapter(path: Path, _: float | None) -> Facts | None:
+    config = path / "adapter_config.json"
+    if not config.is_file():
+        return None
+    content = read_json(config)
+    shown = ("peft_type", "base_model_name_or_path", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
+    facts = {key: content[key] for key in shown if content.get(key) not in (None, {}, [])}
+    weights = path / "adapter_model.safetensors"
+    total = sum(w.numel() for w in read_state(weights).values()) if weights.is_file() else None
+    return {"kind": "PEFT adapter", "parameters": total, **facts}
+
+
+def _describe_images(path: Path, _: float | None) -> Facts | None:
+    from medlore.data.inspect import describe_images
+
+    facts = describe_images(path, pixels="sample")
+    return {"kind": "images", **facts}
+
+
+_DESCRIBERS: tuple[Callable[[Path, float | None], Facts | None], ...] = (
+    _describe_pack,
+    _describe_adapter,
+    _describe_prompts,
+    _describe_weights,
+    _describe_json,
+    _describe_images,
+)
+
+
+def _stranger(key: str) -> Entry:
+    modality, label = key.split("/", 1)
+    return Entry(label, modality, "not in the vocabulary", known=False)
