@@ -6,8 +6,10 @@ format allows it; `.npz` files through `numpy.load(allow_pickle=False)`; `.safet
 
 from __future__ import annotations
 
+import argparse
 import re
 import struct
+import warnings
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -27,6 +29,14 @@ if TYPE_CHECKING:
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "teacher", "student")
 _PREFIXES = ("module.", "backbone.", "encoder.", "model.", "base_encoder.", "_orig_mod.")
+_PICKLE_START = b"\x80"
+_HARMLESS: list[Any] = [  # plain data that training scripts put beside the weights
+    argparse.Namespace,
+    np.dtype,
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),  # type: ignore[attr-defined]
+    np._core.multiarray.scalar,  # type: ignore[attr-defined]
+    *(type(np.dtype(code)) for code in ("f2", "f4", "f8", "i4", "i8", "bool")),
+]
 _TORCH_SUFFIXES = (".bin", ".pth", ".pt", ".th", ".ckpt")
 _FOLDER_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _ACCEPTED = "a .safetensors, .bin, .pth, .pt or JAX .npz file, a transformers folder or hub name, or medlore:vit-mini"
@@ -65,7 +75,7 @@ class WeightSource(ABC):
                 "floating-point weights",
                 "give the unquantised checkpoint",
             )
-        return tensor.cpu()
+        return tensor if tensor.is_meta else tensor.cpu()
 
     @abstractmethod
     def _read(self, raw_name: str) -> Tensor: ...
@@ -130,21 +140,23 @@ class JaxSource(WeightSource):
     """
 
     def __init__(self, label: str, path: Path) -> None:
-        self._archive = _open_npz(path)
+        self._path = path
         self._members: dict[str, str] = {}
         shapes: dict[str, tuple[int, ...]] = {}
-        for member in self._archive.files:
-            shape = _npz_shape(self._archive, member, path)
-            name = member.removeprefix("opt/target/").replace("/", ".")
-            if name.endswith(".kernel"):
-                name, shape = name.removesuffix("kernel") + "weight", _jax_shape(name, shape)
-            self._members[name] = member
-            shapes[name] = shape
+        with _open_npz(path) as archive:
+            for member in archive.files:
+                shape = _npz_shape(archive, member, path)
+                name = member.removeprefix("opt/target/").replace("/", ".")
+                if name.endswith(".kernel"):
+                    name, shape = name.removesuffix("kernel") + "weight", _jax_shape(name, shape)
+                self._members[name] = member
+                shapes[name] = shape
         super().__init__(label, shapes)
 
     def _read(self, raw_name: str) -> Tensor:
         try:
-            kernel = self._archive[self._members[raw_name]]
+            with _open_npz(self._path) as archive:
+                kernel = archive[self._members[raw_name]]
         except (ValueError, OSError, zipfile.BadZipFile) as error:
             raise _broken(self.label, f"{self._members[raw_name]} cannot be read ({error})") from error
         kernel = kernel.view(np.float16) if kernel.dtype.kind == "V" and kernel.dtype.itemsize == 2 else kernel
@@ -225,14 +237,13 @@ def _from_hub(name: str) -> Path:
 def _torch_load(path: Path) -> Any:
     """The content of a `torch.save` file: tensors, numbers, containers; nothing that runs code."""
     try:
-        if zipfile.is_zipfile(path):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_HARMLESS):
+            warnings.simplefilter("ignore")  # about pickle protocols: what does not fit raises
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # unpicklers raise whatever the bytes make them raise
-        text = str(error)
-        if "weights_only" in text.lower() or "unsupported global" in text.lower():
-            named = re.search(r"GLOBAL ([\w.]+)", text)
-            what = f"a pickle that would run code ({named.group(1)})" if named else "a pickle that would run code"
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if named or path.read_bytes()[:1] == _PICKLE_START:
+            what = f"a pickle that would run code ({named.group(1)})" if named else "a pickle that would run code or is broken"
             fix = "ask for a file with tensors only, or convert it to safetensors where you trust it"
             raise CheckpointError(str(path), what, "tensors, numbers and containers only", fix) from error
         raise _broken(path, f"not a whole torch file ({type(error).__name__})") from error
@@ -257,13 +268,12 @@ def _unwrapped(content: Any, path: Path) -> dict[str, Tensor]:
 
 
 def _open_npz(path: Path) -> Any:
+    if not zipfile.is_zipfile(path):
+        raise _broken(path, "not a whole .npz archive")
     try:
-        archive = np.load(path, allow_pickle=False)
+        return np.load(path, allow_pickle=False)
     except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
         raise _broken(path, f"not a whole .npz archive ({type(error).__name__})") from error
-    if not hasattr(archive, "files"):
-        raise _broken(path, "a single array")
-    return archive
 
 
 def _npz_shape(archive: Any, member: str, path: Path) -> tuple[int, ...]:
