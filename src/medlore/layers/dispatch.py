@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from medlore.layers.expert_forms import Job
+from medlore.layers.expert_call import Job
 
 Form = Literal["merged", "factored", "gathered"]
 

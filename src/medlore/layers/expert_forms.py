@@ -1,150 +1,97 @@
 """The ways to compute a layer with experts for a mixed batch. All give the same numbers to rounding; they differ in cost.
 
 merged      one kernel W0 + delta for each expert present, one dense call on that expert's samples
-factored    one dense call of W0 for the whole batch, and beside it ``lora_A`` then ``lora_B`` on each expert's samples
-gathered    one kernel a sample, one grouped call
+factored    one dense call of W0 for the whole batch, and beside it ``lora_A`` on each expert's samples and one batched ``lora_B``
+gathered    one kernel a sample, in one grouped call (a batched matrix product where the kernel is a point)
 
 Only experts with samples in the batch are touched: the gradient of every other factor is None.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from medlore.linalg.factors import channel_factors, delta_weight, widened
+from medlore.layers.expert_call import Geometry, Job, Pair, Share
+from medlore.linalg.factors import widened
 from medlore.linalg.matricize import Layout
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """How a weight is slid over its input; an empty stride means a linear layer.
-
-    Attributes:
-        stride: one number a space axis.
-        padding: zeros on both sides of each space axis.
-        dilation: one number a space axis.
-        groups: channel groups.
-    """
-
-    stride: tuple[int, ...] = ()
-    padding: tuple[int, ...] = ()
-    dilation: tuple[int, ...] = ()
-    groups: int = 1
-
-    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, groups: int | None = None) -> Tensor:
-        """The plain layer: (b, in, *space) -> (b, out, *space'), or (b, ..., in) -> (b, ..., out) of a linear one."""
-        groups = self.groups if groups is None else groups
-        if not self.stride:
-            return F.linear(x, weight, bias)
-        convolution = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(self.stride)]
-        return convolution(x, weight, bias, self.stride, self.padding, self.dilation, groups)
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One expert's factors in one layer."""
-
-    lora_A: Tensor  # noqa: N815 - the field's word
-    lora_B: Tensor  # noqa: N815
-    scaling: float
-    layout: Layout
-
-    def delta(self, weight: Tensor) -> Tensor:
-        """The change of `weight`, in at least 32 bits."""
-        return delta_weight(self.lora_A, self.lora_B, weight_shape=weight.shape, layout=self.layout, scaling=self.scaling)
-
-    def merged(self, weight: Tensor) -> Tensor:
-        """`weight` with the change, in its own dtype: added in at least 32 bits, rounded once."""
-        return (widened(weight) + self.delta(weight)).to(weight.dtype)
-
-    def channel(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The pair in the channel layout."""
-        return channel_factors(self.lora_A, self.lora_B, weight_shape=weight.shape, layout=self.layout)
-
-
-@dataclass(frozen=True)
-class Share:
-    """The part of a batch that one expert computes; `pair` None means the shared base alone.
-
-    Attributes:
-        pair: the factors.
-        positions: (n,) places in the batch; None for the whole batch.
-    """
-
-    pair: Pair | None
-    positions: Tensor | None
-
-
-@dataclass(frozen=True)
-class Job:
-    """One call of one layer: input, base weights, and who computes which samples."""
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    geometry: Geometry
-    shares: Sequence[Share]
-
-
-def merged_form(job: Job) -> Tensor:
-    """One dense call for each expert present, with its merged kernel.
-
-    Source: ours (LoRKD's deployment form, W0 + s B A, used in training too).
-    """
-    parts = []
-    for share in job.shares:
-        weight = job.weight if share.pair is None else share.pair.merged(job.weight)
-        x = job.x if share.positions is None else job.x.index_select(0, share.positions)
-        parts.append(job.geometry.apply(x, weight, job.bias))
-    return _in_batch_order(parts, job.shares)
-
-
-def _in_batch_order(parts: Sequence[Tensor], shares: Sequence[Share]) -> Tensor:
-    if len(parts) == 1:
-        return parts[0]
-    order = torch.cat([s.positions for s in shares if s.positions is not None])
-    return torch.cat(list(parts)).index_select(0, torch.argsort(order))
 
 
 def factored_form(job: Job) -> Tensor:
     """One dense call of the base for the whole batch, plus the low-rank branch of each expert on its samples.
 
-    Source: LoRA eq. 3 (Hu et al. 2021), one branch an expert.
+    Source: LoRA eq. 3 (Hu et al. 2021), one branch an expert; ours in that unequal ranks share one batched product.
     """
     y = job.geometry.apply(job.x, job.weight, job.bias)
-    for share in job.shares:
-        if share.pair is None:
-            continue
-        x = job.x if share.positions is None else job.x.index_select(0, share.positions)
-        change = low_rank_branch(x, share.pair, job.weight, job.geometry).to(y.dtype)
-        y = y + change if share.positions is None else y.index_add(0, share.positions, change)
-    return y
-
-
-def low_rank_branch(x: Tensor, pair: Pair, weight: Tensor, geometry: Geometry) -> Tensor:
-    """What the factors add, B (A x) times the scaling, never forming the kernel: (b, in, *space) -> (b, out, *space')."""
-    lora_A, lora_B = pair.channel(weight)
-    return apply_factors(x, lora_A, lora_B * pair.scaling, geometry)
-
-
-def apply_factors(x: Tensor, lora_A: Tensor, lora_B: Tensor, geometry: Geometry) -> Tensor:
-    """``lora_B`` of ``lora_A`` of x; channel layout; the channel groups share ``lora_A``."""
-    if not geometry.stride:
-        return F.linear(F.linear(x, lora_A), lora_B)
-    groups, rank = geometry.groups, lora_A.shape[0]
+    pairs = [None if s.pair is None else s.pair.channel(job.weight) for s in job.shares]
+    widest = max(pair[0].shape[0] for pair in pairs if pair is not None)
+    up = torch.stack([_padded_up(pair, share, job.weight, widest) for pair, share in zip(pairs, job.shares, strict=True)])
+    up = job.by_sample(up.to(y.dtype))  # b out R
+    if not job.geometry.stride:
+        hidden = _linear_hidden(job, pairs, widest).to(y.dtype)  # b n R
+        return torch.baddbmm(y.reshape(len(y), -1, y.shape[-1]), hidden, up.mT).view(y.shape)
+    if job.geometry.pointwise(job.weight):
+        hidden = torch.bmm(_stacked_down(job, pairs, widest), job.x.flatten(2))
+    else:
+        hidden = _conv_hidden(job, pairs, widest)
+    hidden = hidden.to(y.dtype)  # b g*R n
+    groups = job.geometry.groups
     if groups == 1:
-        hidden = geometry.apply(x, lora_A)
-        return Geometry((1,) * len(geometry.stride), (0,) * len(geometry.stride), (1,) * len(geometry.stride)).apply(hidden, lora_B)
-    hidden = geometry.apply(x, lora_A.repeat(groups, *([1] * (lora_A.ndim - 1))))  # b g*r *space
-    space = hidden.shape[2:]
-    split = hidden.reshape(x.shape[0], groups, rank, -1)  # b g r n
-    up = lora_B.reshape(groups, -1, rank)  # g o/g r
-    return torch.einsum("gor,bgrn->bgon", up, split).reshape(x.shape[0], -1, *space)
+        return torch.baddbmm(y.flatten(2), up, hidden).view(y.shape)
+    shape = (len(y) * groups, -1)
+    change = torch.bmm(up.reshape(*shape, widest), hidden.reshape(*shape, hidden.shape[-1]).view(shape[0], widest, -1))
+    return y + change.view(y.shape)
+
+
+Factors = tuple[Tensor, Tensor]
+
+
+def _padded_up(pair: Factors | None, share: Share, weight: Tensor, widest: int) -> Tensor:
+    """(out, widest): ``lora_B`` times the scaling; zeros where the rank is smaller, and for the shared base."""
+    if pair is None or share.pair is None:
+        return weight.new_zeros(weight.shape[0], widest)
+    up = pair[1].flatten(1)
+    up = up if share.pair.scaling == 1.0 else up * share.pair.scaling
+    return F.pad(up, (0, widest - up.shape[1])) if up.shape[1] < widest else up
+
+
+def _stacked_down(job: Job, pairs: Sequence[Factors | None], widest: int) -> Tensor:
+    """(b, widest, in): ``lora_A`` of each sample; zeros where the rank is smaller."""
+    columns = job.weight[0].numel()
+    rows = [job.weight.new_zeros(widest, columns) if pair is None else pair[0].flatten(1) for pair in pairs]
+    rows = [row if len(row) == widest else F.pad(row, (0, 0, 0, widest - len(row))) for row in rows]
+    return job.by_sample(torch.stack(rows))
+
+
+def _linear_hidden(job: Job, pairs: Sequence[Factors | None], widest: int) -> Tensor:
+    """``lora_A`` of a linear layer: b n R."""
+    tokens = job.x.reshape(len(job.x), -1, job.x.shape[-1])  # b n in
+    return torch.bmm(tokens, _stacked_down(job, pairs, widest).mT)
+
+
+def _conv_hidden(job: Job, pairs: Sequence[Factors | None], widest: int) -> Tensor:
+    """``lora_A`` of a convolution, expert by expert: b g*R n; the channel groups share it."""
+    groups = job.geometry.groups
+    parts: list[Tensor | None] = []
+    for pair, share in zip(pairs, job.shares, strict=True):
+        if pair is None:
+            parts.append(None)
+            continue
+        down = pair[0] if groups == 1 else pair[0].repeat(groups, *([1] * (pair[0].ndim - 1)))
+        hidden = job.geometry.apply(share.of(job.x), down).flatten(2)  # n_e g*r n
+        rank = pair[0].shape[0]
+        if rank < widest:
+            hidden = F.pad(hidden.view(len(hidden), groups, rank, -1), (0, 0, 0, widest - rank)).flatten(1, 2)
+        parts.append(hidden)
+    sample = next(part for part in parts if part is not None)
+    filled = [sample.new_zeros(s.count, *sample.shape[1:]) if part is None else part for part, s in zip(parts, job.shares, strict=True)]
+    return job.in_order(filled)
 
 
 def gathered_form(job: Job) -> Tensor:
@@ -152,22 +99,139 @@ def gathered_form(job: Job) -> Tensor:
 
     Source: LoRKD's grouped convolution, with the kernels of the experts present alone.
     """
-    kernels = torch.stack([job.weight if s.pair is None else s.pair.merged(job.weight) for s in job.shares])
-    slots = job.x.new_zeros(job.x.shape[0], dtype=torch.long)
-    for number, share in enumerate(job.shares):
-        if share.positions is not None:
-            slots = slots.index_fill(0, share.positions, number)
-    return _one_kernel_a_sample(job, kernels.index_select(0, slots))
-
-
-def _one_kernel_a_sample(job: Job, kernels: Tensor) -> Tensor:
     x, geometry, batch = job.x, job.geometry, job.x.shape[0]
+    merged = torch.stack([job.weight if s.pair is None else s.pair.merged(job.weight) for s in job.shares])
+    kernels = job.by_sample(merged)  # b out in *kernel
     if not geometry.stride:
-        y = torch.einsum("bni,boi->bno", x.reshape(batch, -1, x.shape[-1]), kernels).reshape(*x.shape[:-1], -1)
-        return y if job.bias is None else y + job.bias
+        tokens = x.reshape(batch, -1, x.shape[-1])
+        y = torch.bmm(tokens, kernels.mT).view(*x.shape[:-1], -1)
+        return y if job.bias is None else y + job.bias.to(y.dtype)
+    if geometry.pointwise(job.weight):
+        return _batched_matrix(kernels.flatten(2), x, job.bias)
     bias = None if job.bias is None else job.bias.repeat(batch)
     y = geometry.apply(x.reshape(1, -1, *x.shape[2:]), kernels.flatten(0, 1), bias, groups=batch * geometry.groups)
-    return y.reshape(batch, -1, *y.shape[2:])
+    return y.view(batch, -1, *y.shape[2:])
+
+
+def _batched_matrix(kernels: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    """(b, out, in) at every position of (b, in, *space)."""
+    y = torch.bmm(kernels, x.flatten(2)).view(len(x), -1, *x.shape[2:])
+    return y if bias is None else y + bias.to(y.dtype).view(-1, *([1] * (x.ndim - 2)))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the backward pass needs beside tensors: per share its samples and how its factors are read."""
+
+    geometry: Geometry
+    shares: tuple[Share, ...]  # without factors: autograd keeps those
+    reading: tuple[tuple[float, Layout] | None, ...]
+
+    def pair(self, number: int, factors: Iterator[Tensor]) -> Pair | None:
+        """The next pair of `factors`, or None for the shared base."""
+        reading = self.reading[number]
+        return None if reading is None else Pair(next(factors), next(factors), *reading)
+
+
+class MergedLayer(torch.autograd.Function):
+    """The merged form as one step of autograd; its gradients are checked against finite differences in the tests.
+
+    Kept for the backward pass: the input, the base weight and the factors of the experts present. One merged kernel lives at a time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan, *factors: Tensor) -> Tensor:
+        """(b, in, *space) -> (b, out, *space')."""
+        ctx.save_for_backward(x, weight, bias, *factors)
+        ctx.plan = plan
+        own_bias = None if bias is None else bias.to(x.dtype)
+        given = iter(factors)
+        y: Tensor | None = None
+        for number, share in enumerate(plan.shares):
+            pair = plan.pair(number, given)
+            kernel = weight if pair is None else pair.merged(weight)
+            part = plan.geometry.apply(share.of(x), kernel.to(x.dtype), own_bias)
+            if len(plan.shares) == 1:
+                return part
+            y = part.new_empty(len(x), *part.shape[1:]) if y is None else y
+            share.put(y, part)
+        return cast("Tensor", y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of input, base weight, base bias and every factor."""
+        x, weight, bias, *factors = ctx.saved_tensors
+        plan: _Plan = ctx.plan
+        needs_x, needs_weight, needs_bias, _, *needs_factors = ctx.needs_input_grad
+        sum_weight = torch.zeros_like(widened(weight)) if needs_weight else None
+        grad_x = torch.empty_like(x) if needs_x else None
+        out: list[Tensor | None] = []
+        given, learns = iter(factors), iter(needs_factors)
+        with torch.autocast(x.device.type, enabled=False):
+            for number, share in enumerate(plan.shares):
+                pair = plan.pair(number, given)
+                wanted = (False, False) if pair is None else (next(learns), next(learns))
+                kernel = (weight if pair is None else pair.merged(weight)).to(x.dtype)
+                needs = (needs_x, needs_weight or any(wanted))
+                part_x, part_weight = _layer_gradients(share.of(grad), share.of(x), kernel, plan.geometry, needs)
+                if grad_x is not None and part_x is not None:
+                    share.put(grad_x, part_x)
+                if sum_weight is not None and part_weight is not None:
+                    sum_weight += part_weight
+                if pair is not None:
+                    out += pair.gradients(part_weight, wanted)
+        grad_weight = None if sum_weight is None else sum_weight.to(weight.dtype)
+        grad_bias = _bias_gradient(grad, plan.geometry).to(bias.dtype) if needs_bias else None
+        return grad_x, grad_weight, grad_bias, None, *out
+
+
+def _layer_gradients(
+    grad: Tensor, x: Tensor, kernel: Tensor, geometry: Geometry, needs: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of a plain layer's input and weight."""
+    if geometry.stride:
+        none = [0] * len(geometry.stride)
+        part_x, part_weight, _ = torch.ops.aten.convolution_backward(
+            grad, x, kernel, None, geometry.stride, geometry.padding, geometry.dilation, False, none, geometry.groups, [*needs, False]
+        )
+        return part_x, part_weight
+    rows, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+    return (grad @ kernel if needs[0] else None), (rows.mT @ inputs if needs[1] else None)
+
+
+def _bias_gradient(grad: Tensor, geometry: Geometry) -> Tensor:
+    channels = 1 if geometry.stride else grad.ndim - 1
+    return widened(grad).sum([axis for axis in range(grad.ndim) if axis != channels])
+
+
+def merged_form(job: Job) -> Tensor:
+    """One dense call for each expert present, with its merged kernel.
+
+    Neither the kernels nor copies of the samples are kept for the backward pass: both are made again there.
+
+    Source: ours (LoRKD's deployment form, W0 + s B A, used in training too).
+    """
+    x = job.x
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    shares = tuple(replace(share, pair=None) for share in job.shares)
+    plan = _Plan(job.geometry, shares, tuple(None if s.pair is None else (s.pair.scaling, s.pair.layout) for s in job.shares))
+    factors = [f for s in job.shares if s.pair is not None for f in (s.pair.lora_A, s.pair.lora_B)]
+    with torch.autocast(x.device.type, enabled=False):
+        return cast("Tensor", MergedLayer.apply(x, job.weight, job.bias, plan, *factors))
+
+
+def low_rank_branch(x: Tensor, pair: Pair, weight: Tensor, geometry: Geometry) -> Tensor:
+    """What the factors add, B (A x) times the scaling, never forming the kernel: (b, in, *space) -> (b, out, *space')."""
+    lora_A, lora_B = pair.channel(weight)
+    groups, rank = geometry.groups, lora_A.shape[0]
+    if not geometry.stride:
+        return F.linear(F.linear(x, lora_A), lora_B * pair.scaling)
+    hidden = geometry.apply(x, lora_A if groups == 1 else lora_A.repeat(groups, *([1] * (lora_A.ndim - 1))))  # b g*r *space
+    up = (lora_B.flatten(1) * pair.scaling).to(hidden.dtype).view(1, groups, -1, rank)  # 1 g o/g r
+    change = up @ hidden.reshape(len(hidden), groups, rank, -1)
+    return change.reshape(len(hidden), -1, *hidden.shape[2:])
 
 
 def mixture_form(job: Job, pairs: Sequence[tuple[int, Pair]], mixture: Tensor) -> Tensor:

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from medlore.errors import InputError, StepError
 from medlore.layers.dispatch import choose_form
-from medlore.layers.expert_forms import Geometry, Job, Pair, Share, factored_form, gathered_form, merged_form, mixture_form
+from medlore.layers.expert_call import Geometry, Job, Pair, Share
+from medlore.layers.expert_forms import factored_form, gathered_form, merged_form, mixture_form
 from medlore.layers.routing import BASE_ALONE, Roster, Route, RouteMemory
 from medlore.linalg.factors import factor_shapes, widened
-from medlore.linalg.matricize import Layout, checked_layout
+from medlore.linalg.matricize import Layout, checked_layout, interleave_side
 
 FORMS: Final = {"merged": merged_form, "factored": factored_form, "gathered": gathered_form}
 Scalings = float | Mapping[str, float] | None
@@ -74,6 +75,42 @@ class ExpertLayer(nn.Module):
             nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
             nn.init.zeros_(self.lora_B[name])
 
+    def check_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:
+        """Whether a pair fits the layer.
+
+        Raises:
+            InputError: another shape than its rank asks for, or a pair in the other layout.
+        """
+        k = interleave_side(self.base_layer.weight.shape) if self.layout == "interleaved" else 1
+        rank = lora_A.shape[0] // k if lora_A.ndim else 0
+        wanted = factor_shapes(self.base_layer.weight.shape, rank, self.layout)
+        if (tuple(lora_A.shape), tuple(lora_B.shape)) != wanted or rank < 1:
+            raise InputError(
+                f"{self.layer_name}: lora_A, lora_B",
+                f"shapes {tuple(lora_A.shape)} and {tuple(lora_B.shape)}",
+                f"{wanted[0]} and {wanted[1]} for rank {rank} in the {self.layout} layout",
+                "convert the pair first",
+            )
+
+    def set_factors(self, expert: str, lora_A: Tensor, lora_B: Tensor, *, scaling: float) -> None:
+        """Give an expert another pair, of any rank; in the dtype and on the device of the base.
+
+        Raises:
+            InputError: the pair does not fit.
+        """
+        self.check_factors(lora_A, lora_B)
+        weight = self.base_layer.weight
+        self.lora_A[expert] = nn.Parameter(lora_A.detach().to(weight, copy=True))
+        self.lora_B[expert] = nn.Parameter(lora_B.detach().to(weight, copy=True))
+        k = interleave_side(weight.shape) if self.layout == "interleaved" else 1
+        self.ranks[expert], self.scaling[expert] = lora_A.shape[0] // k, scaling
+
+    def drop_factors(self, expert: str) -> None:
+        """Make an expert the shared base in this layer: rank 0."""
+        if self.ranks[expert]:
+            del self.lora_A[expert], self.lora_B[expert]
+        self.ranks[expert], self.scaling[expert] = 0, 0.0
+
     def pair(self, expert: str) -> Pair | None:
         """The factors of an expert; None where its rank is 0."""
         if not self.ranks[expert]:
@@ -112,20 +149,21 @@ class ExpertLayer(nn.Module):
         if route.mixture is not None:
             job = Job(x, base.weight, base.bias, geometry, ())
             return mixture_form(job, self._mixed_pairs(route.mixture), route.mixture)
-        shares = self._shares(route, x.device)
+        shares = self._shares(route, x)
         if all(share.pair is None for share in shares):
             return geometry.apply(x, base.weight, base.bias)
-        job = Job(x, base.weight, base.bias, geometry, shares)
+        many = len(shares) > 1
+        slots, inverse = (route.slots(x.device), route.inverse(x.device)) if many else (None, None)
+        job = Job(x, base.weight, base.bias, geometry, shares, slots, inverse)
         return FORMS[choose_form(job)](job)
 
-    def _shares(self, route: Route, device: torch.device) -> list[Share]:
-        whole = len(route.groups) == 1
+    def _shares(self, route: Route, x: Tensor) -> list[Share]:
+        pairs = [None if g.expert == BASE_ALONE else self.pair(self.experts[g.expert]) for g in route.groups]
+        if len(pairs) == 1:
+            return [Share(pairs[0], len(x), 0, None)]
         return [
-            Share(
-                None if group.expert == BASE_ALONE else self.pair(self.experts[group.expert]),
-                None if whole else route.positions(group, device),
-            )
-            for group in route.groups
+            Share(pair, len(g.positions), g.positions[0] if g.contiguous else None, route.positions(g, x.device))
+            for pair, g in zip(pairs, route.groups, strict=True)
         ]
 
     def _mixed_pairs(self, mixture: Tensor) -> list[tuple[int, Pair]]:

@@ -70,12 +70,18 @@ class Route:
         """(n,) indices of a group's samples on a device; copied there once a route."""
         return self._table(("positions", group.expert, device), group.positions, device)
 
-    def order(self, device: torch.device) -> Tensor:
-        """(b,) positions of the samples, sorted by group."""
-        return self._table(("order", device), [p for group in self.groups for p in group.positions], device)
+    def inverse(self, device: torch.device) -> Tensor | None:
+        """(b,) where each sample lies when the groups follow one another; None when the batch is in that order already."""
+        order = [position for group in self.groups for position in group.positions]
+        if order == sorted(order):
+            return None
+        places = {position: place for place, position in enumerate(order)}
+        return self._table(("inverse", device), [places[position] for position in range(len(order))], device)
 
     def slots(self, device: torch.device) -> Tensor:
         """(b,) for each sample the number of its group in `groups`."""
+        if ("slots", device) in self._kept:
+            return self._kept["slots", device]
         number = {p: n for n, group in enumerate(self.groups) for p in group.positions}
         return self._table(("slots", device), [number[p] for p in range(len(number))], device)
 
