@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # transformers' model_type -> our family
 _FAMILIES: dict[str, Family] = {
     "vit": "vit", "swin": "swin", "dinov2": "dinov2", "clip": "clip", "clip_vision_model": "clip", "resnet": "resnet",
+    "medlore-shufflenet": "shufflenet",
 }  # fmt: skip
 
 
@@ -181,6 +182,8 @@ def _from_transformers(folder: Path | None, name: str) -> tuple[Any, tuple[str, 
     import transformers
     from safetensors import SafetensorError
 
+    import medlore.models.shufflenet  # noqa: F401 - makes its configuration known to transformers
+
     if folder is not None and not (folder / "config.json").is_file():
         raise InputError(
             str(folder),
@@ -210,7 +213,10 @@ def _stored_labels(config: Any) -> int:
 def _network_of(config: Any, name: str) -> Any:
     import transformers
 
+    from medlore.models.shufflenet import ShuffleNetConfig, ShuffleNetV2
+
     kinds = {
+        ShuffleNetConfig.model_type: ShuffleNetV2,
         "vit": transformers.ViTForImageClassification,
         "swin": transformers.SwinForImageClassification,
         "dinov2": transformers.Dinov2ForImageClassification,

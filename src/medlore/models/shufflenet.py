@@ -5,10 +5,11 @@ Source: Ma et al., "ShuffleNet V2: Practical Guidelines for Efficient CNN Archit
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from medlore.errors import InputError
@@ -25,42 +26,66 @@ _WIDTHS: dict[float, tuple[int, int, int, int]] = {
 _STEM_WIDTH = 24
 
 
-class ShuffleNetV2(nn.Module):
-    """ShuffleNetV2 with the call and the output of a transformers image classifier.
+class ShuffleNetConfig(PreTrainedConfig):  # type: ignore[misc]
+    """Sizes of a ShuffleNetV2.
 
     Args:
-        classes: outputs of `classifier`; 0 leaves the pooled features (b, width) as the output.
         width: 0.5, 1.0, 1.5 or 2.0, the published multipliers; 1.0 has 1,253,604 parameters without its classifier.
         norm: `batch` as published, or `group`, which keeps every sample to itself: with it the gradients of low-rank experts
             are separated in training, with batch statistics they are not.
         stem_stride: 2 as published (224-pixel images), 1 for images of about 64 pixels.
+        image_size: side of the images that it was trained on, in pixels; the network itself takes any size.
+        others: `num_labels` and what else transformers' configurations take; no labels leave the pooled features as the output.
 
     Raises:
         InputError: a width that was never published.
     """
 
-    def __init__(self, classes: int, *, width: float = 1.0, norm: Norm = "batch", stem_stride: int = 2) -> None:
-        super().__init__()
+    model_type = "medlore-shufflenet"
+
+    def __init__(self, width: float = 1.0, norm: Norm = "batch", stem_stride: int = 2, image_size: int = 224, **others: Any) -> None:
         if width not in _WIDTHS:
             raise InputError("ShuffleNetV2 width", repr(width), ", ".join(map(str, _WIDTHS)), "take one of them")
-        *stages, last = _WIDTHS[width]
-        self.conv1 = _ConvNorm(3, _STEM_WIDTH, kernel_size=3, stride=stem_stride, norm=norm)
+        self.width, self.norm, self.stem_stride, self.image_size = width, norm, stem_stride, image_size
+        super().__init__(**others)
+
+
+class ShuffleNetV2(PreTrainedModel):  # type: ignore[misc]
+    """ShuffleNetV2 as a transformers image classifier: saved, loaded and adapted like any other of that family."""
+
+    config_class = ShuffleNetConfig
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: ShuffleNetConfig) -> None:
+        super().__init__(config)
+        *stages, last = _WIDTHS[config.width]
+        self.conv1 = _ConvNorm(3, _STEM_WIDTH, kernel_size=3, stride=config.stem_stride, norm=config.norm)
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
         before, layers = _STEM_WIDTH, []
         for channels, units in zip(stages, _STAGE_UNITS, strict=True):
-            layers.append(nn.Sequential(_Unit(before, channels, 2, norm), *(_Unit(channels, channels, 1, norm) for _ in range(units - 1))))
+            first = _Unit(before, channels, 2, config.norm)
+            layers.append(nn.Sequential(first, *(_Unit(channels, channels, 1, config.norm) for _ in range(units - 1))))
             before = channels
-        self.layers = nn.ModuleList([*layers, _ConvNorm(before, last, norm=norm)])
-        self.classifier: nn.Module = nn.Linear(last, classes) if classes else nn.Identity()
+        self.layers = nn.ModuleList([*layers, _ConvNorm(before, last, norm=config.norm)])
+        self.classifier: nn.Module = nn.Linear(last, config.num_labels) if config.num_labels else nn.Identity()
+        self.post_init()
 
-    def forward(self, pixel_values: Tensor) -> ImageClassifierOutput:
+    def _init_weights(self, module: nn.Module) -> None:
+        """He's initialisation of convolutions, a small classifier; norms start as the identity."""
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.01)
+            nn.init.zeros_(module.bias)
+
+    def forward(self, pixel_values: Tensor, **_unused: Any) -> ImageClassifierOutput:
         """Logits of images.
 
         Args:
             pixel_values: (b, 3, h, w), normalised.
 
         Returns:
-            `.logits` (b, classes), or the pooled features (b, 1024) when `classes` is 0.
+            `.logits` (b, classes), or the pooled features (b, 1024) without labels.
         """
         x = self.maxpool(self.conv1(pixel_values))
         for layer in self.layers:
@@ -119,3 +144,7 @@ def _normalisation(norm: Norm, channels: int) -> nn.Module:
         return nn.BatchNorm2d(channels)
     groups = next(g for g in (8, 4, 2, 1) if channels % g == 0)
     return nn.GroupNorm(groups, channels)
+
+
+AutoConfig.register(ShuffleNetConfig.model_type, ShuffleNetConfig)
+AutoModelForImageClassification.register(ShuffleNetConfig, ShuffleNetV2)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from medlore.errors import CheckpointError
 from medlore.files import read_json
 
-Family = Literal["vit", "swin", "dinov2", "clip", "resnet"]
+Family = Literal["vit", "swin", "dinov2", "clip", "resnet", "shufflenet"]
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
 Triple = tuple[float, float, float]
 
@@ -20,6 +20,7 @@ _CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711
 # itself says nothing, and the report says so.
 FAMILY_STATISTICS: dict[Family, tuple[Triple, Triple]] = {
     "vit": (_HALF, _HALF), "swin": _IMAGENET, "dinov2": _IMAGENET, "clip": _CLIP, "resnet": _IMAGENET,
+    "shufflenet": (_HALF, _HALF),
 }  # fmt: skip
 _PILLOW_MODES: dict[int, Interpolation] = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from medlore.models.shufflenet import Norm, ShuffleNetV2
+from medlore.models.shufflenet import Norm, ShuffleNetConfig, ShuffleNetV2
 
 StudentKind = Literal["shufflenet", "resnet-18", "vit-small"]
 
@@ -50,8 +50,8 @@ def without_batch_statistics(network: nn.Module) -> nn.Module:
     return network
 
 
-def _shufflenet(*, classes: int, norm: Norm, stem_stride: int, **_unused: Any) -> nn.Module:
-    return ShuffleNetV2(classes, norm=norm, stem_stride=stem_stride)
+def _shufflenet(*, image_size: int, classes: int, norm: Norm, stem_stride: int) -> nn.Module:
+    return ShuffleNetV2(ShuffleNetConfig(norm=norm, stem_stride=stem_stride, image_size=image_size, num_labels=classes))
 
 
 def _resnet18(*, classes: int, norm: Norm, **_unused: Any) -> nn.Module:

@@ -14,11 +14,14 @@ from medlore.recipes.decomposition.tasks import Task
 
 
 def adapted_layers(body: nn.Module) -> dict[str, nn.Module]:
-    """The layers that get experts: dense convolutions and linear layers; depthwise ones and classifiers do not (as in LoRKD)."""
+    """The layers that get experts: dense convolutions and linear layers; depthwise ones and classifiers do not (as in LoRKD).
+
+    Nor does the patch embedding of a transformer: its network reads the weight past the layer's forward.
+    """
     found: dict[str, nn.Module] = {}
     for name, module in body.named_modules():
         dense = isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
-        if dense and not name.startswith("classifier"):
+        if dense and not name.startswith("classifier") and "patch_embeddings" not in name:
             found[name] = module
     return found
 

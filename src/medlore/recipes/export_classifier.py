@@ -1,0 +1,150 @@
+"""One expert of a classifier pack as a network that needs no MedLoRE: safetensors, ONNX, torch.export, or a PEFT adapter."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from medlore.errors import MissingExtraError, StepError, UnknownNameError
+from medlore.files import atomic_folder, sha256_of, write_json
+from medlore.layers.expert_surgery import merge
+from medlore.layers.interchange import save_peft
+from medlore.models.classifier_pack import ClassifierPack, load_classifier_pack, with_classifier
+
+ExportFormat = Literal["safetensors", "onnx", "torch-export", "peft"]
+_TOLERANCE = 1e-4
+
+
+def export_classifier(pack: str | Path, expert: str, format: str, out: str | Path) -> dict[str, Any]:  # noqa: A002 - the word of the flag
+    """Write one expert of a pack.
+
+    Args:
+        pack: folder or `medlore:NAME`.
+        expert: its name.
+        format: `safetensors` (a transformers folder where the student is of that family), `onnx`, `torch-export` or `peft`.
+        out: the folder to write; whole or not at all.
+
+    Returns:
+        What was written: format, files with their hashes, largest difference from the pack's own output.
+
+    Raises:
+        UnknownNameError: no such format or expert.
+        MissingExtraError: ONNX packages are not installed.
+        StepError: the written network does not answer like the pack's expert.
+    """
+    if format not in get_args(ExportFormat):
+        raise UnknownNameError("--format", format, get_args(ExportFormat))
+    opened = load_classifier_pack(pack)
+    network = opened.merged(expert)
+    example = torch.rand(2, 3, opened.image_size, opened.image_size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        wanted = network(pixel_values=example).logits
+    writers: dict[str, Callable[[], Tensor]] = {}
+    with atomic_folder(out) as folder:
+        writers["safetensors"] = lambda: _write_safetensors(folder, opened, network, example)
+        writers["onnx"] = lambda: _write_onnx(folder, network, example)
+        writers["torch-export"] = lambda: _write_torch_export(folder, network, example)
+        writers["peft"] = lambda: _write_peft(folder, opened, expert, example)
+        difference = float((writers[format]() - wanted).abs().max())
+        if not difference <= _TOLERANCE:
+            raise StepError(
+                f"export of {expert!r}",
+                f"outputs differ by {difference:.2e}",
+                f"at most {_TOLERANCE:.0e}",
+                "report this; nothing was written",
+            )
+        _write_labels(folder, opened, expert)
+        files = {p.relative_to(folder).as_posix(): sha256_of(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {"format": format, "expert": expert, "out": str(out), "files": files, "largest_difference": difference}
+
+
+class _Logits(nn.Module):
+    """Images in, a plain tensor of logits out."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        logits: Tensor = self.network(pixel_values=pixel_values).logits
+        return logits
+
+
+def _write_safetensors(folder: Path, pack: ClassifierPack, network: Any, example: Tensor) -> Tensor:
+    network.save_pretrained(folder)
+    again = type(network).from_pretrained(folder)
+    pre = pack.manifest["preprocessing"]
+    size = {"height": pack.image_size, "width": pack.image_size}
+    image_processor = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "size": size,
+    }
+    write_json(folder / "preprocessor_config.json", {**image_processor, "image_mean": pre["mean"], "image_std": pre["std"]})
+    with torch.no_grad():
+        logits: Tensor = again.eval()(pixel_values=example).logits
+    return logits
+
+
+def _write_onnx(folder: Path, network: nn.Module, example: Tensor) -> Tensor:
+    for package in ("onnx", "onnxruntime", "onnxscript"):
+        try:
+            __import__(package)
+        except ImportError as error:
+            raise MissingExtraError("--format onnx", package, "onnx") from error
+    import onnxruntime
+
+    file = folder / "model.onnx"
+    batch = torch.export.Dim("batch", min=1, max=4096)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter speaks of its own internals
+        torch.onnx.export(
+            _Logits(network).eval(),
+            (example,),
+            file,
+            input_names=["pixel_values"],
+            output_names=["logits"],
+            dynamic_shapes={"pixel_values": {0: batch}},
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    logits: np.ndarray = session.run(["logits"], {"pixel_values": example.numpy()})[0]
+    return torch.from_numpy(logits)
+
+
+def _write_torch_export(folder: Path, network: nn.Module, example: Tensor) -> Tensor:
+    batch = torch.export.Dim("batch", min=1, max=4096)
+    program = torch.export.export(_Logits(network).eval(), (example,), dynamic_shapes={"pixel_values": {0: batch}})
+    torch.export.save(program, folder / "model.pt2")
+    with torch.no_grad():
+        logits: Tensor = torch.export.load(folder / "model.pt2").module()(example)
+    return logits
+
+
+def _write_peft(folder: Path, pack: ClassifierPack, expert: str, example: Tensor) -> Tensor:
+    """The shared base with the expert's head as a plain network, and the expert's factors as a PEFT adapter for it."""
+    from peft import PeftModel
+
+    base: Any = with_classifier(merge(pack.network.body, None), pack.network.heads[expert], pack.experts[expert])
+    base.save_pretrained(folder / "base")
+    save_peft(pack.network.body, expert, folder / "adapter")
+    model = PeftModel.from_pretrained(type(base).from_pretrained(folder / "base"), str(folder / "adapter")).eval()
+    with torch.no_grad():
+        logits: Tensor = model(pixel_values=example).logits
+    return logits
+
+
+def _write_labels(folder: Path, pack: ClassifierPack, expert: str) -> None:
+    entry = pack.experts[expert]
+    labels = {"classes": list(entry.classes), "task": entry.kind, "preprocessing": pack.manifest["preprocessing"], "licence": entry.licence}
+    write_json(folder / "labels.json", {"expert": expert, **labels, "metrics": entry.metrics})
