@@ -33,7 +33,7 @@ def test_a_folder_with_leaks_and_faults(tmp_path: Path) -> None:
     assert found["duplicates"] == [["test/a/same.png", "train/a/0.png"]]
     assert found["leaks"] == ["the same pixels in two splits: test/a/same.png, train/a/0.png"]
     assert found["sizes"] == {"smallest": [10, 12], "median": [10, 12], "largest": [30, 20]}
-    assert found["most_shots"] == 2
+    assert (found["most_shots"], found["decoded"]) == (2, 5)
     json.loads(json_text(found))
     assert describe_images(tmp_path, pixels="none")["sizes"] is None
 
@@ -72,6 +72,7 @@ def test_the_real_sets(shared_data: Path) -> None:
     assert (blood["task"], blood["splits"], blood["most_shots"], blood["sizes"]["largest"]) == (
         "multi", {"train": 205, "val": 87, "test": 72}, 201, [240, 320],
     )  # fmt: skip
+    assert blood["decoded"] == 64
     chest = describe_images(shared_data / "nih_cxr14_64.npz")
     assert (chest["groups"], chest["without_label"], chest["faults"]) == (198, 403, [])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 from medlore.data.fewshot import read_official_draw
 from medlore.data.images import read_images
 from medlore.data.lists import CHEST_CLASSES, RADIMAGENET_RANGES, VTAB_CLASSES, VTAB_GROUPS, medfmc_format, parse_list
+from medlore.data.pixels import load_pixels
 from medlore.errors import DataError, InputError, UnknownNameError
 
 COLON = "2019-04632-1-1-04 2019-05-19 12_00_00-lv1-13379-6834-3024-3013p{:04d}.png"
@@ -61,6 +63,15 @@ def test_chest(chest: Path) -> None:
         read_images(chest, split="trainvall")
     with pytest.raises(InputError, match="beside the list"):
         read_images(chest / "trainval.txt", split="test")
+
+
+def test_a_list_inside_a_zip(chest: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "medfmc.zip", "w") as archive:
+        for path in sorted(p for p in chest.rglob("*") if p.is_file()):
+            archive.write(path, path.relative_to(tmp_path).as_posix())
+    found = read_images(tmp_path / "medfmc.zip", split="test")
+    assert (found.keys, found.classes) == (("c4.png",), CHEST_CLASSES)
+    assert load_pixels(found.items[0]).shape == (5, 6, 3)
 
 
 def test_images_elsewhere(chest: Path, tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import struct
+import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +128,14 @@ def test_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         load_pixels(saved(tmp_path / "b.png", Image.new("L", (11, 10))))
 
 
+def test_a_header_that_claims_a_giant_image(tmp_path: Path) -> None:
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 0, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    (tmp_path / "giant.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk)
+    with pytest.raises(DataError, match=r"giant\.png"):
+        load_pixels(item(tmp_path / "giant.png"))
+
+
 # ---- DICOM
 
 
@@ -205,3 +216,28 @@ def test_dicom_colour_and_refusals(tmp_path: Path) -> None:
         load_pixels(whole)
     (tmp_path / "noname").write_bytes(content)
     assert load_pixels(item(tmp_path / "noname")).shape == (2, 5, 3), "known by its content, not by its name"
+
+
+def test_random_damage_is_always_a_data_error(tmp_path: Path) -> None:
+    """Flipped and cut bytes in every format: an image, or one clear message; never anything else."""
+    generator = np.random.default_rng(0)
+    image = Image.fromarray(generator.integers(0, 255, (24, 24, 3), dtype=np.uint8))
+    for suffix in ("png", "jpg", "bmp", "tiff", "gif", "webp", "ppm"):
+        image.save(tmp_path / f"whole.{suffix}")
+    dicom(tmp_path / "whole.dcm", RAMP, WindowCenter=3, WindowWidth=7, RescaleSlope=1, RescaleIntercept=2)
+    refused = []
+    for path in sorted(tmp_path.glob("whole.*")):
+        for number in range(40):
+            content = bytearray(path.read_bytes())
+            for _ in range(4):
+                content[generator.integers(0, min(len(content), 600))] = generator.integers(0, 256)
+            damaged = tmp_path / f"damaged{path.suffix}"
+            damaged.write_bytes(bytes(content[: generator.integers(0, len(content))] if number % 3 == 0 else content))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                try:
+                    assert load_pixels(item(damaged)).dtype == np.uint8
+                except DataError as error:
+                    refused.append(str(error).startswith(f"{damaged}: "))
+    assert 50 < len(refused) < 320
+    assert all(refused)

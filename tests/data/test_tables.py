@@ -109,3 +109,8 @@ def test_tables_that_are_none(folder: Path) -> None:
 def test_a_stray_table_does_not_hide_the_folders(folder: Path) -> None:
     write(folder, "file,label\nelsewhere.png,x\n", "notes.csv")
     assert read_images(folder).classes == ("images",)
+
+
+def test_a_cell_without_an_end(folder: Path) -> None:
+    with pytest.raises(DataError, match="not a table from line 2"):
+        read_images(write(folder, 'file,label\n0.png,"' + "x" * 140_000 + "\n"))

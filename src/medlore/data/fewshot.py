@@ -110,7 +110,7 @@ class _Drawer:
                 self.members[c][self.unit[i]].append(i)
 
     def order(self, c: int) -> list[str]:
-        units = sorted(self.members[c])
+        units = list(self.members[c])  # in the order of the keys, whatever the pool's
         return [units[i] for i in self.random[c].permutation(len(units))]
 
     def shortage(self, *, allowed: bool) -> list[str]:

@@ -41,7 +41,8 @@ def describe_images(
     Returns:
         A dictionary ready for JSON: `path`, `format`, `name`, `task`, `images`, `labelled`, `classes` (name to count),
         `without_label` (images without labels, or with none present), `groups` (patients or studies, None where unknown),
-        `most_shots` (the most that a draw can take), `splits` (name to count), `sizes` (height and width: smallest, median, largest),
+        `most_shots` (the most that a draw can take), `splits` (name to count), `decoded` (images looked at),
+        `sizes` (height and width: smallest, median, largest),
         `faults` (images that cannot be read), `duplicates` (keys with the same pixels), `leaks` (what two splits share), `lists` (of
         MedFMC and VTAB-1k folders: lines against the published number, and the draws), `notes`.
 
@@ -57,6 +58,7 @@ def describe_images(
         "format": kind,
         **_content(whole),
         "splits": {},
+        "decoded": 0,
         "sizes": None,
         "faults": [],
         "duplicates": [],
@@ -136,6 +138,7 @@ def _pixel_facts(images: ImageSet, splits: dict[str, ImageSet], leaks: Sequence[
     split_of = {key: name for name, part in splits.items() for key in part.keys}
     crossing = [keys for keys in doubles if len({split_of.get(key) for key in keys}) > 1]
     return {
+        "decoded": len(images),
         "sizes": _sizes(shapes),
         "faults": faults,
         "duplicates": doubles,

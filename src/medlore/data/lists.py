@@ -137,7 +137,7 @@ def parse_list(text: str, form: ListFormat, *, labelled: bool = True) -> ParsedL
     """
     found: dict[str, ListLine] = {}
     faults, doubles = [], []
-    for number, raw in enumerate(text.splitlines(), start=1):
+    for number, raw in enumerate(text.split("\n"), start=1):
         if not (line := raw.strip()):
             continue
         try:

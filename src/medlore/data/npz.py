@@ -55,7 +55,7 @@ def _load(path: Path) -> dict[str, NDArray[Any]]:
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:  # np.load leaks a broken file's handle
             return {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError, KeyError, AttributeError) as error:
+    except (ValueError, OSError, zipfile.BadZipFile, EOFError, KeyError, AttributeError, MemoryError) as error:
         reason = str(error).split("\n")[0]
         raise DataError(str(path), f"not an npz file of plain arrays ({reason})", "arrays of numbers or text", "save it anew") from error
 

@@ -34,7 +34,11 @@ from medlore.errors import DataError, MissingExtraError
 MOST_PIXELS = 178_000_000  # the bound at which Pillow suspects a decompression bomb
 ACCEPTED = "a whole png, jpeg, bmp, tiff, gif, webp, pgm or single-frame DICOM file"
 PERCENTILES = (0.5, 99.5)
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, IndexError, KeyError, AttributeError, NotImplementedError)
+# What Pillow and pydicom raise on broken content; a RuntimeError is also a DICOM compression without its decoder.
+_BROKEN = (
+    OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, LookupError, AttributeError, TypeError, ArithmeticError,
+    RuntimeError, MemoryError, Image.DecompressionBombError,
+)  # fmt: skip
 
 Pixels = NDArray[np.uint8]
 
@@ -195,16 +199,25 @@ def _over_black(image: Image.Image) -> Image.Image:
 def _dicom_pixels(content: bytes) -> Pixels:
     try:
         import pydicom
-        from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut, pixel_array
     except ImportError as error:
         raise MissingExtraError("reading DICOM images", "pydicom", "dicom") from error
 
-    data = pydicom.dcmread(io.BytesIO(content))
+    try:
+        return _of_dataset(pydicom.dcmread(io.BytesIO(content)), io.BytesIO(content))
+    except (DataError, *_BROKEN):
+        raise
+    except Exception as error:  # pydicom's own errors on broken content share no parent
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+def _of_dataset(data: Any, stream: io.BytesIO) -> Pixels:
+    from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut, pixel_array
+
     if int(data.get("NumberOfFrames", 1) or 1) > 1:
         raise DataError("", f"{data.NumberOfFrames} frames in one DICOM file", "one frame", "export the frame that is meant")
     if "PixelData" not in data:
         raise DataError("", "a DICOM file without pixels", "an image object", "leave it out")
-    values = pixel_array(io.BytesIO(content), raw=False)
+    values = pixel_array(stream, raw=False)
     photometric = str(data.PhotometricInterpretation)
     if photometric == "PALETTE COLOR":
         values = apply_color_lut(values, data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -67,7 +68,7 @@ def read_table(
         UnknownNameError: a split or class column that is not there.
     """
     where = f"{tree.root}/{name}"
-    header, rows, faults = _read_rows(tree.read_text(name))
+    header, rows, faults = _read_rows(tree.read_text(name), where)
     columns = _columns(header, rows, classes, where)
     read = _Reader(columns, rows, task, classes)
     place, prefix = _place(tree, name, images, rows, columns)
@@ -113,7 +114,7 @@ def table_of(tree: Tree, *, sure: bool = False) -> str | None:
 
 def _lists_images(tree: Tree, name: str) -> bool:
     try:
-        header, rows, _ = _read_rows("\n".join(tree.read_text(name).split("\n", 2)[:2]))
+        header, rows, _ = _read_rows("\n".join(tree.read_text(name).split("\n", 2)[:2]), name)
     except DataError:
         return False
     column = _first(header, FILE_COLUMNS)
@@ -181,19 +182,23 @@ def _count(row: _Row, column: str) -> float:
     return value
 
 
-def _read_rows(text: str) -> tuple[list[str], list[_Row], list[tuple[int, str]]]:
+def _read_rows(text: str, where: str) -> tuple[list[str], list[_Row], list[tuple[int, str]]]:
     head = text.split("\n", 1)[0]
     delimiter = max(",;\t", key=head.count)
-    reader = csv.reader(text.splitlines(), delimiter=delimiter)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     header = [cell.strip() for cell in next(reader, [])]
     rows, faults = [], []
-    for cells in reader:
+    try:
+        lines = [(reader.line_num, cells) for cells in reader]
+    except csv.Error as error:
+        raise DataError(where, f"not a table from line {reader.line_num} on ({error})", "comma-separated text", "save it anew") from error
+    for number, cells in lines:
         if not any(cell.strip() for cell in cells):
             continue
         if len(cells) != len(header):
-            faults.append((reader.line_num, f"{len(cells)} cells instead of {len(header)}"))
+            faults.append((number, f"{len(cells)} cells instead of {len(header)}"))
         else:
-            rows.append(_Row(reader.line_num, dict(zip(header, cells, strict=True))))
+            rows.append(_Row(number, dict(zip(header, cells, strict=True))))
     return header, rows, faults
 
 
