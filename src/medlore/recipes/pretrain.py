@@ -14,12 +14,12 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
+import pydantic
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from transformers import ViTConfig, ViTForImageClassification
 
 from medlore.errors import CheckpointError, MedloreError, StepError
-from medlore.files import atomic_folder, atomic_path, write_json
+from medlore.files import atomic_folder, atomic_path, existing_file, write_json
 from medlore.recipes.pretrain_images import LabelledImages, augment, balanced_order, mix, read_labelled_zips
 from medlore.recipes.run import Run, Settings, read_settings, seed_everything
 
@@ -39,12 +39,13 @@ class PretrainSettings(Settings):
     """Everything that decides the weights.
 
     `class_weights` maps the stem of an archive to the relative frequency of each of its classes (1 if absent);
-    `kept_patches` of the patches are seen per image until the share `full_from` of the steps, then all.
+    `kept_patches` of the patches are seen per image until the share `full_from` of the steps, then all. `start_from` is the
+    `state.pt` of an earlier stage, whose weights (not its optimiser) are the start; `stop_at` ends a stage before its schedule.
     """
 
     archives: tuple[str, ...]
     skip_classes: tuple[str, ...] = ()
-    class_weights: Mapping[str, float] = MappingProxyType({})
+    class_weights: dict[str, float] = pydantic.Field(default_factory=dict)
     image_size: int = 64
     patch_size: int = 8
     width: int = 256
@@ -65,6 +66,8 @@ class PretrainSettings(Settings):
     grey: float = 0.15
     ema_decay: float = 0.998
     seed: int = 0
+    start_from: Path | None = None
+    stop_at: int | None = None
 
 
 def build_vit(settings: PretrainSettings, classes: int) -> ViTForImageClassification:
@@ -165,7 +168,11 @@ class _Trainer:
         vectors = [p for p in master.parameters() if p.ndim <= 1 or p.shape[0] == 1]  # norms, biases, cls and position embeddings
         groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         optimiser = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), fused=True)
+        if settings.start_from is not None:
+            earlier = torch.load(existing_file(settings.start_from, where="start_from"), weights_only=True)
+            master.load_state_dict(earlier["master"])
         worker = build_vit(settings, classes).to(_compute_type())
+        worker.load_state_dict(master.state_dict())
         return cls(settings, master, {k: v.clone() for k, v in master.state_dict().items()}, optimiser, worker)
 
     def train_step(self, data: LabelledImages, order: Tensor, share: _Share) -> float:
@@ -296,7 +303,7 @@ def _preprocessing(size: int) -> dict[str, Any]:
 
 
 def pretrain(
-    settings: PretrainSettings, data: Path, out: Path, *, resume: bool = False, save_seconds: float = 300.0, stop_at: int | None = None
+    settings: PretrainSettings, data: Path, out: Path, *, resume: bool = False, save_seconds: float = 300.0, halt_at: int | None = None
 ) -> dict[str, Any]:
     """Train, save the state now and then, and write the moving average of the weights to `out/backbone`.
 
@@ -306,7 +313,7 @@ def pretrain(
         out: folder of the run.
         resume: go on from `out/state.pt` if it is there.
         save_seconds: time between two saved states.
-        stop_at: leave after this many steps, as if interrupted; the schedule stays that of the whole run.
+        halt_at: leave after this many steps, as if interrupted.
 
     Returns:
         Step, loss and validation accuracy by archive.
@@ -320,7 +327,7 @@ def pretrain(
     trainer = _Trainer.start(settings, len(parts["train"].classes))
     if resume and (out / _STATE).is_file():
         trainer.load(out / _STATE)
-    last_step = min(settings.steps, stop_at or settings.steps)
+    last_step = min(settings.steps, settings.stop_at or settings.steps, halt_at or settings.steps)
     if share.index > 0:
         _train(trainer, parts["train"], share, last_step=last_step)
         return {}

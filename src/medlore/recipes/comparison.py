@@ -1,0 +1,182 @@
+"""Tuning methods side by side on the same few-shot draws: one cell is one method on one draw."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from medlore.data.imageset import ImageSet
+from medlore.errors import InputError, UnknownNameError
+from medlore.metrics.draws import DrawMean, mean_difference, mean_of_draws
+from medlore.recipes.finetune import finetune
+from medlore.recipes.finetune_settings import FinetuneSettings
+
+# name in tables -> what it changes in the settings; `equal` is the one rank with about the parameters of the stable ranks
+CONTENDERS: dict[str, Mapping[str, Any]] = {
+    "sr-lora": {"method": "sr-lora"},
+    "sr-lora nested": {"method": "sr-lora", "partial_update": "nested"},
+    "lora": {"method": "lora", "rank": "equal"},
+    "rslora": {"method": "rslora", "rank": "equal"},
+    "linear-probe": {"method": "linear-probe"},
+    "full": {"method": "full"},
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one method reached on one draw.
+
+    Attributes:
+        contender: name of the method in tables.
+        shots: labelled images a class.
+        draw: number of the draw, from 1.
+        score: test score; None where it is not defined.
+        measure: name of that score.
+        majority: the same score of a constant answer.
+        trained: parameters that were trained, the head included.
+        factors: parameters of the low-rank factors; None for methods without.
+        best_epoch: epoch whose weights were kept.
+        learning_rate: peak rate.
+        validation_score: score that chose the epoch; None without validation images.
+        train_images: images that were learnt from.
+        test_images: images that judged.
+        seconds: wall time.
+    """
+
+    contender: str
+    shots: int
+    draw: int
+    score: float | None
+    measure: str
+    majority: float | None
+    trained: int
+    factors: int | None
+    best_epoch: int
+    learning_rate: float
+    validation_score: float | None
+    train_images: int
+    test_images: int
+    seconds: float
+
+    def as_record(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+def run_cell(contender: str, settings: FinetuneSettings, *, pool: ImageSet, test: ImageSet) -> Cell:
+    """Tune one method on one draw of `pool` and measure it on `test`.
+
+    Args:
+        contender: a key of `CONTENDERS`.
+        settings: shots, draw, model and training; the method is the contender's. Seeds of head, factors and order are taken from
+            the number of the draw, so that all contenders of a draw share them.
+        pool: images to draw from, for training and validation.
+        test: images that judge.
+
+    Raises:
+        UnknownNameError: no such contender.
+        InputError: `settings` without shots.
+    """
+    if contender not in CONTENDERS:
+        raise UnknownNameError("contender", contender, CONTENDERS)
+    if settings.shots is None:
+        raise InputError("settings.shots", "nothing", "labelled images a class", "give a number from 1")
+    begun = time.perf_counter()
+    changes = {**CONTENDERS[contender], "seed": settings.draw, "bootstrap": 0, "checkpoints": False}
+    result = finetune(settings.model_copy(update=changes), train=pool, test=test)
+    report, kept = result.report, result.history.epochs[result.history.best_epoch - 1]
+    measure = measure_of(test)
+    return Cell(
+        contender=contender,
+        shots=settings.shots,
+        draw=settings.draw,
+        score=result.metrics[measure],
+        measure=measure,
+        majority=report["test"]["majority"][measure],
+        trained=report["trainable_parameters"],
+        factors=report["factor_parameters"],
+        best_epoch=result.history.best_epoch,
+        learning_rate=report["learning_rate"],
+        validation_score=kept.get("validation_score"),
+        train_images=report["data"]["train"]["images"],
+        test_images=len(test),
+        seconds=round(time.perf_counter() - begun, 2),
+    )
+
+
+def measure_of(images: ImageSet) -> str:
+    """Macro AUC for several labels an image, balanced accuracy for one."""
+    return "balanced_accuracy" if images.task == "single" else "macro_auc"
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One method over all draws of one number of shots.
+
+    Attributes:
+        contender: name of the method.
+        score: mean over draws.
+        difference: of the reference method minus this one, draw by draw; None for the reference itself.
+        trained: parameters that were trained.
+        factors: parameters of the low-rank factors.
+    """
+
+    contender: str
+    score: DrawMean
+    difference: DrawMean | None
+    trained: int
+    factors: int | None
+
+
+def standings(cells: Sequence[Cell], *, reference: str = "sr-lora") -> list[Standing]:
+    """Means and paired differences of cells of one data set and one number of shots, in the order in which methods first appear.
+
+    A draw on which the score of a method is not defined is left out of its mean and of its differences.
+
+    Raises:
+        InputError: cells of several numbers of shots.
+    """
+    if len({cell.shots for cell in cells}) > 1:
+        raise InputError("cells", "several numbers of shots", "cells of one table", "take them apart by shots")
+    first: dict[str, Cell] = {}
+    scores: dict[str, dict[int, float]] = {}
+    for cell in cells:
+        if cell.score is not None:
+            first.setdefault(cell.contender, cell)
+            scores.setdefault(cell.contender, {})[cell.draw] = cell.score
+    found = []
+    for name, own in scores.items():
+        best = scores.get(reference, {})
+        shared = sorted(own.keys() & best.keys()) if name != reference else []
+        difference = mean_difference([best[d] for d in shared], [own[d] for d in shared]) if shared else None
+        found.append(Standing(name, mean_of_draws(list(own.values())), difference, first[name].trained, first[name].factors))
+    return found
+
+
+def compare(
+    contenders: Sequence[str],
+    settings: FinetuneSettings,
+    *,
+    pool: ImageSet,
+    test: ImageSet,
+    draws: int,
+    watch: Callable[[Cell], None] = lambda _: None,
+) -> list[Cell]:
+    """All contenders on draws 1 to `draws`.
+
+    Args:
+        contenders: keys of `CONTENDERS`.
+        settings: as for `run_cell`; the draw is set here.
+        pool: images to draw from.
+        test: images that judge.
+        draws: how many.
+        watch: told about every finished cell.
+    """
+    cells = []
+    for draw in range(1, draws + 1):
+        for contender in contenders:
+            cells.append(run_cell(contender, settings.model_copy(update={"draw": draw}), pool=pool, test=test))
+            watch(cells[-1])
+    return cells
