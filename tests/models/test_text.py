@@ -108,6 +108,15 @@ def test_other_word_lists_are_refused(tmp_path: Path) -> None:
         read_wordpieces(tmp_path / "tokenizer.json")
 
 
+def test_a_list_of_another_language_is_refused(text_file: Path, tmp_path: Path) -> None:
+    """Other lists of BERT's kind have their marks at the same places; their length gives them away."""
+    (tmp_path / "vocab.txt").write_text("\n".join([*BERT_LIST, "foie"]))
+    with pytest.raises(CheckpointError, match=f"{len(BERT_LIST)} lines"):
+        read_text_encoder(text_file, tokenizer=tmp_path)
+    (tmp_path / "vocab.txt").write_text("\n".join(MPNET_LIST[:-1]))
+    assert read_text_encoder(text_file, tokenizer=tmp_path).embed(["liver"], "ct").shape == (1, WIDTH)
+
+
 def test_padding_is_zero_and_masked() -> None:
     ids, mask = padded([[105, 7, 106], [105, 106]])
     assert ids.tolist() == [[105, 7, 106], [105, 106, 0]]

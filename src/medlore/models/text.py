@@ -37,6 +37,9 @@ class Wordpieces(Protocol):
     def __call__(self, text: str) -> list[int]:
         """Ids of one prompt."""
 
+    def fits(self, rows: int) -> bool:
+        """Whether the list belongs to a word table of so many rows."""
+
 
 def read_wordpieces(path: str | Path) -> Wordpieces:
     """The tokenizer of a `vocab.txt`, a `tokenizer.json`, or a folder that holds one of them.
@@ -70,7 +73,12 @@ class _WordpieceTokenizer:
                 "MPNet's list (104, 105, 106) or that of bert-base-uncased (100, 101, 102)",
                 "take vocab.txt of BioLORD-2023-C, all-mpnet-base-v2 or bert-base-uncased",
             )
+        self._words = len(words)
         self._tokenizer = BertWordPieceTokenizer(vocab=words, lowercase=True)
+
+    def fits(self, rows: int) -> bool:
+        """MPNet's list may lack its last entry, <mask>; BERT's lacks five. Other lists of BERT's kind have other lengths."""
+        return rows - self._words in ((0, 1) if self._shift == 0 else (_SHIFT_OF_BERT + 1,))
 
     def __call__(self, text: str) -> list[int]:
         # Without the post-processor: the marks are ours to add.
@@ -219,6 +227,14 @@ def read_text_encoder(path: str | Path, *, tokenizer: str | Path | None = None) 
         )
     state = {name: tensor for name, tensor in state.items() if "atlas_tower" not in name and "temperature" not in name}
     wordpieces = read_wordpieces(tokenizer) if tokenizer is not None else None
+    rows = state.get(f"{_TOWER}embeddings.word_embeddings.weight", torch.zeros(0, 1)).shape[0]
+    if wordpieces is not None and not wordpieces.fits(rows):
+        raise CheckpointError(
+            f"--tokenizer {tokenizer}",
+            f"a word list that does not belong to {rows} word embeddings",
+            f"MPNet's list ({rows} lines) or that of bert-base-uncased ({rows - _SHIFT_OF_BERT - 1} lines)",
+            "take vocab.txt of BioLORD-2023-C, all-mpnet-base-v2 or bert-base-uncased",
+        )
     try:
         return TextEncoder(state, wordpieces=wordpieces, sha256=sha256_of(path))
     except (CheckpointError, KeyError) as error:
