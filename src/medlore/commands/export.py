@@ -9,7 +9,9 @@ import typer
 app = typer.Typer()
 
 
-@app.command(help="Convert a published SAT or LoRKD file into a pack; write one merged expert; embed the vocabulary with a text encoder.")
+@app.command(
+    help="Write one merged expert of a pack as a plain network; convert a published SAT or LoRKD file into a pack with its prompts."
+)
 def export(
     source: Path = typer.Argument(help="Published file, pack, or text encoder.", show_default=False),
     out: Path = typer.Option(..., "--out", help="Folder of the pack; for a text encoder the .safetensors file of the prompt table."),
@@ -18,10 +20,17 @@ def export(
     tokenizer: Path | None = typer.Option(None, help="vocab.txt or tokenizer.json of BioLORD, MPNet or bert-base-uncased, or its folder."),
     prompt_embeddings: Path | None = typer.Option(None, help="Ready table of prompts instead of a text encoder."),
     lora_alpha: float | None = typer.Option(None, help="Alpha of a LoRKD file with equal ranks, which does not say it [16]."),
+    format: str | None = typer.Option(None, "--format", help="Of a classifier's expert: safetensors, onnx, torch-export or peft."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
     from medlore.recipes.export import export as run
     from medlore.recipes.export import print_export
+    from medlore.recipes.export_classifier import export_classifier, is_classifier_pack, print_classifier_export, required
 
+    if is_classifier_pack(source):
+        print_classifier_export(export_classifier(source, required(expert, "--expert"), format or "safetensors", out), as_json=as_json)
+        return
+    if format is not None:
+        raise typer.BadParameter("--format is for classifier packs; a segmenter is written as a pack of safetensors files")
     summary = run(source, out, expert=expert, text=text, tokenizer=tokenizer, prompt_embeddings=prompt_embeddings, lora_alpha=lora_alpha)
     print_export(summary, as_json=as_json)

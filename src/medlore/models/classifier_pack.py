@@ -17,18 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from medlore.assets import PREFIX, asset_path
 from medlore.errors import CheckpointError, InputError, UnknownNameError
-from medlore.files import atomic_folder, read_json, sha256_of, write_json
+from medlore.files import sha256_of
 from medlore.layers.expert_surgery import install_experts, merge
+from medlore.models import packs
 from medlore.models.multitask import MultiTaskNetwork
+from medlore.models.statefile import read_state
 from medlore.models.students import build_student, feature_width
 
-SCHEMA = "medlore/expert-pack/1"
+KIND = "classifier"
+_BASE = "base.safetensors"
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -125,25 +126,19 @@ def save_classifier_pack(
         extra: further entries of the manifest (name, teacher).
     """
     shares = split_state({k: _stored(v, _DTYPES[weights]) for k, v in network.state_dict().items()}, list(experts))
-    with atomic_folder(path) as folder:
-        (folder / "experts").mkdir()
-        save_file(shares[None], folder / "base.safetensors")
-        for expert in experts:
-            save_file(shares[expert], folder / _file_of(expert))
-        files = ["base.safetensors", *(_file_of(e) for e in experts)]
-        manifest = {
-            "schema": SCHEMA,
-            "kind": "classifier",
-            "student": dict(student),
-            "preprocessing": dict(preprocessing),
-            "layout": layout,
-            "weights": weights,
-            "experts": {k: _entry_json(e) for k, e in experts.items()},
-            "files": {f: sha256_of(folder / f) for f in files},
-            **(extra or {}),
-        }
-        write_json(folder / "manifest.json", manifest)
-    return Path(path)
+    manifest = {
+        "schema": packs.SCHEMA,
+        "kind": KIND,
+        **(extra or {}),
+        "student": dict(student),
+        "preprocessing": dict(preprocessing),
+        "layout": layout,
+        "weights": weights,
+        "parameters": sum(v.numel() for share in shares.values() for v in share.values() if v.is_floating_point()),
+        "experts": {k: _entry_json(e) for k, e in experts.items()},
+    }
+    files = {_BASE: shares[None], **{_file_of(expert): shares[expert] for expert in experts}}
+    return packs.write_pack(path, manifest, files)
 
 
 def split_state(state: Mapping[str, Tensor], experts: list[str]) -> dict[str | None, dict[str, Tensor]]:
@@ -154,43 +149,20 @@ def split_state(state: Mapping[str, Tensor], experts: list[str]) -> dict[str | N
     return shares
 
 
-def read_manifest(path: str | Path) -> dict[str, Any]:
-    """The manifest of a pack folder or `medlore:NAME`.
-
-    Raises:
-        CheckpointError: the folder is no pack, or one of another version.
-    """
-    path = asset_path(str(path)) if str(path).startswith(PREFIX) else Path(path)
-    file = path / "manifest.json"
-    if not file.is_file():
-        raise CheckpointError(
-            str(path), "no manifest.json", "an expert pack", "give the folder that `medlore decompose` or `medlore export` wrote"
-        )
-    manifest = read_json(file)
-    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-        came = manifest.get("schema") if isinstance(manifest, dict) else type(manifest).__name__
-        raise CheckpointError(str(file), f"schema {came!r}", SCHEMA, "write the pack anew with this version of medlore")
-    return manifest
-
-
 def load_classifier_pack(path: str | Path) -> ClassifierPack:
     """Read a pack; hashes and every key and shape are checked.
 
     Raises:
         CheckpointError: a file is missing or altered, or keys do not fit; all faults of the pack in one report.
     """
-    manifest = read_manifest(path)
     folder = asset_path(str(path)) if str(path).startswith(PREFIX) else Path(path)
-    if manifest.get("kind") != "classifier":
-        raise CheckpointError(
-            str(folder), f"a pack of kind {manifest.get('kind')!r}", "a classifier pack", "use `medlore segment` for segmenter packs"
-        )
+    manifest = packs.read_manifest(folder, kind=KIND)
     _check_files(folder, manifest["files"])
     experts = {name: _entry_from(name, values) for name, values in manifest["experts"].items()}
     network = _rebuild(manifest, experts)
     state: dict[str, Tensor] = {}
     for file in manifest["files"]:
-        state.update({k: v.float() if v.dtype == torch.float16 else v for k, v in _read(folder / file).items()})
+        state.update({k: v.float() if v.dtype == torch.float16 else v for k, v in read_state(folder / file).items()})
     _load_strictly(network, state, str(folder))
     return ClassifierPack(manifest, network.eval(), experts)
 
@@ -250,14 +222,6 @@ def _load_strictly(network: nn.Module, state: Mapping[str, Tensor], where: str) 
             faults=faults,
         )
     network.load_state_dict(dict(state))
-
-
-def _read(file: Path) -> dict[str, Tensor]:
-    try:
-        found: dict[str, Tensor] = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(str(file), f"not a whole safetensors file ({error})", "a safetensors file", "fetch the pack anew") from error
-    return found
 
 
 def _stored(value: Tensor, dtype: torch.dtype) -> Tensor:

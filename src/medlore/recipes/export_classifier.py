@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from medlore.errors import MissingExtraError, StepError, UnknownNameError
-from medlore.files import atomic_folder, sha256_of, write_json
+from medlore.assets import PREFIX, asset_path
+from medlore.errors import InputError, MissingExtraError, StepError, UnknownNameError
+from medlore.files import atomic_folder, json_text, sha256_of, write_json
 from medlore.layers.expert_surgery import merge
 from medlore.layers.interchange import save_peft
-from medlore.models.classifier_pack import ClassifierPack, load_classifier_pack, with_classifier
+from medlore.models import packs
+from medlore.models.classifier_pack import KIND, ClassifierPack, load_classifier_pack, with_classifier
 
 ExportFormat = Literal["safetensors", "onnx", "torch-export", "peft"]
 _TOLERANCE = 1e-4
@@ -62,6 +65,34 @@ def export_classifier(pack: str | Path, expert: str, format: str, out: str | Pat
         _write_labels(folder, opened, expert)
         files = {p.relative_to(folder).as_posix(): sha256_of(p) for p in sorted(folder.rglob("*")) if p.is_file()}
     return {"format": format, "expert": expert, "out": str(out), "files": files, "largest_difference": difference}
+
+
+def is_classifier_pack(source: str | Path) -> bool:
+    """Whether a path or `medlore:NAME` is an expert pack of a classifier."""
+    folder = asset_path(str(source)) if str(source).startswith(PREFIX) else Path(source)
+    return packs.is_pack(folder) and packs.read_manifest(folder).get("kind") == KIND
+
+
+def required(expert: str | None, where: str) -> str:
+    """The name of the expert.
+
+    Raises:
+        InputError: none was given.
+    """
+    if expert is None:
+        raise InputError(where, "nothing", "the name of one expert", "see `medlore info PACK` for the names")
+    return expert
+
+
+def print_classifier_export(summary: dict[str, Any], *, as_json: bool) -> None:
+    """One line per file for people, or one JSON object."""
+    if as_json:
+        sys.stdout.write(json_text(summary) + "\n")
+        return
+    sys.stdout.write(f"{summary['out']}: expert {summary['expert']}, {summary['format']}\n")
+    for name in summary["files"]:
+        sys.stdout.write(f"  {name}\n")
+    sys.stdout.write(f"largest difference from the pack's own output: {summary['largest_difference']:.1e}\n")
 
 
 class _Logits(nn.Module):

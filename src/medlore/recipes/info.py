@@ -121,8 +121,28 @@ def _describe_pack(path: Path, lora_alpha: float | None) -> Facts | None:
     manifest = packs.read_manifest(path)
     if manifest.get("kind") == KIND:
         return _segmenter_pack(path, manifest, lora_alpha)
-    shown = ("name", "kind", "parameters", "student", "tasks", "ranks", "licence", "metrics")
-    return {"kind": f"{manifest.get('kind')} pack", **{key: manifest[key] for key in shown if key in manifest and key != "kind"}}
+    return _classifier_pack(manifest)
+
+
+def _classifier_pack(manifest: Mapping[str, Any]) -> Facts:
+    shown = ("name", "parameters", "student", "teacher", "preprocessing", "layout", "weights")
+    experts = [_classifier_expert(name, entry) for name, entry in manifest["experts"].items()]
+    return {"kind": "classifier pack", **{key: manifest.get(key) for key in shown}, "experts": experts, "files": manifest["files"]}
+
+
+def _classifier_expert(name: str, entry: Mapping[str, Any]) -> Facts:
+    ranks = sorted(set(entry["ranks"].values()))
+    lead = next((m for m in ("balanced_accuracy", "macro_auc") if m in entry["metrics"]), None)
+    measured = entry["metrics"].get(lead, {}) if lead else {}
+    return {
+        "expert": name,
+        "classes": entry["classes"],
+        "labels per image": entry["kind"],
+        "rank": ranks[0] if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}",
+        "metric": lead,
+        "test": None if measured.get("value") is None else f"{measured['value']:.3f} [{measured['low']:.3f}, {measured['high']:.3f}]",
+        "licence": entry["licence"],
+    }
 
 
 def _segmenter_pack(path: Path, manifest: Mapping[str, Any], lora_alpha: float | None) -> Facts:
