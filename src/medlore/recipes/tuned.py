@@ -13,6 +13,7 @@ Each holds `medlore.json`: backbone (source, hash, input size, statistics), clas
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -145,7 +146,8 @@ def _with_adapter(base: nn.Module, folder: Path) -> nn.Module:
     from safetensors import SafetensorError
 
     try:
-        with quiet_peft():
+        with quiet_peft(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys", category=UserWarning)  # an error below
             tuned: Any = peft.PeftModel.from_pretrained(base, str(folder))
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
