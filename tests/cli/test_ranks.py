@@ -1,0 +1,111 @@
+"""`medlore ranks` as a user runs it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from medlore.cli import main
+from medlore.ranks import RankPlan
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    g = torch.Generator().manual_seed(0)
+    decay = torch.arange(1, 33) ** -0.7
+    state = {
+        f"blocks.{i}.attn.{name}.weight": torch.randn(rows, 32, generator=g) * decay
+        for i in range(3)
+        for name, rows in (("qkv", 96), ("proj", 32))
+    }
+    save_file(state, tmp_path / "vit.safetensors")
+    return tmp_path / "vit.safetensors"
+
+
+def test_everything_at_once(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = weights.parent
+    status = main(
+        [
+            "ranks",
+            str(weights),
+            "--granularity",
+            "fused",
+            "--out",
+            f"{out}/plan.json",
+            "--plot",
+            f"{out}/ranks.png",
+            "--peft",
+            f"{out}/peft",
+        ]
+    )
+    shown = capsys.readouterr()
+    plan = RankPlan.load(out / "plan.json")
+    assert status == 0
+    assert f"9 factor pairs, {plan.parameters:,} parameters" in shown.out
+    assert f"the same parameters at one rank for all: {plan.uniform_rank:.1f}" in shown.out
+    for layer in plan.layers:
+        assert any(line.split()[:2] == [layer.name, layer.part] and str(layer.rank) in line.split() for line in shown.out.splitlines())
+    assert "plan written to" in shown.err
+    assert "use medlore.get_peft_model(model, plan)" in shown.err
+    assert (out / "ranks.png").read_bytes().startswith(b"\x89PNG")
+    assert len(peft.PeftConfig.from_pretrained(f"{out}/peft").rank_pattern) == 6
+    assert sorted(p.name for p in out.iterdir()) == ["peft", "plan.json", "ranks.png", "vit.safetensors"]
+
+
+def test_json_is_one_object_with_the_totals(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ranks", str(weights), "--json", "--proof", "--k", "--alpha", "rslora*4"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["schema"] == "medlore/rank-plan/1"
+    assert [x["part"] for x in shown["layers"]] == ["q", "k", "v", "o"] * 3
+    assert shown["totals"]["parameters"] == sum(x["rank"] * 64 for x in shown["layers"])
+    assert sum(shown["totals"]["decided_by"].values()) == 12
+    assert (shown["alpha_rule"], shown["proof"]) == ("rslora*4", True)
+
+
+def test_given_lists_and_plans(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ranks = weights.parent / "ranks.txt"
+    ranks.write_text("[[9, 10], [25, 31], [4, 5]]")
+    plan = weights.parent / "plan.json"
+    assert main(["ranks", str(weights), "--ranks", str(ranks), "--out", str(plan), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["totals"]["ranks_by_block"] == [[9, 10], [25, 31], [4, 5]]
+    assert main(["ranks", str(weights), "--ranks", str(plan), "--json"]) == 0
+    capsys.readouterr()
+    other = weights.parent / "other.safetensors"
+    save_file({f"blocks.{i}.attn.{n}.weight": torch.ones(r, 32) for i in range(3) for n, r in (("qkv", 96), ("proj", 32))}, other)
+    assert main(["ranks", str(other), "--ranks", str(plan)]) == 2
+    assert "9 of 9 layers of" in capsys.readouterr().err
+    assert main(["ranks", str(other), "--ranks", str(plan), "--any-weights", "--json"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["no.safetensors"], "no such file"),
+        (["{w}", "--targets", "atention"], "nearest are 'attention'"),
+        (["{w}", "--rule", "uniform"], "take stable-rank, or for example uniform:8"),
+        (["{w}", "--budget", "lots"], "--budget: 'lots'"),
+        (["{w}", "--budget", "10"], "at least 576 (rank 1 everywhere)"),
+        (["{w}", "--alpha", "most"], "alpha: 'most'"),
+        (["{w}", "--rounding", "up"], "unknown name 'up'"),
+        (["{w}", "--ranks", "nowhere.json"], "--ranks nowhere.json: no such file"),
+        (["{w}", "--ranks", "medlore:rank-lists/vit-b"], "nearest are 'vit-b-"),
+        (["{w}", "--ranks", "medlore:rank-lists/swin-t"], "12 blocks in the list, 3 in the model"),
+        (["{w}", "--min-rank", "9", "--max-rank", "3"], "9 and 3"),
+    ],
+)
+def test_wrong_use_is_one_message_and_writes_nothing(
+    weights: Path, arguments: list[str], text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(weights.parent)
+    status = main(["ranks", *(a.replace("{w}", "vit.safetensors") for a in arguments), "--out", "plan.json", "--plot", "ranks.png"])
+    shown = capsys.readouterr()
+    assert status == 2
+    assert text in shown.err
+    assert "Traceback" not in shown.err
+    assert not shown.out
+    assert [p.name for p in weights.parent.iterdir()] == ["vit.safetensors"]
