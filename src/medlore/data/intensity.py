@@ -9,45 +9,19 @@ Source: the loading rules that the SAT and LoRKD files were trained with.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from medlore.data.geometry import Array, Crop, bounding_box
-from medlore.errors import DataError, UnknownNameError
+from medlore.errors import DataError
 
 Modality = Literal["ct", "mri", "pet", "us"]
-
-# word in a case or in a DICOM header -> family with its own intensity rule
-MODALITY_WORDS: dict[str, Modality] = {
-    "ct": "ct", "cta": "ct", "cect": "ct", "cbct": "ct",
-    "mri": "mri", "mr": "mri", "t1": "mri", "t1w": "mri", "t1c": "mri", "t1ce": "mri", "t1wce": "mri", "t1-weighted": "mri",
-    "t2": "mri", "t2w": "mri", "t2*": "mri", "t2-weighted": "mri", "flair": "mri", "dwi": "mri", "adc": "mri", "pd": "mri",
-    "mra": "mri", "lge": "mri", "cmr": "mri", "dmri": "mri", "fmri": "mri", "swi": "mri",
-    "pet": "pet", "pt": "pet",
-    "us": "us", "ultrasound": "us",
-}  # fmt: skip
 
 CT_RANGE_HU = (-500.0, 1000.0)
 PERCENTILES = (0.5, 99.5)
 BODY_HU = -500.0  # what is denser than lung; air, and the air around a patient, is not
 BODY_SHARE = 0.05  # other modalities: above the dark end by this share of the range
-
-
-def modality_of(word: str, *, where: str = "modality") -> Modality:
-    """The family of a modality word, e.g. `mri` for `T2w`.
-
-    Raises:
-        UnknownNameError: the word is not known; `pet/ct` is two images, and one must be named.
-
-    Example:
-        >>> modality_of("FLAIR")
-        'mri'
-    """
-    found = MODALITY_WORDS.get(word.strip().casefold())
-    if found is None:
-        raise UnknownNameError(where, word, MODALITY_WORDS)
-    return found
 
 
 @dataclass(frozen=True)
@@ -90,22 +64,35 @@ class Intensity:
         return {name: round(value, 6) for name, value in asdict(self).items()}
 
 
-def intensity_of(foreground: Array, modality: Modality, *, where: str) -> Intensity:
+@dataclass(frozen=True)
+class IntensityRule:
+    """The constants of a training: where values are clipped, and above which value the statistics' box starts."""
+
+    ct_range_hu: tuple[float, float] = CT_RANGE_HU
+    percentiles: tuple[float, float] = PERCENTILES
+    foreground_above: float = 0.0
+
+
+PUBLISHED_RULE = IntensityRule()
+
+
+def intensity_of(foreground: Array, modality: Modality, *, where: str, rule: IntensityRule = PUBLISHED_RULE) -> Intensity:
     """The intensity rule of a modality, with the numbers of one volume's foreground box.
 
     Args:
         foreground: x y z grey values of the box over which the network's training took its statistics.
         modality: which rule.
         where: name of the volume, for the error.
+        rule: the constants of the training.
 
     Raises:
         DataError: all values are equal once clipped.
     """
     if modality == "ct":
-        low, high = CT_RANGE_HU
+        low, high = rule.ct_range_hu
         body = BODY_HU
     else:
-        low, high = (float(v) for v in np.percentile(foreground, PERCENTILES))
+        low, high = (float(v) for v in np.percentile(foreground, rule.percentiles))
         body = low + BODY_SHARE * (high - low)
     mean, deviation = _moments(foreground, low, high)
     if not deviation > 1e-6 * max(abs(low), abs(high), 1e-6):
@@ -114,9 +101,9 @@ def intensity_of(foreground: Array, modality: Modality, *, where: str) -> Intens
     return Intensity(low, high, mean, deviation, body)
 
 
-def published_foreground(array: Array) -> Crop | None:
+def published_foreground(array: Array, above: float = 0.0) -> Crop | None:
     """The box that the published loading takes: around all values above 0 (for CT above 0 HU)."""
-    return bounding_box(array > 0)
+    return bounding_box(array > above)
 
 
 def body_box(array: Array, modality: Modality) -> Crop | None:
@@ -161,13 +148,6 @@ def hounsfield_offset(array: Array) -> tuple[float, str | None]:
     if high > 1250 and tissue > 0.05 and air > 0.005:
         return -1024.0, "CT without negative values and with soft tissue near 1024: 1024 was subtracted"
     return 0.0, f"CT values lie in {low:g} to {high:g}: these are not Hounsfield units, so do not trust the result"
-
-
-def describe_rules(modality: Modality) -> dict[str, Any]:
-    """The rules in words, for the plan and the report."""
-    if modality == "ct":
-        return {"clip": "-500 to 1000 HU", "body": "above -500 HU"}
-    return {"clip": "0.5 to 99.5 percentile", "body": "above the dark end by 5 % of the clip range"}
 
 
 def _moments(array: Array, low: float, high: float) -> tuple[float, float]:

@@ -57,7 +57,7 @@ class Volume:
 
     @property
     def shape(self) -> Shape:
-        """x y z."""
+        """Voxels along x, y and z."""
         x, y, z = self.array.shape
         return x, y, z
 
@@ -214,7 +214,7 @@ def _read_header(path: Path) -> tuple[Any, int, bytearray]:
 def _parse_header(head: bytes, path: Path) -> Any:
     for kind in (nib.Nifti1Header, nib.Nifti2Header):
         size = kind.template_dtype.itemsize
-        if len(head) >= size and int.from_bytes(head[:4], "little") == size or int.from_bytes(head[:4], "big") == size:
+        if len(head) >= size and size in (int.from_bytes(head[:4], "little"), int.from_bytes(head[:4], "big")):
             try:
                 header = kind.from_fileobj(io.BytesIO(head[:size] + b"\0\0\0\0"), check=True)
             except (nib.spatialimages.HeaderDataError, ValueError) as error:

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from medlore.data.geometry import Array, Crop, GridPath, Taps, reorientation_to, resampling_to, shear_degrees
 from medlore.data.intensity import (
+    PUBLISHED_RULE,
     Intensity,
+    IntensityRule,
     Modality,
     body_box,
     finite_values,
@@ -86,6 +88,7 @@ def prepare(
     *,
     orientation_code: str = "RAS",
     spacing_mm: Sequence[float] = NETWORK_SPACING_MM,
+    rule: IntensityRule = PUBLISHED_RULE,
     published: bool = False,
 ) -> Prepared:
     """Orientation, spacing, crop and grey values.
@@ -95,6 +98,7 @@ def prepare(
         modality: chooses the intensity rule.
         orientation_code: of the network's grid; spine models of the SAT family use `ASR`.
         spacing_mm: of the network's grid, along its axes.
+        rule: the intensity constants of the network's training.
         published: exactly the published rules: crop to values above 0, no correction of a lost CT intercept, no body mask.
 
     Raises:
@@ -116,11 +120,11 @@ def prepare(
     grey = change.apply(turn.apply(array))
     if offset:
         grey += np.float32(offset)
-    training_box = published_foreground(grey)
+    training_box = published_foreground(grey, rule.foreground_above)
     crop = training_box if published else body_box(grey, modality)
     if crop is None:
         raise DataError(where, "nothing but air", f"an image with a body in it ({modality})", "check modality, slope and intercept")
-    intensity = intensity_of((training_box or crop).apply(grey), modality, where=where)
+    intensity = intensity_of((training_box or crop).apply(grey), modality, where=where, rule=rule)
     cropped = crop.apply(grey)
     body = None if published else np.asarray(cropped > intensity.body)
     pixels = torch.from_numpy(intensity.apply(cropped))

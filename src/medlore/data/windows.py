@@ -11,18 +11,15 @@ Source: ours; window grid and Gaussian as in the published SAT and LoRKD inferen
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import groupby, product
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from medlore.errors import InputError
+from medlore.data.window_grid import Start, WindowGrid
 
-Start = tuple[int, int, int]
 Rows = Callable[[int, int, int], Tensor]
 Predictor = Callable[[Tensor], Tensor | Rows]
 """Windows (b c x y z) -> logits (b q x y z), or a function (b, x0, x1) -> logits (q rows y z), so that they never exist whole."""
@@ -35,45 +32,6 @@ class Slab(NamedTuple):
 
     start: int
     probability: Tensor
-
-
-@dataclass(frozen=True)
-class WindowGrid:
-    """Where the windows lie.
-
-    Args:
-        shape: x y z of the volume.
-        roi_size: x y z of a window; a volume that is smaller is padded at its end.
-        overlap: share of a window that its neighbour covers too, 0 to below 1.
-    """
-
-    shape: tuple[int, int, int]
-    roi_size: tuple[int, int, int]
-    overlap: float = 0.5
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.overlap < 1:
-            raise InputError("overlap", f"got {self.overlap}", "a share from 0 to below 1", "give --overlap 0.5")
-        if min(self.roi_size) < 1 or min(self.shape) < 1:
-            raise InputError("roi_size", f"{self.roi_size} on a volume of {self.shape}", "whole numbers from 1", "check the sizes")
-
-    def starts(self, axis: int) -> list[int]:
-        """First voxels of the windows along one axis; the last one is moved back so that it ends with the volume.
-
-        Example:
-            >>> grid = WindowGrid((400, 350, 200), (288, 288, 96))
-            >>> grid.starts(0), grid.starts(1), grid.starts(2)
-            ([0, 112], [0, 62], [0, 48, 96, 104])
-        """
-        size, roi = self.shape[axis], self.roi_size[axis]
-        step = max(int(roi * (1 - self.overlap)), 1)
-        count = max(math.ceil((size - roi) / step) + 1, 1)
-        return [max(min(i * step, size - roi), 0) for i in range(count)]
-
-    def windows(self) -> list[Start]:
-        """All starts, x outermost."""
-        x, y, z = (self.starts(axis) for axis in range(3))
-        return list(product(x, y, z))
 
 
 def gaussian(size: int, *, sigma_share: float = 0.125) -> Tensor:
@@ -103,7 +61,7 @@ def normalised_weights(grid: WindowGrid, axis: int) -> dict[int, Tensor]:
     return {start: (profile / total[start : start + roi]).float() for start in grid.starts(axis)}
 
 
-def sliding_windows(
+def sliding_windows(  # noqa: PLR0913 - MONAI's function has as many
     volume: Tensor,
     predictor: Predictor,
     grid: WindowGrid,

@@ -1,0 +1,384 @@
+"""`medlore segment`: text-prompted segmentation of a cohort, on the grid of each image, in bounded memory.
+
+The model is loaded once. Each case is planned from its header, segmented, and written as one folder that is whole or
+absent; a case that fails is reported and the others go on; a second run skips what is finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import pydantic
+
+from medlore.data.cases import Case, find_images, folder_names, read_cases
+from medlore.errors import DataError, InputError, MedloreError, StepError
+from medlore.files import read_json, sha256_of
+from medlore.recipes.run import DeviceChoice, Run, Settings, choose_device
+from medlore.recipes.segment_labels import ModelFacts, Routes, facts_of_bundle, facts_of_pack, route_labels
+from medlore.recipes.segment_plan import CasePlan, available_memory, plan_case, read_bytes
+
+if TYPE_CHECKING:
+    from medlore.recipes.segment_model import SegmentingModel
+
+State = Literal["done", "skipped", "failed"]
+
+
+class SegmentSettings(Settings):
+    """What a run of `medlore segment` is asked to do.
+
+    Either `cases` (a jsonl, a folder of volumes, or one DICOM series) or `image` is given; a folder or image needs
+    `labels`, and `modality` unless it is DICOM.
+    """
+
+    model: str
+    out: Path
+    cases: Path | None = None
+    image: Path | None = None
+    labels: tuple[str, ...] = ()
+    modality: str | None = None
+    region: str | None = None
+    expert_by: Literal["label", "dataset"] = "label"
+    allow_unknown: bool = False
+    orientation_code: str | None = None
+    affine_from: Literal["auto", "sform", "qform"] = "auto"
+    device: DeviceChoice = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    memory: str | None = None
+    roi_size: tuple[int, int, int] | None = None
+    overlap: float | None = pydantic.Field(default=None, ge=0, lt=1)
+    sw_batch_size: int = pydantic.Field(default=1, ge=1)
+    max_queries: int = pydantic.Field(default=256, ge=1)
+    published: bool = False
+    grid: Literal["original", "processed"] = "original"
+    resample: Literal["probability", "nearest"] = "probability"
+    overlap_rule: Literal["small-over-large", "given"] = "small-over-large"
+    image_copy: bool = True
+    picture: bool = True
+    dicom_seg: bool = False
+    resume: bool = True
+    engine: Literal["local", "ray"] = "local"
+    workers: int = pydantic.Field(default=1, ge=1)
+    prompt_embeddings: Path | None = None
+    text: Path | None = None
+    tokenizer: Path | None = None
+    lora_alpha: float | None = None
+
+
+# What changes the masks; a finished case is skipped only if all of it is unchanged.
+_DECISIVE = (
+    "region", "expert_by", "allow_unknown", "affine_from", "precision", "roi_size", "overlap", "published", "grid", "resample",
+    "overlap_rule", "lora_alpha", "dicom_seg",
+)  # fmt: skip
+
+
+class Watcher(Protocol):
+    """Told how a run goes on."""
+
+    def plan(self, name: str, plan: CasePlan) -> None:
+        """A case was planned."""
+
+    def window(self, name: str, done: int, total: int) -> None:
+        """Windows of a case were done."""
+
+    def case(self, index: int, total: int, entry: dict[str, Any]) -> None:
+        """A case was finished, skipped, or failed."""
+
+
+class Silence:
+    """A watcher that says nothing."""
+
+    def plan(self, name: str, plan: CasePlan) -> None:
+        """Nothing."""
+
+    def window(self, name: str, done: int, total: int) -> None:
+        """Nothing."""
+
+    def case(self, index: int, total: int, entry: dict[str, Any]) -> None:
+        """Nothing."""
+
+
+def collect_cases(settings: SegmentSettings) -> list[Case]:
+    """All cases of a run.
+
+    Raises:
+        InputError: neither or both of a list and an image; no labels; no modality; nothing in a folder.
+        DataError: broken lines in a jsonl.
+    """
+    if (settings.cases is None) == (settings.image is None):
+        came = "neither a list of cases nor an image" if settings.cases is None else "a list of cases and an image"
+        raise InputError("segment", came, "one of them", "give cases.jsonl, or --image FILE --labels NAMES --modality ct")
+    source = settings.cases if settings.cases is not None else settings.image
+    if source is None or not source.exists():
+        raise InputError(str(source), "no such file or folder", "a jsonl, an image, or a folder of them", "check the spelling")
+    if source.suffix.casefold() in (".jsonl", ".json"):
+        cases = read_cases(source)
+        return [replace(c, labels=settings.labels or c.labels, modality=settings.modality or c.modality) for c in cases]
+    images = (find_images(source) or [source]) if source.is_dir() else [source]
+    if not settings.labels:
+        fix = "give --labels liver,spleen, a region's name, or all"
+        raise InputError("--labels", "none were given", "names of structures, beside an image or a folder", fix)
+    modality = settings.modality or _modality_of_dicom(source)
+    return [Case(image, settings.labels, modality) for image in images]
+
+
+def segment_cases(settings: SegmentSettings, *, watcher: Watcher | None = None) -> dict[str, Any]:
+    """Segment a cohort; returns what `report.json` says under `results`.
+
+    Raises:
+        InputError: wrong use; nothing was written.
+        StepError: the output folder cannot be written. Cases that fail do not raise: their state says so.
+    """
+    watcher = watcher or Silence()
+    cases = collect_cases(settings)
+    names = folder_names(cases)
+    model = load_model(settings)
+    with Run("segment", settings.out, settings=settings, device=model.device) as run, _OutputLock(settings.out):
+        run.results = {
+            "model": {"name": model.bundle.name, "sha256": model.bundle.sha256, "precision": model.precision},
+            "cases": [],
+            "notes": list(model.bundle.notes),
+        }
+        entries: list[dict[str, Any]] = run.results["cases"]
+        for entry in _entries(settings, model, cases, names, watcher):
+            entries.append(entry)
+            watcher.case(len(entries), len(cases), entry)
+            run.write("running")
+        entries.sort(key=lambda entry: entry["index"])
+        run.results["counts"] = {state: sum(e["state"] == state for e in entries) for state in ("done", "skipped", "failed")}
+    return run.results
+
+
+def plan_cases(settings: SegmentSettings) -> dict[str, Any]:
+    """What a run would do, from headers and the pack's manifest; loads no network unless the model is no pack.
+
+    Raises:
+        InputError: wrong use.
+    """
+    facts = None if settings.text or settings.prompt_embeddings else facts_of_pack(settings.model)
+    if facts is None:
+        facts = facts_of_bundle(_load_bundle(settings))
+    cases = collect_cases(settings)
+    plans: list[dict[str, Any]] = []
+    for case, name in zip(cases, folder_names(cases), strict=True):
+        try:
+            plan = _plan(settings, facts, case)
+            plans.append({"name": name, "image": str(case.image), "plan": plan.record(), "in_words": plan.in_words()})
+        except MedloreError as error:
+            plans.append({"name": name, "image": str(case.image), "error": str(error)})
+    return {"model": facts.name, "settings": settings.model_dump(mode="json"), "cases": plans}
+
+
+def load_model(settings: SegmentSettings) -> SegmentingModel:
+    """The model that the settings name, on the device that they name."""
+    from medlore.recipes.segment_model import SegmentingModel
+
+    return SegmentingModel(
+        _load_bundle(settings),
+        device=choose_device(settings.device),
+        precision=settings.precision,
+        roi_size=settings.roi_size,
+        overlap=settings.overlap,
+        sw_batch_size=settings.sw_batch_size,
+        max_queries=settings.max_queries,
+        memory_bytes=None if settings.memory is None else read_bytes(settings.memory),
+        published=settings.published,
+    )
+
+
+def segment_case(settings: SegmentSettings, model: SegmentingModel, case: Case, name: str, watcher: Watcher) -> dict[str, Any]:
+    """One case, from the file to its folder; never raises for a fault of the case."""
+    start = time.perf_counter()
+    entry: dict[str, Any] = {"name": name, "image": str(case.image), "line": case.line or None}
+    try:
+        entry |= _segment_case(settings, model, case, name, watcher)
+    except MedloreError as error:
+        entry |= {"state": "failed", "error": str(error)}
+    except MemoryError:
+        entry |= {"state": "failed", "error": "out of memory; give a smaller --memory, so that labels go in smaller groups"}
+    except Exception as error:  # a fault of ours, or of a library, must not end the night's run
+        entry |= {"state": "failed", "error": f"{type(error).__name__}: {error}"}
+    return entry | {"seconds": round(time.perf_counter() - start, 3)}
+
+
+def _segment_case(settings: SegmentSettings, model: SegmentingModel, case: Case, name: str, watcher: Watcher) -> dict[str, Any]:
+    from medlore.data.volumes import read_volume
+    from medlore.recipes.segment_outputs import write_outputs
+
+    routes = _routes(settings, model.facts, case)
+    fingerprint = _fingerprint(settings, model, case, routes)
+    folder = settings.out / name
+    if settings.resume and _is_finished(folder, fingerprint):
+        return {"state": "skipped", "folder": name}
+    start = time.perf_counter()
+    volume = read_volume(case.image, affine_from=settings.affine_from, frame=case.frame, series=case.series)
+    read = time.perf_counter() - start
+    watcher.plan(name, _plan(settings, model.facts, case, routes=routes, volume=(volume.shape, volume.affine)))
+    result = model.segment(
+        volume,
+        case.labels,
+        case.modality,
+        routes=routes,
+        orientation_code=case.orientation_code or settings.orientation_code,
+        grid=settings.grid,
+        resample=settings.resample,
+        on_window=lambda done, total: watcher.window(name, done, total),
+    )
+    result.seconds = {"read": read, **result.seconds}
+    about = {
+        "image": str(case.image),
+        "case": case.to_dict(),
+        "model": {"name": model.bundle.name, "sha256": model.bundle.sha256},
+        "precision": model.precision,
+        "published_rules": settings.published,
+        "fingerprint": fingerprint,
+    }
+    record = write_outputs(
+        folder,
+        result,
+        about=about,
+        overlap_rule=settings.overlap_rule,
+        image=settings.image_copy,
+        picture=settings.picture,
+        dicom_seg=settings.dicom_seg,
+    )
+    return {
+        "state": "done",
+        "folder": name,
+        "volume_ml": {e["label"]: e["volume_ml"] for e in record["labels"]},
+        "notes": record["notes"],
+        "phases": record["seconds"],
+    }
+
+
+def _entries(settings: SegmentSettings, model: SegmentingModel, cases: Sequence[Case], names: Sequence[str], watcher: Watcher) -> Any:
+    """Entries of the report as cases finish."""
+    if settings.engine == "local" and settings.workers == 1:
+        for index, (case, name) in enumerate(zip(cases, names, strict=True)):
+            yield {"index": index, **segment_case(settings, model, case, name, watcher)}
+        return
+    from medlore.recipes.segment_workers import spread
+
+    yield from spread(settings, cases, names)
+
+
+def _load_bundle(settings: SegmentSettings) -> Any:
+    from medlore.models.bundle import load_segmenter
+
+    return load_segmenter(
+        settings.model,
+        text=settings.text,
+        tokenizer=settings.tokenizer,
+        prompt_embeddings=settings.prompt_embeddings,
+        lora_alpha=settings.lora_alpha,
+    )
+
+
+def _routes(settings: SegmentSettings, facts: ModelFacts, case: Case) -> Routes:
+    dataset = case.dataset if settings.expert_by == "dataset" else None
+    return route_labels(facts, case.labels, case.modality, region=settings.region, dataset=dataset, allow_unknown=settings.allow_unknown)
+
+
+def _plan(
+    settings: SegmentSettings, facts: ModelFacts, case: Case, *, routes: Routes | None = None, volume: tuple[Any, Any] | None = None
+) -> CasePlan:
+    from medlore.recipes.segment_rules import is_half, window_rules
+
+    rules = window_rules(
+        facts,
+        roi_size=settings.roi_size,
+        overlap=settings.overlap,
+        sw_batch_size=settings.sw_batch_size,
+        orientation_code=case.orientation_code or settings.orientation_code,
+        half=is_half(settings.precision, settings.device, published=settings.published),
+        published=settings.published,
+    )
+    shape, affine = volume or _grid_of(case)
+    memory = available_memory() if settings.memory is None else read_bytes(settings.memory)
+    routes = routes or _routes(settings, facts, case)
+    return plan_case(shape, affine, routes.by_region, facts.size, rules, memory_bytes=memory, where=str(case.image))
+
+
+def _grid_of(case: Case) -> tuple[Any, Any]:
+    from medlore.data.nifti import read_grid
+
+    if case.image.is_file() and case.image.name.endswith((".nii", ".nii.gz")):
+        return read_grid(case.image)
+    from medlore.data.volumes import read_volume
+
+    volume = read_volume(case.image, frame=case.frame, series=case.series)
+    return volume.shape, volume.affine
+
+
+def _fingerprint(settings: SegmentSettings, model: SegmentingModel, case: Case, routes: Routes) -> str:
+    if not case.image.exists():
+        raise InputError(str(case.image), "no such file or folder", "an existing image", "correct the line of the list")
+    values = settings.model_dump(mode="json")
+    decisive = {name: values[name] for name in _DECISIVE} | {"precision": model.precision}
+    orientation = case.orientation_code or settings.orientation_code
+    told = [sha256_of(case.image), model.bundle.sha256, routes.modality, routes.by_region, routes.labels, orientation, case.frame, decisive]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def _is_finished(folder: Path, fingerprint: str) -> bool:
+    try:
+        record = read_json(folder / "case.json")
+    except (InputError, DataError):
+        return False
+    return isinstance(record, dict) and record.get("state") == "done" and record.get("fingerprint") == fingerprint
+
+
+def _modality_of_dicom(source: Path) -> str:
+    if source.is_dir() or source.suffix.casefold() in (".dcm", ".zip"):
+        from medlore.data.dicom import dicom_modality
+
+        found = dicom_modality(source)
+        if found is not None:
+            return found
+    raise InputError("--modality", "none was given", "ct, mri, pet or us", "give --modality; only DICOM files tell it themselves")
+
+
+class _OutputLock:
+    """One run at a time writes to a folder; what a killed run left half-written is removed first."""
+
+    def __init__(self, out: Path) -> None:
+        self._out = out
+        self._stream: Any = None
+
+    def __enter__(self) -> None:
+        import fcntl
+
+        try:
+            self._out.mkdir(parents=True, exist_ok=True)
+            self._stream = (self._out / ".lock").open("w")
+        except OSError as error:
+            raise StepError(
+                str(self._out), f"cannot be written ({error.strerror})", "a folder that can be written", "name another"
+            ) from error
+        try:
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._stream.close()
+            raise InputError(
+                f"--out {self._out}", "another run is writing there", "a folder of its own", "wait, or name another"
+            ) from error
+        _remove_remains(self._out)
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+        (self._out / ".lock").unlink(missing_ok=True)
+
+
+def _remove_remains(out: Path) -> None:
+    import shutil
+
+    for left in out.glob(".part-*"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)

@@ -1,0 +1,42 @@
+"""Windows and grid of a run: what the model was trained with, unless something else is asked for (no torch)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from medlore.recipes.segment_labels import ModelFacts
+from medlore.recipes.segment_plan import WindowRules
+
+
+def window_rules(
+    facts: ModelFacts,
+    *,
+    roi_size: Sequence[int] | None = None,
+    overlap: float | None = None,
+    sw_batch_size: int = 1,
+    orientation_code: str | None = None,
+    half: bool = False,
+    published: bool = False,
+) -> WindowRules:
+    """Windows and grid: what the model was trained with, unless something else is asked for."""
+    told = facts.preprocessing
+    x, y, z = (int(v) for v in (roi_size or told.get("roi_size", (288, 288, 96))))
+    a, b, c = (float(v) for v in told.get("spacing_mm", (1.0, 1.0, 3.0)))
+    return WindowRules(
+        roi_size=(x, y, z),
+        overlap=float(overlap if overlap is not None else told.get("overlap", 0.5)),
+        spacing_mm=(a, b, c),
+        orientation_code=orientation_code or str(told.get("orientation", "RAS")),
+        sw_batch_size=sw_batch_size,
+        bytes_per_number=2 if half else 4,
+        published=published,
+    )
+
+
+def is_half(precision: str, device: str, *, published: bool) -> bool:
+    """Whether the network will run in half precision, as far as can be told without torch."""
+    if precision != "auto":
+        return precision != "fp32"
+    from medlore.recipes.doctor import cpu_has_bfloat16
+
+    return device == "cuda" or (device in ("auto", "cpu") and not published and cpu_has_bfloat16())
