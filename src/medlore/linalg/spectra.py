@@ -243,6 +243,7 @@ def _by_lanczos(A: Array, question: _Question, frobenius2: float, rng: np.random
     """Block Lanczos: a few steps are enough where the spectrum decays."""
     block = 16 if A.shape[1] >= 256 else 8
     krylov = BlockKrylov(A, block, min(_MOST_BLOCK_STEPS, A.shape[1] // block - 1), rng)
+    refused = 0
     while krylov.step():
         if krylov.steps < 2:
             continue
@@ -250,9 +251,13 @@ def _by_lanczos(A: Array, question: _Question, frobenius2: float, rng: np.random
         target = question.target(frobenius2, theta)
         if not krylov.promises(target):
             continue
-        found = question.settle(krylov.enclose(target), "lanczos", krylov.steps)
+        probes = 8 if target > 1.05 * theta and not refused else 16
+        found = question.settle(krylov.enclose(target, probes=probes), "lanczos", krylov.steps)
         if found is not None:
             return found
+        refused += 1
+        if refused == 2:  # an edge too near for float32 steps
+            return None
     return None
 
 
