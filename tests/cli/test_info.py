@@ -120,6 +120,13 @@ def test_other_things_are_recognised(tmp_path: Path, shared_data: Path, capsys: 
     facts = run_json(["info", str(adapter)], capsys)
     assert (facts["kind"], facts["parameters"], facts["rank_pattern"]) == ("PEFT adapter", 24, {"q": 4})
     assert run_json(["info", str(shared_data / "bccd.zip")], capsys)["kind"] == "images"
+    volume = run_json(["info", str(shared_data / "totalseg/example_ct_sm.nii.gz")], capsys)
+    assert (volume["kind"], len(volume["shape"]), len(volume["orientation"])) == ("volume", 3, 3)
+    case = {"image": str(shared_data / "totalseg/example_ct_sm.nii.gz"), "label": ["liver", "hart", "left kidney"], "modality": "ct"}
+    (tmp_path / "cases.jsonl").write_text(json.dumps(case) + "\n" + json.dumps({**case, "image": "absent.nii.gz"}) + "\n")
+    cases = run_json(["info", str(tmp_path / "cases.jsonl")], capsys)
+    assert (cases["cases"], cases["regions"], len(cases["missing_images"])) == (2, {"abdomen": 4}, 1)
+    assert cases["unknown_labels"] == ["line 1: unknown name 'hart'", "line 2: unknown name 'hart'"]
 
 
 @pytest.mark.parametrize(

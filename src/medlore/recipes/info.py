@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from medlore.assets import PREFIX, asset_path
-from medlore.errors import CheckpointError, InputError
+from medlore.errors import CheckpointError, InputError, UnknownNameError
 from medlore.files import read_json, sha256_of
 from medlore.models import packs
 from medlore.models.bundle import KIND, PROMPTS_FILE, load_segmenter
@@ -274,6 +275,56 @@ def _describe_adapter(path: Path, _: float | None) -> Facts | None:
     return {"kind": "PEFT adapter", "parameters": total, **facts}
 
 
+def _describe_cases(path: Path, _: float | None) -> Facts | None:
+    """A jsonl of cases: how many, of what, and what would be refused."""
+    if not path.is_file() or path.suffix.lower() != ".jsonl":
+        return None
+    from medlore.data.cases import read_cases
+
+    cases = read_cases(path)
+    labels = Counter(label for case in cases for label in case.labels)
+    regions: Counter[str] = Counter()
+    refused = []
+    for case in cases:
+        for label in case.labels:
+            try:
+                regions[default_vocabulary().lookup(label, case.modality).region] += 1
+            except UnknownNameError as error:
+                refused.append(f"line {case.line}: {error.came}")
+    return {
+        "kind": "cases",
+        "cases": len(cases),
+        "modalities": dict(Counter(case.modality for case in cases)),
+        "labels": dict(labels.most_common()),
+        "regions": dict(regions),
+        "missing_images": [str(case.image) for case in cases if not case.image.exists()],
+        "unknown_labels": refused,
+    }
+
+
+def _describe_volume(path: Path, _: float | None) -> Facts | None:
+    """A volume in one file: its grid, its values, and what is odd about it."""
+    if not path.is_file() or not path.name.lower().endswith((".nii", ".nii.gz", ".nrrd", ".nhdr")):
+        return None
+    import nibabel
+    import numpy as np
+
+    from medlore.data.volumes import read_volume
+
+    volume = read_volume(path)
+    spacing = np.linalg.norm(volume.affine[:3, :3], axis=0)
+    return {
+        "kind": "volume",
+        "shape": list(volume.shape),
+        "file_shape": list(volume.file_shape),
+        "spacing_mm": [round(float(side), 4) for side in spacing],
+        "orientation": "".join(nibabel.aff2axcodes(volume.affine)),
+        "dtype": str(volume.array.dtype),
+        "values": {"smallest": float(volume.array.min()), "largest": float(volume.array.max())},
+        "notes": list(volume.notes),
+    }
+
+
 def _describe_images(path: Path, _: float | None) -> Facts | None:
     from medlore.data.inspect import describe_images
 
@@ -287,6 +338,8 @@ _DESCRIBERS: tuple[Callable[[Path, float | None], Facts | None], ...] = (
     _describe_prompts,
     _describe_weights,
     _describe_json,
+    _describe_cases,
+    _describe_volume,
     _describe_images,
 )
 
