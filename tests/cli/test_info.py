@@ -98,6 +98,15 @@ def test_a_merged_expert_keeps_the_prompts_of_its_region(
     assert "merged for abdomen" in run_json(["info", str(pack)], capsys)["model"]
 
 
+def test_an_expert_taken_from_a_pack_stays_bound(vision: Path, table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    first = run_json(["export", str(vision), "--out", str(whole), "--prompt-embeddings", str(table)], capsys)
+    assert any("bound from now on" in note for note in first["notes"])
+    second = run_json(["export", str(whole), "--out", str(part), "--expert", "abdomen"], capsys)
+    assert second["notes"] == []
+    assert second["prompts"] == 4
+
+
 def test_labels_are_listed_by_modality_and_region(capsys: pytest.CaptureFixture[str]) -> None:
     listed = run_json(["info", "--labels", "--modality", "mr", "--region", "lower limb"], capsys)
     assert {"femur bone", "femur cartilage"} <= {row["label"] for row in listed["labels"]}
@@ -138,6 +147,7 @@ def test_other_things_are_recognised(tmp_path: Path, shared_data: Path, capsys: 
         (["info", "--labels", "--region", "torso"], "unknown name 'torso'"),
         (["info", "--labels", "--modality", "xray"], "unknown name 'xray'"),
         (["info", "medlore:nothing-like-it"], "nothing-like-it"),
+        (["info", "pyproject.toml"], "no kind that is known"),
     ],
 )
 def test_wrong_use_of_info_is_refused(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

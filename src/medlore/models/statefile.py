@@ -71,7 +71,7 @@ def _load_mapped(path: Path) -> Any:
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+    reason = str(error).strip().splitlines()[0].split(". ")[0][:160] if str(error).strip() else type(error).__name__
     return CheckpointError(
         str(path),
         f"cannot be read as weights ({reason})",

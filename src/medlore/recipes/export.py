@@ -69,7 +69,7 @@ def export(
         prompts = prompts and _of_region(prompts, expert)
     about = _about(bundle, source, text or prompt_embeddings)
     write_segmenter_pack(out, weights, prompts=prompts, preprocessing=bundle.preprocessing, region=region, about=about)
-    return _summary(out, bundle, prompts)
+    return _summary(out, bundle, prompts, bound_now=text is not None or prompt_embeddings is not None)
 
 
 def embed_vocabulary(encoder: TextEncoder, vocabulary: Vocabulary | None = None) -> PromptTable:
@@ -132,12 +132,12 @@ def _about(bundle: SegmenterBundle, source: Path, prompts: str | Path | None) ->
     return about
 
 
-def _summary(out: Path, bundle: SegmenterBundle, prompts: PromptTable | None) -> dict[str, Any]:
+def _summary(out: Path, bundle: SegmenterBundle, prompts: PromptTable | None, *, bound_now: bool) -> dict[str, Any]:
     manifest = packs.read_manifest(out, kind="segmenter")
     notes: Sequence[str] = [note for note in bundle.notes if "never bound" not in note]
     if prompts is None:
         notes = [*notes, "no prompt embeddings inside: `medlore segment` will need --text or --prompt-embeddings"]
-    elif prompts is not bundle.prompts or bundle.source.is_file():
+    elif bound_now:
         notes = [*notes, "vision weights and prompts are bound from now on: that they belong together is your word, no file says it"]
     return {
         "kind": "segmenter pack",

@@ -19,6 +19,7 @@ from medlore.models.statefile import State, read_state
 from medlore.models.vocabulary import Entry, canonical_modality, default_vocabulary
 
 Facts = dict[str, Any]
+_IMAGE_LISTS = (".zip", ".npz", ".csv", ".tsv", ".txt")
 _WEIGHTS = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
 
 
@@ -92,7 +93,7 @@ def _print_fact(name: str, value: Any, *, indent: str = "") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 200)
     if isinstance(value, list) and value and isinstance(value[0], Mapping):
         table = Table(*(str(column).replace("_", " ") for column in value[0]), box=None, pad_edge=False)
         for row in value:
@@ -326,6 +327,8 @@ def _describe_volume(path: Path, _: float | None) -> Facts | None:
 
 
 def _describe_images(path: Path, _: float | None) -> Facts | None:
+    if path.is_file() and path.suffix.lower() not in _IMAGE_LISTS:
+        return None
     from medlore.data.inspect import describe_images
 
     facts = describe_images(path, pixels="sample")
