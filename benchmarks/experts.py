@@ -42,10 +42,12 @@ class Shape:
 
     @property
     def name(self) -> str:
+        """What it is called in a row."""
         space = "x".join(map(str, self.space))
         return f"{len(self.space)}D {self.inputs}->{self.outputs} k{self.kernel} {space} b{self.batch}, {self.present} of {self.experts}"
 
     def layer(self, layout: str) -> ExpertLayer:
+        """The layer, with factors that are not zero."""
         torch.manual_seed(0)
         plain = (nn.Conv2d if len(self.space) == 2 else nn.Conv3d)(
             self.inputs, self.outputs, self.kernel, padding=self.kernel // 2, bias=False

@@ -1,4 +1,4 @@
-"""What every expert layer promises, in every form, over the product of layer kinds, kernels, strides, ... : pairwise here, whole with `-m full`."""
+"""What every expert layer promises, in every form, over kinds, kernels, strides, ... : pairwise, and the whole product with `-m full`."""
 
 from __future__ import annotations
 
@@ -100,7 +100,14 @@ def base_of(named: dict[str, Any]) -> nn.Module:
     mode = named["padding"] if named["padding"] in ("reflect", "circular") else "zeros"
     channels, out = (6, 6) if named["groups"] == "depthwise" else (6, 8)
     groups = {"one": 1, "two": 2, "depthwise": 6}[named["groups"]]
-    options = dict(stride=named["stride"], dilation=named["dilation"], padding=padding, padding_mode=mode, groups=groups, bias=named["bias"])
+    options = {
+        "stride": named["stride"],
+        "dilation": named["dilation"],
+        "padding": padding,
+        "padding_mode": mode,
+        "groups": groups,
+        "bias": named["bias"],
+    }
     return (nn.Conv2d if dims == 2 else nn.Conv3d)(channels, out, kernel, **options)
 
 
@@ -146,7 +153,9 @@ def check(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     named = dict(zip(AXES, case, strict=True))
     torch.manual_seed(5)
     layer, names, dtype = layer_of(named), BATCHES[named["batch"]], named["dtype"]
-    shape = (6,) if named["kind"] == "linear" and named["bias"] else (4, 6) if named["kind"] == "linear" else (6, *(7,) * int(named["kind"][4]))
+    shape = (
+        (6,) if named["kind"] == "linear" and named["bias"] else (4, 6) if named["kind"] == "linear" else (6, *(7,) * int(named["kind"][4]))
+    )
     x = torch.randn(len(names), *shape).to(dtype).requires_grad_()
     if named["form"] != "chosen":
         monkeypatch.setattr(expert_module, "choose_form", lambda _job: named["form"])

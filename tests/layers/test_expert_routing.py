@@ -81,9 +81,7 @@ def test_threads_do_not_see_each_other() -> None:
     def work(name: str) -> None:
         with torch.no_grad(), route(net, name):
             barrier.wait()
-            for _ in range(20):
-                if not torch.allclose(net(x), wanted[name], atol=1e-5):
-                    wrong.append(name)
+            wrong.extend(name for _ in range(20) if not torch.allclose(net(x), wanted[name], atol=1e-5))
 
     threads = [threading.Thread(target=work, args=(name,)) for name in NAMES]
     for thread in threads:
@@ -95,7 +93,7 @@ def test_threads_do_not_see_each_other() -> None:
 
 def test_wrong_routes_say_so() -> None:
     net = network()
-    with pytest.raises(UnknownNameError, match="'abdomne'.*3 names; the nearest are 'abdomen'"), route(net, ["abdomne"]):
+    with pytest.raises(UnknownNameError, match=r"'abdomne'.*3 names; the nearest are 'abdomen'"), route(net, ["abdomne"]):
         pass
     with pytest.raises(InputError, match=r"0: a batch of 3 samples under a route of 2"), route(net, ["brain", "spine"]):
         net(images(3))

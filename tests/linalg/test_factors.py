@@ -32,7 +32,7 @@ def test_matrix_refusals() -> None:
         as_matrix(torch.zeros(4))
     with pytest.raises(InputError, match=r"\(3, 4\).*\(8, 54\)"):
         from_matrix(torch.zeros(3, 4), (8, 6, 3, 3))
-    with pytest.raises(UnknownNameError, match="'interleave'.*'interleaved'"):
+    with pytest.raises(UnknownNameError, match=r"'interleave'.*'interleaved'"):
         checked_layout("interleave")
 
 

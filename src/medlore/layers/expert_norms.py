@@ -21,8 +21,7 @@ from medlore.layers.routing import BASE_ALONE, Roster, RouteMemory
 def coupling_layers(model: nn.Module) -> dict[str, _BatchNorm]:
     """Layers that mix the samples of a batch in train mode: every kind of BatchNorm, by name.
 
-    Coupling that a network's own code does (functional batch norm, losses over the batch) has no module to be found by:
-    `coupled_samples` of :mod:`medlore.layers.separation` measures it.
+    Coupling in a network's own code (functional batch norm, a loss over the batch) has no module to be found by.
     """
     return {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
 
