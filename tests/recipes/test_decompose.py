@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +138,40 @@ def test_a_run_that_was_stopped_ends_where_an_unbroken_one_ends(finished: Path, 
     broken = torch.load(tmp_path / "out" / "networks" / "experts" / "best.pt", weights_only=True)
     whole = torch.load(finished / "out" / "networks" / "experts" / "best.pt", weights_only=True)
     assert all(torch.equal(broken[k], whole[k]) for k in whole)
+
+
+KEEP_EACH_PROCESS = """
+import os, sys, torch
+import medlore.recipes.decompose as recipe
+train_all = recipe._train_all
+def kept(shop, teacher):
+    rows, experts = train_all(shop, teacher)
+    torch.save(experts.state_dict(), f"{sys.argv[2]}-{os.environ['RANK']}.pt")
+    return rows, experts
+recipe._train_all = kept
+recipe.decompose(sys.argv[1], sys.argv[2])
+"""
+
+
+def test_two_processes_stay_one_network(tmp_path: Path) -> None:
+    """Each process sees its own rows: were the gradients of the experts not reduced, the weights of the two would part."""
+    study = write_study(tmp_path, variants=["experts"], loss={"beta": 0, "feature": 0}, steps=3, evaluate_every=3)
+    script = write_text(tmp_path / "keep.py", KEEP_EACH_PROCESS)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29731"]
+    done = subprocess.run(
+        [*launch, str(script), str(study), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = (torch.load(tmp_path / f"out-{rank}.pt", weights_only=True) for rank in (0, 1))
+    moved = [k for k in first if "lora_B" in k and first[k].abs().max() > 0]
+    assert {k.split(".")[-1] for k in moved} == {"left", "right"}
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    assert load_classifier_pack(tmp_path / "out" / "pack").experts.keys() == {"left", "right"}
 
 
 def test_weights_of_zero_skip_the_teacher(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from medlore.assets import PREFIX
@@ -67,16 +68,20 @@ def decompose(
         StepError: a training diverged; the last good checkpoint stays.
     """
     shop, body = _open(study, out, narrate, flags)
-    settings, tasks = shop.settings, shop.tasks
-    with Run("decompose", out, settings=settings, seed=settings.seed, device=shop.device) as run:
+    if not shop.writes:  # the other processes of a distributed run train along and leave the files to the first
+        return Decomposition(shop.out / "pack", _run(shop, body)[0])
+    with Run("decompose", out, settings=shop.settings, seed=shop.settings.seed, device=shop.device) as run:
         run.add_input(study)
-        teacher = None if body is None else _teacher(shop, body)
-        rows, experts = _train_all(shop, teacher)
-        table = table_rows(rows)
+        table, experts = _run(shop, body)
         pack = _write_pack(shop, experts, table)
         run.add_output("pack", pack)
-        run.results.update(table=table, tasks={name: _sizes(task) for name, task in tasks.items()})
+        run.results.update(table=table, tasks={name: _sizes(task) for name, task in shop.tasks.items()})
     return Decomposition(pack, table)
+
+
+def _run(shop: _Workshop, body: nn.Module | None) -> tuple[list[dict[str, Any]], MultiTaskNetwork]:
+    rows, experts = _train_all(shop, None if body is None else _teacher(shop, body))
+    return table_rows(rows), experts
 
 
 def plan(study: str | Path, **flags: Any) -> dict[str, Any]:
@@ -107,7 +112,8 @@ def _open(study: str | Path, out: str | Path, narrate: Narrator, flags: Mapping[
     settings = read_settings(DecomposeSettings, study, **flags)
     body, preprocessing = _teacher_body(settings)
     tasks = read_tasks(settings, preprocessing, folder=Path(study).resolve().parent)
-    return _Workshop(settings, tasks, preprocessing, Path(out), choose_device(settings.device), narrate), body
+    device = choose_device(settings.device)
+    return _Workshop(settings, tasks, preprocessing, Path(out), device, narrate, make_accelerator(device)), body
 
 
 @dataclass
@@ -120,6 +126,12 @@ class _Workshop:
     out: Path
     device: str
     narrate: Narrator
+    accelerator: Accelerator
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the files: the only one, or the first of several."""
+        return bool(self.accelerator.is_main_process)
 
     def network(self, body: nn.Module, tasks: Mapping[str, Task], *, experts: bool = False) -> MultiTaskNetwork:
         classes = {name: len(task.classes) for name, task in tasks.items()}
@@ -249,16 +261,18 @@ def _finish(
         network,
         tasks,
         schedule,
-        accelerator=make_accelerator(shop.device),
+        accelerator=shop.accelerator,
         preprocessing=shop.preprocessing,
         checkpoint=checkpoint,
         distillation=distillation,
-        progress=shop.narrate(variant),
+        progress=shop.narrate(variant) if shop.writes else lambda _step, _steps, _text: None,
     )
-    with atomic_path(weights) as temporary:
-        torch.save(network.state_dict(), temporary)
-    write_json(done, {"settings_sha256": identity, **vars(history)})
-    checkpoint.unlink(missing_ok=True)
+    if shop.writes:
+        with atomic_path(weights) as temporary:
+            torch.save(network.state_dict(), temporary)
+        write_json(done, {"settings_sha256": identity, **vars(history)})
+        checkpoint.unlink(missing_ok=True)
+    shop.accelerator.wait_for_everyone()
 
 
 def _write_pack(shop: _Workshop, network: MultiTaskNetwork, table: list[dict[str, Any]]) -> Path:

@@ -114,7 +114,8 @@ def train_network(
             group["lr"] = learning_rate(step, schedule)
         network.train()
         parts = _share_of_process(sampler.batch(step), accelerator)
-        images, targets = _gather(parts, tasks, step, device)
+        # each process augments by its own numbers, and a single one by the step's
+        images, targets = _gather(parts, tasks, step * accelerator.num_processes + accelerator.process_index, device)
         terms = _losses(wrapped, images, targets, parts, tasks, distillation, schedule)
         loss = torch.stack(list(terms.values())).sum()
         if not torch.isfinite(loss):
@@ -220,8 +221,8 @@ def _weighted(weight: Mapping[str, float], term: Callable[[str], Tensor]) -> Ten
     return torch.stack([share * term(name) for name, share in weight.items()]).sum()
 
 
-def _gather(parts: list[TaskBatch], tasks: Mapping[str, Task], step: int, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-    images = [tasks[p.task].augment(tasks[p.task].train.images[torch.from_numpy(p.indices)].to(device), step=step) for p in parts]
+def _gather(parts: list[TaskBatch], tasks: Mapping[str, Task], number: int, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+    images = [tasks[p.task].augment(tasks[p.task].train.images[torch.from_numpy(p.indices)].to(device), step=number) for p in parts]
     targets = {p.task: tasks[p.task].train.targets[torch.from_numpy(p.indices)].to(device) for p in parts}
     return torch.cat(images), targets
 
