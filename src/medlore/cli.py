@@ -30,7 +30,9 @@ class _Verbs(typer.core.TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in VERBS:
             return None
-        verb = typer.main.get_command(importlib.import_module(f"medlore.commands.{cmd_name}").app)
+        found = importlib.import_module(f"medlore.commands.{cmd_name}").app
+        found._add_completion = False  # completion belongs to the whole command, not to each verb
+        verb = typer.main.get_command(found)
         verb.name = cmd_name
         return verb
 

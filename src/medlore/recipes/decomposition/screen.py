@@ -51,9 +51,8 @@ def _print_plan(found: dict[str, Any], *, as_json: bool) -> None:
     console = Console(highlight=False)
     for name, task in found["tasks"].items():
         sizes = ", ".join(f"{task[part]} {part}" for part in ("train", "validation", "test"))
-        console.print(
-            f"{name}: {len(task['classes'])} classes, {task['kind']}-label; {sizes}; expert of {found['expert_parameters'][name]:,} parameters"
-        )
+        cost = f"expert of {found['expert_parameters'][name]:,} parameters"
+        console.print(f"{name}: {len(task['classes'])} classes, {task['kind']}-label; {sizes}; {cost}")
     teacher = found["teacher_parameters"]
     if teacher is not None:
         console.print(f"teacher: {teacher:,} parameters")
