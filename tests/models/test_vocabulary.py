@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -69,6 +70,16 @@ def test_unknown_labels_name_the_nearest_three() -> None:
     with pytest.raises(UnknownNameError, match=r"276 labels of ct; the nearest are 'liver', '[a-z ]+', '[a-z ]+'") as caught:
         WORDS.lookup("livr", "ct")
     assert "--allow-unknown" in caught.value.fix
+
+
+def test_the_nearest_can_all_be_asked_for_in_this_modality() -> None:
+    ct = {e.label for e in WORDS.entries(modality="ct")}
+    for asked in ("gray mater", "putamin", "left insulla"):
+        with pytest.raises(UnknownNameError) as caught:
+            WORDS.lookup(asked, "ct")
+        named = re.findall("'([^']+)'", caught.value.accepted)
+        assert len(named) == 3
+        assert set(named) <= ct
 
 
 def test_a_near_synonym_leads_to_its_label() -> None:
