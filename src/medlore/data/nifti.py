@@ -18,6 +18,7 @@ import nibabel as nib
 import numpy as np
 from isal import igzip, isal_zlib
 from nibabel.nifti1 import Nifti1Extension
+from nibabel.spatialimages import HeaderDataError
 
 from medlore.data.geometry import Array, Shape, check_affine, orientation_of, spacing_of
 from medlore.errors import DataError, StepError
@@ -25,6 +26,8 @@ from medlore.files import atomic_path, existing_file
 
 AffineChoice = Literal["auto", "sform", "qform"]
 LABEL_SCHEMA = "medlore/labels/1"
+
+GZIP_FAULTS: tuple[type[Exception], ...] = (EOFError, OSError, zlib.error, isal_zlib.error)  # type: ignore[has-type,unused-ignore]
 
 _GZIP = b"\x1f\x8b"
 _COMMENT = 6  # NIfTI extension code for plain text
@@ -204,7 +207,7 @@ def _read_header(path: Path) -> tuple[Any, int, bytearray]:
             filled = len(head)
             while filled < size and (count := stream.readinto(memoryview(content)[filled:])):
                 filled += count
-    except (EOFError, OSError, zlib.error, isal_zlib.error) as error:
+    except GZIP_FAULTS as error:
         raise DataError(str(path), f"a damaged or cut-off file ({error})", "a whole NIfTI file", "copy or export it again") from error
     if filled < size:
         raise DataError(str(path), f"ends after {filled:,} of {size:,} bytes", "a whole NIfTI file", "copy or export it again")
@@ -217,7 +220,7 @@ def _parse_header(head: bytes, path: Path) -> Any:
         if len(head) >= size and size in (int.from_bytes(head[:4], "little"), int.from_bytes(head[:4], "big")):
             try:
                 header = kind.from_fileobj(io.BytesIO(head[:size] + b"\0\0\0\0"), check=True)
-            except (nib.spatialimages.HeaderDataError, ValueError) as error:
+            except (HeaderDataError, ValueError) as error:
                 raise DataError(str(path), f"a NIfTI header with a fault ({error})", "a sound header", "export the file again") from error
             if bytes(header["magic"])[:2] == b"ni":
                 raise DataError(str(path), "the header of a .hdr/.img pair", "a single .nii or .nii.gz", "convert it, e.g. with nibabel")
@@ -274,12 +277,15 @@ def _voxels(header: Any, start: int, content: bytearray, path: Path) -> Array:
         array = array.astype(kind.newbyteorder("="))
     try:
         slope, intercept = header.get_slope_inter()
-    except nib.spatialimages.HeaderDataError as error:
+    except HeaderDataError as error:
         raise DataError(str(path), f"slope and intercept that cannot be used ({error})", "numbers", "export the file again") from error
     if (slope in (None, 1.0)) and (intercept in (None, 0.0)):
         return array
     wide = np.float64 if array.dtype.itemsize > 2 else np.float32
-    return np.asarray((array.astype(wide) * wide(slope) + wide(intercept or 0)).astype(np.float32))
+    scaled: Array = array.astype(wide)
+    scaled *= slope
+    scaled += intercept or 0
+    return scaled.astype(np.float32)
 
 
 def _three_axes(array: Array, frame: int | None, path: Path) -> tuple[Array, tuple[int, ...]]:

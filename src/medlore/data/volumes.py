@@ -227,11 +227,11 @@ class MaskRestorer:
 
     def _restore(self, label: int, k: int, planes: list[tuple[Array, float]], hot: Array) -> None:
         """Interpolate the part of one plane whose neighbours include a voxel above the threshold."""
-        y, z = (_reached(self._taps[axis], hot.any(axis=2 - axis)) for axis in (1, 2))
+        y, z = (_reached(self._taps[axis], np.asarray(hot.any(axis=2 - axis))) for axis in (1, 2))
         z = slice(z.start // 8 * 8, z.stop)
         if y.stop <= y.start or z.stop <= z.start:
             return
-        mixed = sum((plane * np.float32(weight) for plane, weight in planes), np.float32(0))
+        mixed = np.sum([plane * np.float32(weight) for plane, weight in planes], axis=0)
         mixed = _gather(mixed, self._taps[1], y, axis=0)
         mixed = _gather(mixed, self._taps[2], z, axis=1)
         self.masks.set_plane(label, k, (y, z), mixed > self._threshold)

@@ -104,7 +104,7 @@ def _views(code: str) -> list[_View]:
 def _plane(array: Array, view: _View, index: int) -> Array:
     """Rows up, columns across."""
     plane = np.take(array, index, axis=view.axis)
-    return plane.T if view.across < view.up else plane
+    return np.asarray(plane.T if view.across < view.up else plane)
 
 
 def _draw_plane(plot: Any, grey: Array, view: _View, index: int, edges: Array, window: tuple[float, float]) -> None:

@@ -166,7 +166,7 @@ def itksnap_labels(labels: Sequence[str]) -> str:
 def _canvas(result: Segmentation, kind: type) -> tuple[Array, Array]:
     """Zeros on the output grid, in the memory order of the file, and the view of them in which the masks are held."""
     shape = result.reorientation.shape
-    values = np.zeros(shape, kind, order="F")
+    values: Array = np.zeros(shape, kind, order="F")
     return values, result.reorientation.apply(values)
 
 
