@@ -1,6 +1,6 @@
 """Layers with experts: every known form, the dispatcher's choice and the published form, against the base layer alone.
 
-    python -m benchmarks.experts [--only TEXT] [--repeats N] [--threads N] [--clock wall|cpu] [--networks]
+    python -m benchmarks.experts [--only TEXT] [--repeats N] [--threads N] [--clock wall|cpu] [--networks | --memory]
 
 Variants take turns within one run; what is printed is the ratio of medians to the base layer (base network) without experts.
 With ``--clock cpu --threads 1`` the numbers hold on a machine that other work shares.
@@ -9,6 +9,9 @@ With ``--clock cpu --threads 1`` the numbers hold on a machine that other work s
 from __future__ import annotations
 
 import argparse
+import copy
+import multiprocessing
+import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +24,7 @@ from torch import Tensor, nn
 
 from medlore.layers import experts as expert_module
 from medlore.layers.dispatch import choose_form
+from medlore.layers.expert_surgery import install_experts
 from medlore.layers.experts import ExpertLayer, expert_layer
 from medlore.layers.routing import route
 
@@ -147,6 +151,103 @@ def compare(shape: Shape, layout: str, *, frozen: bool, repeats: int, clock: Cal
     print(f"{what:72s} base {base * 1e3:7.1f} ms  {row}  chosen/best {medians['chosen'] / known:.2f}", flush=True)
 
 
+@dataclass(frozen=True)
+class Network:
+    """A whole network, its batch, and its experts."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    image: tuple[int, ...]
+    batch: int
+    present: int
+    experts: int
+    rank: int
+
+
+def _shufflenet() -> nn.Module:
+    from medlore.models.shufflenet import ShuffleNetConfig, ShuffleNetV2
+
+    return ShuffleNetV2(ShuffleNetConfig(num_labels=10))
+
+
+def _resnet50() -> nn.Module:
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    return ResNetForImageClassification(ResNetConfig(num_labels=10))
+
+
+def _unet() -> nn.Module:
+    from medlore.models.unet3d import UNet3d
+
+    return UNet3d(3, [32, 64, 128, 256, 512], blocks=2, strides=[1, 2, 2, 2, 2])
+
+
+NETWORKS = [
+    Network("ShuffleNetV2 128x128 b32, 10 of 10, r 4", _shufflenet, (3, 128, 128), 32, 10, 10, 4),
+    Network("ResNet-50 96x96 b16, 10 of 10, r 8", _resnet50, (3, 96, 96), 16, 10, 10, 8),
+    Network("3D U-Net (Nano widths) 64x64x32 b2, 2 of 8, r 8", _unet, (3, 64, 64, 32), 2, 2, 8, 8),
+]
+
+
+def compare_network(network: Network, layout: str, *, repeats: int, clock: Callable[[], float]) -> None:
+    """Print one row: the network with experts against itself without; batch norms use their stored statistics in both."""
+    torch.manual_seed(0)
+    base = network.build()
+    x = torch.randn(network.batch, *network.image)
+    with torch.no_grad():
+        base(x)  # gathers statistics
+    base.eval()
+    routed = copy.deepcopy(base)
+    names = [f"e{i}" for i in range(network.experts)]
+    install_experts(
+        routed,
+        experts=names,
+        ranks=network.rank,
+        targets=lambda _name, module: isinstance(module, nn.Conv2d | nn.Conv3d) and module.groups == 1,
+        layout=layout,  # type: ignore[arg-type]
+        batchnorm="freeze",
+    )
+    tasks = Shape(1, 1, 1, (1, 1), network.batch, network.present, network.experts).names()
+
+    def with_experts() -> Tensor:
+        with route(routed, tasks):
+            return _total(routed(x))
+
+    parameters = [*base.parameters(), *routed.parameters()]
+    medians = timed({"base": lambda: _total(base(x)), "experts": with_experts}, parameters, backward=True, repeats=repeats, clock=clock)
+    ratio = medians["experts"] / medians["base"]
+    print(f"{network.name + ', ' + layout:72s} base {medians['base'] * 1e3:7.1f} ms  experts {ratio:5.2f}", flush=True)
+
+
+def _total(output: object) -> Tensor:
+    """One number that depends on everything: a loss."""
+    found = output.logits if hasattr(output, "logits") else output
+    return found.square().mean() if isinstance(found, Tensor) else sum(_total(part) for part in found)  # type: ignore[attr-defined,return-value]
+
+
+def print_memory(shape: Shape, layout: str) -> None:
+    """Peak memory of one forward and backward pass above what was there before, each variant in a fresh process."""
+    peaks = {}
+    context = multiprocessing.get_context("spawn")
+    for variant in ("base", "published", "chosen"):
+        queue = context.Queue()
+        child = context.Process(target=_peak_of, args=(shape, layout, variant, queue))
+        child.start()
+        peaks[variant] = queue.get()
+        child.join()
+    print(f"{shape.name + ', ' + layout:72s} " + "  ".join(f"{name} {value / 2**20:.0f} MiB" for name, value in peaks.items()), flush=True)
+
+
+def _peak_of(shape: Shape, layout: str, variant: str, queue: multiprocessing.Queue[int]) -> None:
+    torch.set_num_threads(1)
+    layer = shape.layer(layout)
+    x = torch.randn(shape.batch, shape.inputs, *shape.space, requires_grad=True)
+    F.conv2d(torch.randn(1, 1, 8, 8), torch.randn(1, 1, 3, 3))  # loads the kernels
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    variants(layer, x, shape.names(), forms="all")[variant]().sum().backward()
+    queue.put(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+
+
 def main(arguments: Sequence[str] = ()) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--only", default="", help="rows whose name holds this text")
@@ -157,10 +258,17 @@ def main(arguments: Sequence[str] = ()) -> None:
     parser.add_argument("--forms", choices=["all", "ours", "chosen"], default="all", help="ours: without the published form")
     parser.add_argument("--frozen", action="store_true", help="the base does not learn")
     parser.add_argument("--networks", action="store_true", help="whole networks instead of layers")
+    parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     for layout in [options.layout] if options.layout else ["channel", "interleaved"]:
-        for shape in SHAPES:
+        for network in NETWORKS if options.networks else ():
+            if options.only in network.name:
+                compare_network(network, layout, repeats=options.repeats, clock=CLOCKS[options.clock])
+        for shape in SHAPES if options.memory else ():
+            if options.only in shape.name:
+                print_memory(shape, layout)
+        for shape in () if options.networks or options.memory else SHAPES:
             for backward in (True, False):
                 if options.only in shape.name:
                     compare(

@@ -58,7 +58,7 @@ class Prices:
 
 
 PRICES: Final = {
-    "cpu": Prices(conv=90, copy=70, branch=220, product=70, thin=25, merge=100, gather=290, call=2e5),
+    "cpu": Prices(conv=90, copy=70, branch=120, product=70, thin=25, merge=130, gather=290, call=2e5),
     "other": Prices(conv=200, copy=200, branch=300, product=200, thin=200, merge=300, gather=600, call=3e8),
 }
 
