@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import medlore
 from medlore.errors import DataError, InputError, TargetError
 from medlore.ranks import PlannedLayer, RankPlan, uniform_plan
-from medlore.ranks.export import lora_config, write_peft_config
+from medlore.ranks.export import write_peft_config
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48, "image_size": 32, "patch_size": 8}
 
@@ -302,7 +302,7 @@ def test_fused_plans_warn_where_plain_peft_would_mix_q_k_and_v() -> None:
 
 def test_a_peft_folder_is_readable(tmp_path: Path) -> None:
     plan = medlore.plan_ranks(vit())
-    path = write_peft_config(plan, tmp_path / "peft")
+    path = write_peft_config(plan.to_lora_config(), tmp_path / "peft")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         read = peft.PeftConfig.from_pretrained(str(path.parent))
@@ -312,7 +312,7 @@ def test_a_peft_folder_is_readable(tmp_path: Path) -> None:
 def test_a_jax_plan_needs_a_model(jax_file: Path) -> None:
     plan = medlore.plan_ranks(jax_file)
     with pytest.raises(TargetError, match="names of a JAX file"):
-        lora_config(plan, folded=False, options={})
+        plan.to_lora_config()
     assert plan.for_model(Timm(4, 64), check=False).layers[0].name == "blocks.0.attn.qkv"
 
 

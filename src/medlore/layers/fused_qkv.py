@@ -25,8 +25,9 @@ from medlore.errors import CheckpointError, InputError, TargetError
 from medlore.files import atomic_folder, existing_file
 from medlore.layers.fused_attention import AttentionLora, forbid_fast_path, times_out_proj_is_added
 from medlore.layers.fused_factors import BlockFactor, StackedFactor
-from medlore.ranks.export import PeftModule, lora_config, peft_modules
-from medlore.ranks.plan import PlannedLayer, RankPlan
+from medlore.ranks.export import PeftModule, peft_modules
+from medlore.ranks.plan import RankPlan
+from medlore.ranks.planned import PlannedLayer
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -65,10 +66,10 @@ def get_peft_model(
 
     plan = plan.for_model(model, check=check)
     _refuse_lone_output(model, plan)
-    wide = [m for m in peft_modules(plan) if m.kind != "single"]
+    wide = [m for m in peft_modules(plan.layers) if m.kind != "single"]
     if wide:
         _check_options(lora_options)
-    config = lora_config(plan, folded=bool(wide), options=lora_options)
+    config = plan.to_lora_config(folded=bool(wide), **lora_options)
     if any(m.kind == "attention" for m in wide):
         config._register_custom_module({nn.MultiheadAttention: AttentionLora})
     tuned = peft.get_peft_model(model, config, adapter_name=adapter_name)

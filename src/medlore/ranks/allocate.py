@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from medlore.errors import CheckpointError, InputError, MedloreError, TargetError
 from medlore.linalg.spectra import Rounding, StableRank, stable_rank
-from medlore.ranks.plan import Granularity, PlannedLayer, RankPlan, digest, is_plan_file, matrix_of, plan_digest
+from medlore.ranks.plan import Granularity, RankPlan, is_plan_file, plan_digest
+from medlore.ranks.planned import PlannedLayer, digest, matrix_of
 from medlore.ranks.rules import alpha_rule, given_ranks, rank_bounds, read_budget, share_budget
 from medlore.ranks.sources import ModuleSource, WeightSource, open_source
 from medlore.ranks.targets import Attention, Found, Target, find_targets

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from medlore.errors import InputError, TargetError
 from medlore.files import atomic_folder
-from medlore.ranks.plan import PlannedLayer, RankPlan
-from medlore.ranks.rules import alpha_rule
+from medlore.ranks.planned import PlannedLayer
+from medlore.ranks.rules import AlphaRule
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -38,21 +38,26 @@ class PeftModule:
     rank: int
 
 
-def peft_modules(plan: RankPlan) -> list[PeftModule]:
+def peft_modules(layers: Sequence[PlannedLayer]) -> list[PeftModule]:
     """The modules of a plan in its order."""
-    attentions = {layer.name for layer in plan.layers if layer.tensor == "in_proj_weight"}
+    attentions = {layer.name for layer in layers if layer.tensor == "in_proj_weight"}
     by_module: dict[str, list[PlannedLayer]] = {}
-    for layer in plan.layers:
+    for layer in layers:
         owner = layer.name.removesuffix(".out_proj")
         by_module.setdefault(owner if owner in attentions else layer.name, []).append(layer)
     return [_module_of(name, tuple(parts), is_attention=name in attentions) for name, parts in by_module.items()]
 
 
-def lora_config(plan: RankPlan, *, folded: bool, options: Mapping[str, Any]) -> LoraConfig:
+def lora_config(
+    layers: Sequence[PlannedLayer], rule: AlphaRule, *, source: str, is_jax: bool, folded: bool, options: Mapping[str, Any]
+) -> LoraConfig:
     """The PEFT configuration of a plan.
 
     Args:
-        plan: the plan, with the names of the model.
+        layers: the plan's layers, with the names of the model.
+        rule: the plan's rule for alphas.
+        source: how messages call the plan.
+        is_jax: whether the names are those of a JAX file.
         folded: scalings live inside the factors of fused modules: their alpha is their rank, and rsLoRA is spelled out in alphas.
         options: further fields of `LoraConfig`.
 
@@ -65,37 +70,34 @@ def lora_config(plan: RankPlan, *, folded: bool, options: Mapping[str, Any]) -> 
     taken = sorted(set(options) & set(_DECIDED_BY_PLAN))
     if taken:
         raise InputError("LoRA options", ", ".join(taken), "options that the plan does not decide", "change the plan instead")
-    if plan.layout == "jax":
+    if is_jax:
         raise TargetError(
-            f"plan of {plan.source}",
+            source,
             "it has the names of a JAX file",
             "names of modules",
             "pass the model: plan.to_lora_config(model=model)",
         )
-    modules = peft_modules(plan)
+    modules = peft_modules(layers)
     if not folded and any(m.kind != "single" for m in modules):
         warnings.warn(
             "PEFT trains one factor pair over q, k and v of a fused matrix; medlore.get_peft_model(model, plan) trains q and v apart",
             stacklevel=4,
         )
     ranks = {_anchored(m.name): m.rank for m in modules}
-    alphas = {_anchored(m.name): _alpha(plan, m, folded=folded) for m in modules}
+    alphas = {_anchored(m.name): _alpha(rule, m, folded=folded) for m in modules}
     return LoraConfig(
         r=next(iter(ranks.values())),
         lora_alpha=next(iter(alphas.values())),
         target_modules="|".join(re.escape(m.name) for m in modules),
         rank_pattern=ranks,
         alpha_pattern=alphas,
-        use_rslora=plan.use_rslora and not folded,
+        use_rslora=rule.kind == "rslora" and not folded,
         **options,
     )
 
 
-def write_peft_config(plan: RankPlan, folder: str | Path) -> Path:
+def write_peft_config(config: LoraConfig, folder: str | Path) -> Path:
     """Write `adapter_config.json` into a new folder, for `peft.PeftConfig.from_pretrained`."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        config = lora_config(plan, folded=False, options={})
     with atomic_folder(folder) as temporary:
         config.save_pretrained(str(temporary))
     return Path(folder) / "adapter_config.json"
@@ -109,11 +111,11 @@ def _module_of(name: str, parts: tuple[PlannedLayer, ...], *, is_attention: bool
     return PeftModule(name, "fused" if inside else "single", parts, rank)
 
 
-def _alpha(plan: RankPlan, module: PeftModule, *, folded: bool) -> float:
+def _alpha(rule: AlphaRule, module: PeftModule, *, folded: bool) -> float:
     if module.kind != "single":
-        return _tidy(float(module.rank) if folded else alpha_rule(plan.alpha_rule).alpha(module.rank))
+        return _tidy(float(module.rank) if folded else rule.alpha(module.rank))
     layer = module.parts[0]
-    return _tidy(plan.scaling(layer) * layer.rank if folded else layer.alpha)
+    return _tidy(rule.scaling(layer.alpha, layer.rank) * layer.rank if folded else layer.alpha)
 
 
 def _tidy(alpha: float) -> float:

@@ -11,79 +11,22 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast
 
-import numpy as np
 import pydantic
-from torch import Tensor, nn
+from torch import nn
 
 from medlore.errors import DataError, TargetError
 from medlore.files import read_json, write_json
+from medlore.ranks.export import lora_config
+from medlore.ranks.planned import STRICT, PlannedLayer, digest, matrix_of
 from medlore.ranks.rules import AlphaRule, alpha_rule
 from medlore.ranks.sources import ModuleSource, WeightSource
-from medlore.ranks.targets import Layout, Part, Target, find_targets
+from medlore.ranks.targets import Layout, Target, find_targets
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
 PLAN_SCHEMA = "medlore/rank-plan/1"
 Granularity = Literal["projection", "fused"]
-
-_STRICT = pydantic.ConfigDict(extra="forbid")
-
-
-@dataclass(frozen=True)
-class PlannedLayer:
-    """One factor pair of a plan.
-
-    Args:
-        name: module path in the model, without `.weight`.
-        part: what the matrix does.
-        shape: its rows and columns; a convolution counts as out x (in · k^d).
-        rank: rank of the factor pair.
-        alpha: its alpha.
-        rows: first and last-plus-one row inside a fused matrix; None when the whole matrix is meant.
-        tensor: parameter inside the module, `weight` or `in_proj_weight`.
-        group: path of the attention module that it belongs to.
-        block: number of that attention module in depth order; -1 outside attention blocks.
-        measured_shape: matrix whose stable rank was measured; differs from `shape` for fused granularity.
-        stable_rank: that stable rank; None where the rule needs none.
-        lower: certified lower bound of it.
-        upper: certified upper bound of it.
-        decided_by: how the integer became sure: `lanczos`, `proof`, `exact`, `given`, `uniform` or `budget`.
-        sha256: first 16 hexadecimal digits of the hash of the matrix as little-endian float32; None for weights without values.
-    """
-
-    __pydantic_config__: ClassVar[pydantic.ConfigDict] = _STRICT
-
-    name: str
-    part: Part
-    shape: tuple[int, int]
-    rank: int
-    alpha: float
-    rows: tuple[int, int] | None = None
-    tensor: Literal["weight", "in_proj_weight"] = "weight"
-    group: str = ""
-    block: int = -1
-    measured_shape: tuple[int, int] | None = None
-    stable_rank: float | None = None
-    lower: float | None = None
-    upper: float | None = None
-    decided_by: str = "given"
-    sha256: str | None = None
-
-    @property
-    def parameters(self) -> int:
-        """Parameters of the factor pair: rank · (rows + columns)."""
-        return self.rank * sum(self.shape)
-
-    @property
-    def key(self) -> str:
-        """Name of the tensor in a state dict."""
-        return f"{self.name}.{self.tensor}" if self.name else self.tensor
-
-    @property
-    def label(self) -> str:
-        """Name and, inside a fused matrix, the part."""
-        return self.name if self.rows is None else f"{self.name}[{self.part}]"
 
 
 @dataclass(frozen=True)
@@ -94,7 +37,7 @@ class RankPlan:
     naming and the storage (fused or separate) were. It is therefore the same for one set of weights in all of them.
     """
 
-    __pydantic_config__: ClassVar[pydantic.ConfigDict] = _STRICT
+    __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
 
     source: str
     layout: Layout
@@ -202,12 +145,13 @@ class RankPlan:
             plan._check_weights(source)
         return plan
 
-    def to_lora_config(self, *, model: nn.Module | None = None, check: bool = True, **options: Any) -> LoraConfig:
+    def to_lora_config(self, *, model: nn.Module | None = None, check: bool = True, folded: bool = False, **options: Any) -> LoraConfig:
         """A PEFT `LoraConfig` with the ranks and alphas of the plan under exact names.
 
         Args:
             model: take the names of this model (see `for_model`); without it the plan's own are used.
             check: refuse a model with other weights.
+            folded: scalings live inside the factors of fused modules, as `medlore.get_peft_model` writes them.
             options: further fields of `LoraConfig` (dropout, `modules_to_save`, ...).
 
         On a fused qkv matrix PEFT trains one factor pair over q, k and v; `medlore.get_peft_model` trains q and v apart.
@@ -216,9 +160,10 @@ class RankPlan:
             TargetError: the plan does not fit `model`, or comes from a JAX file and no model is given.
             InputError: an option that the plan decides.
         """
-        from medlore.ranks.export import lora_config
-
-        return lora_config(self if model is None else self.for_model(model, check=check), folded=False, options=options)
+        plan = self if model is None else self.for_model(model, check=check)
+        return lora_config(
+            plan.layers, self._alpha, source=f"plan of {self.source}", is_jax=plan.layout == "jax", folded=folded, options=options
+        )
 
     def _renamed(self, source: WeightSource) -> RankPlan:
         if self.targets not in ("attention", "attention+mlp"):
@@ -290,20 +235,6 @@ def is_plan_file(path: str | Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(content, dict) and str(content.get("schema", "")).startswith(PLAN_SCHEMA.rpartition("/")[0])
-
-
-def matrix_of(place: PlannedLayer | Target, tensor: Tensor) -> Tensor:
-    """The matrix of one target inside its tensor: rows of a fused matrix, a convolution flattened to out x (in · k^d)."""
-    matrix = tensor.flatten(1)
-    return matrix if place.rows is None else matrix[place.rows[0] : place.rows[1]]
-
-
-def digest(matrix: Tensor) -> str | None:
-    """First 16 hexadecimal digits of the SHA-256 of a matrix as little-endian float32; None for a matrix without values."""
-    if matrix.is_meta:
-        return None
-    values = np.ascontiguousarray(matrix.detach().float().cpu().numpy()).astype("<f4", copy=False)
-    return hashlib.sha256(values.data).hexdigest()[:16]
 
 
 def plan_digest(digests: Iterable[str | None]) -> str | None:

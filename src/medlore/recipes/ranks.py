@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from rich.table import Table
 
 from medlore.files import atomic_path, json_text
 from medlore.ranks.allocate import plan_ranks
-from medlore.ranks.export import lora_config, write_peft_config
+from medlore.ranks.export import write_peft_config
 from medlore.ranks.plan import PLAN_SCHEMA, RankPlan
 
 _PART_NAMES = {"q": "query", "k": "key", "v": "value", "o": "output projection", "mlp": "MLP", "conv": "convolution", "linear": "linear"}
@@ -37,15 +38,16 @@ def show_ranks(source: str, *, out: Path | None, plot: Path | None, peft: Path |
     """
     with _progress() as advance:
         plan = plan_ranks(source, progress=advance, **options)
-    if peft is not None:
-        lora_config(plan, folded=True, options={})  # a fault shows before anything is written
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what PEFT does to fused matrices is told below, in our own words
+        config = None if peft is None else plan.to_lora_config()  # a fault shows before anything is written
     written: dict[str, str] = {}
     if out is not None:
         written["plan"] = str(plan.save(out))
     if plot is not None:
         written["plot"] = str(draw_profile(plan, plot))
-    if peft is not None:
-        written["peft"] = str(write_peft_config(plan, peft))
+    if peft is not None and config is not None:
+        written["peft"] = str(write_peft_config(config, peft))
     if as_json:
         sys.stdout.write(json_text(summary(plan) | {"written": written}) + "\n")
     else:
@@ -97,7 +99,11 @@ def _totals(plan: RankPlan) -> Iterator[str]:
     yield f"{len(plan.layers)} factor pairs, {plan.parameters:,} parameters{share}"
     yield f"the same parameters at one rank for all: {plan.uniform_rank:.1f}"
     ways = ", ".join(f"{count} {how}" for how, count in Counter(x.decided_by for x in plan.layers).items())
-    chance = "" if plan.proof or "lanczos" not in ways else " (chance of a wrong integer below 1e-12 each; --proof for none)"
+    chance = (
+        ""
+        if plan.proof or not {"lanczos", "cholesky"} & {x.decided_by for x in plan.layers}
+        else " (chance of a wrong integer below 1e-12 each; --proof for none)"
+    )
     yield f"rule {plan.rule}, granularity {plan.granularity}, alpha {plan.alpha_rule}; decided: {ways}{chance}"
     yield f"weights {(plan.sha256 or 'without values')[:16]} ({plan.layout} names)"
 
