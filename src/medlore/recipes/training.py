@@ -6,6 +6,7 @@ epoch (the augmentation on the seed and the step), so a run that was killed and 
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -238,8 +239,10 @@ class Trainer:
             "epochs": history.epochs,
             "best_epoch": history.best_epoch,
         }
+        packed = io.BytesIO()  # a full disk then shows as the system's own error, not as one of torch's writer
+        torch.save(content, packed)
         with atomic_path(self.checkpoint) as temporary:
-            torch.save(content, temporary)
+            temporary.write_bytes(packed.getbuffer())
 
     def _restore(self, checkpoint: Path, optimizer: Any) -> tuple[History, dict[str, Tensor], tuple[float, float], int]:
         saved = read_checkpoint(checkpoint)

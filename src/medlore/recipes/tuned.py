@@ -22,7 +22,7 @@ import pydantic
 from torch import nn
 
 from medlore.data.transforms import Preprocessing
-from medlore.errors import CheckpointError, DataError, InputError
+from medlore.errors import CheckpointError, DataError, InputError, StepError
 from medlore.files import read_json, write_json
 from medlore.layers.methods import WEIGHTS_FILE, Form, Tuning, quiet_peft
 from medlore.layers.surgery import load_trainable_state
@@ -74,8 +74,13 @@ def save_tuned(
     tuning: Tuning, out: Path, *, backbone: Backbone, method: str, classes: tuple[str, ...], task: str, heads: int | None
 ) -> Path:
     """Write what was learnt below `out`, with its card; the folder's name is its form."""
+    from safetensors import SafetensorError
+
     folder = out / tuning.form
-    tuning.save(folder)
+    try:
+        tuning.save(folder)
+    except SafetensorError as error:  # its writer's word for a full disk
+        raise StepError(str(folder), f"could not be written ({error})", "a disk with room", "free space or name another folder") from error
     write_json(
         folder / CARD_FILE,
         {
