@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
+from medlore.data.fewshot import draw_shots
 from medlore.data.imageset import ImageSet
 from medlore.errors import InputError, UnknownNameError
 from medlore.metrics.draws import DrawMean, mean_difference, mean_of_draws
@@ -37,9 +38,7 @@ class Cell:
         majority: the same score of a constant answer.
         trained: parameters that were trained, the head included.
         factors: parameters of the low-rank factors; None for methods without.
-        best_epoch: epoch whose weights were kept.
         learning_rate: peak rate.
-        validation_score: score that chose the epoch; None without validation images.
         train_images: images that were learnt from.
         test_images: images that judged.
         seconds: wall time.
@@ -53,54 +52,48 @@ class Cell:
     majority: float | None
     trained: int
     factors: int | None
-    best_epoch: int
     learning_rate: float
-    validation_score: float | None
     train_images: int
     test_images: int
     seconds: float
 
-    def as_record(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
 
-
-def run_cell(contender: str, settings: FinetuneSettings, *, pool: ImageSet, test: ImageSet) -> Cell:
+def run_cell(contender: str, settings: FinetuneSettings, *, pool: ImageSet, test: ImageSet, shots: int, draw: int) -> Cell:
     """Tune one method on one draw of `pool` and measure it on `test`.
+
+    All labelled images train and the last epoch is kept: with five images a class there are none to spare for validation.
 
     Args:
         contender: a key of `CONTENDERS`.
-        settings: shots, draw, model and training; the method is the contender's. Seeds of head, factors and order are taken from
-            the number of the draw, so that all contenders of a draw share them.
-        pool: images to draw from, for training and validation.
+        settings: model and training. The method is the contender's; seeds of head, factors and order are the number of the draw,
+            so that all contenders of a draw share them.
+        pool: images to draw from.
         test: images that judge.
+        shots: labelled images a class; multi-label sets take what a rare class has.
+        draw: number of the draw, from 1.
 
     Raises:
         UnknownNameError: no such contender.
-        InputError: `settings` without shots.
+        DataError: a class with too few images.
     """
     if contender not in CONTENDERS:
         raise UnknownNameError("contender", contender, CONTENDERS)
-    if settings.shots is None:
-        raise InputError("settings.shots", "nothing", "labelled images a class", "give a number from 1")
     begun = time.perf_counter()
-    changes = {**CONTENDERS[contender], "seed": settings.draw, "bootstrap": 0, "checkpoints": False}
-    result = finetune(settings.model_copy(update=changes), train=pool, test=test)
-    report, kept = result.report, result.history.epochs[result.history.best_epoch - 1]
-    measure = measure_of(test)
+    drawn = draw_shots(pool, shots=shots, draw=draw, seed=settings.data_seed).train
+    changes = {**CONTENDERS[contender], "shots": None, "seed": draw, "bootstrap": 0, "checkpoints": False}
+    result = finetune(settings.model_copy(update=changes), train=drawn, test=test)
+    report, measure = result.report, measure_of(test)
     return Cell(
         contender=contender,
-        shots=settings.shots,
-        draw=settings.draw,
+        shots=shots,
+        draw=draw,
         score=result.metrics[measure],
         measure=measure,
         majority=report["test"]["majority"][measure],
         trained=report["trainable_parameters"],
         factors=report["factor_parameters"],
-        best_epoch=result.history.best_epoch,
         learning_rate=report["learning_rate"],
-        validation_score=kept.get("validation_score"),
-        train_images=report["data"]["train"]["images"],
+        train_images=len(drawn),
         test_images=len(test),
         seconds=round(time.perf_counter() - begun, 2),
     )
@@ -161,6 +154,7 @@ def compare(
     *,
     pool: ImageSet,
     test: ImageSet,
+    shots: int,
     draws: int,
     watch: Callable[[Cell], None] = lambda _: None,
 ) -> list[Cell]:
@@ -168,15 +162,16 @@ def compare(
 
     Args:
         contenders: keys of `CONTENDERS`.
-        settings: as for `run_cell`; the draw is set here.
+        settings: as for `run_cell`.
         pool: images to draw from.
         test: images that judge.
+        shots: labelled images a class.
         draws: how many.
         watch: told about every finished cell.
     """
     cells = []
     for draw in range(1, draws + 1):
         for contender in contenders:
-            cells.append(run_cell(contender, settings.model_copy(update={"draw": draw}), pool=pool, test=test))
+            cells.append(run_cell(contender, settings, pool=pool, test=test, shots=shots, draw=draw))
             watch(cells[-1])
     return cells

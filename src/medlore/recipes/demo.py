@@ -25,7 +25,7 @@ from medlore.recipes.ranks import draw_profile, print_plan
 from medlore.recipes.run import Run, Settings
 
 _CONTENDERS = ("sr-lora", "lora", "linear-probe")
-_LABELS = {"sr-lora": "sr-lora: ranks from the plan", "lora": "lora: one rank, equal parameters", "linear-probe": "linear probe"}
+_LABELS = {"sr-lora": "sr-lora", "lora": "lora, equal size", "linear-probe": "linear probe"}
 _COLOURS = {"sr-lora": "#d55e00", "lora": "#0072b2", "linear-probe": "#777777"}
 
 
@@ -35,9 +35,9 @@ class DemoSettings(Settings):
     model: str = "medlore:vit-mini"
     shots: int = pydantic.Field(default=5, ge=1, le=50)
     draws: int = pydantic.Field(default=3, ge=1)
-    epochs: int = pydantic.Field(default=12, ge=1)
+    epochs: int = pydantic.Field(default=20, ge=1)
     batch_size: int = pydantic.Field(default=8, ge=1)
-    test_images: int = pydantic.Field(default=500, ge=50, le=1000)
+    test_images: int = pydantic.Field(default=400, ge=50, le=1000)
     seed: int = 0
 
 
@@ -92,7 +92,7 @@ def run_demo(settings: DemoSettings, out: str | Path, *, quiet: bool = False) ->
             "measure": measure_of(test),
             "majority": cells[0].majority,
             "table": [asdict(row) for row in table],
-            "cells": [cell.as_record() for cell in cells],
+            "cells": [asdict(cell) for cell in cells],
         }
     seconds = round(sum(cell.seconds for cell in cells), 1)
     return DemoResult(plan, cells, table, cells[0].majority, settings, seconds, files | {"report": out / "report.json"})
@@ -121,10 +121,10 @@ def digits(test_images: int, *, seed: int) -> tuple[ImageSet, ImageSet]:
 def _tune(settings: DemoSettings, pool: ImageSet, test: ImageSet, *, quiet: bool) -> list[Cell]:
     tuning = FinetuneSettings(
         model=settings.model,
-        shots=settings.shots,
         data_seed=settings.seed,
         epochs=settings.epochs,
         batch_size=settings.batch_size,
+        crop=(0.8, 1.0),  # half a digit is another digit
         device="cpu",  # the same numbers on every machine, and small enough
     )
     notes = Console(stderr=True, quiet=quiet, highlight=False)
@@ -137,7 +137,7 @@ def _tune(settings: DemoSettings, pool: ImageSet, test: ImageSet, *, quiet: bool
         score = "not defined" if cell.score is None else f"{cell.score:.3f}"
         notes.print(f"  {len(done)}/{total}  draw {cell.draw}  {cell.contender:<13} {score}  ({cell.seconds:.0f} s)")
 
-    return compare(_CONTENDERS, tuning, pool=pool, test=test, draws=settings.draws, watch=watch)
+    return compare(_CONTENDERS, tuning, pool=pool, test=test, shots=settings.shots, draws=settings.draws, watch=watch)
 
 
 def draw_scores(cells: Sequence[Cell], table: Sequence[Standing], path: Path, *, measure: str) -> Path:
@@ -146,6 +146,8 @@ def draw_scores(cells: Sequence[Cell], table: Sequence[Standing], path: Path, *,
 
     figure = Figure(figsize=(7.5, 0.9 + 0.75 * len(table)), layout="constrained")
     axes = figure.subplots()
+    if cells[0].majority is not None:
+        axes.axvline(cells[0].majority, color="#444444", linestyle=":", linewidth=1)
     for place, row in enumerate(table):
         scores = [cell.score for cell in cells if cell.contender == row.contender and cell.score is not None]
         colour = _COLOURS.get(row.contender, "#333333")
@@ -155,7 +157,9 @@ def draw_scores(cells: Sequence[Cell], table: Sequence[Standing], path: Path, *,
         axes.plot(row.score.mean, place - 0.1, "D", color=colour, markersize=7)
     axes.set_yticks(range(len(table)), [_LABELS.get(row.contender, row.contender) for row in table])
     axes.set_ylim(len(table) - 0.5, -0.5)
-    axes.set_xlabel(f"{measure.replace('_', ' ')} on the test images (dots: draws; diamond: mean with 95 % interval)", fontsize=9)
+    axes.set_xlim(0, 1)
+    axes.set_xlabel(f"{measure.replace('_', ' ')} on the test images")
+    axes.set_title("dots: draws, diamond and line: mean with 95 % interval, dotted: majority class", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", alpha=0.25)
     with atomic_path(path) as temporary:
@@ -170,35 +174,27 @@ def print_demo(result: DemoResult, *, as_json: bool) -> None:
         return
     print_plan(result.plan, {})
     console = Console(highlight=False, soft_wrap=True)
-    settings, measure = result.settings, result.cells[0].measure.replace("_", " ")
     console.print()
-    table = Table(title=f"{measure}, {settings.shots} labelled images a digit, {settings.draws} draws", title_justify="left")
-    for name in ("method", "trained", f"{measure} (95 %)", "sr-lora minus it (95 %)"):
-        table.add_column(name)
+    console.print(_table(result))
+    if result.settings.draws > 1:
+        console.print(f"If the interval of a difference holds 0, {result.settings.draws} draws cannot tell the two apart.")
+    console.print(f"{result.seconds:.0f} s of tuning; pictures and report in {result.files['report'].parent}", markup=False)
+    console.print(_NEXT, markup=False)
+
+
+def _table(result: DemoResult) -> Table:
+    settings, measure = result.settings, result.cells[0].measure.replace("_", " ")
+    draws = f"{settings.draws} draw" + ("s" if settings.draws > 1 else "")
+    table = Table(title=f"{measure}, {settings.shots} labelled images a digit, {draws}", title_justify="left")
+    table.add_column("method", no_wrap=True)
+    table.add_column("trained", justify="right")
+    table.add_column("mean (95 %)", no_wrap=True)
+    table.add_column("sr-lora minus it", no_wrap=True)
     for row in result.table:
-        table.add_row(
-            _LABELS[row.contender],
-            f"{row.trained:,}",
-            str(row.score),
-            ""
-            if row.difference is None
-            else f"{_signed(row.difference.mean)}"
-            + (
-                ""
-                if row.difference.low is None or row.difference.high is None
-                else f" ({_signed(row.difference.low)} to {_signed(row.difference.high)})"
-            ),
-        )
+        table.add_row(_LABELS[row.contender], f"{row.trained:,}", str(row.score), "" if row.difference is None else str(row.difference))
     if result.majority is not None:
         table.add_row("majority class", "0", f"{result.majority:.3f}", "")
-    console.print(table)
-    console.print(
-        f"A difference whose interval holds 0 is none that {settings.draws} draws can show."
-        if settings.draws > 1
-        else "One draw has no interval."
-    )
-    console.print(f"{result.seconds:.0f} s; pictures and report in {result.files['report'].parent}", markup=False)
-    console.print(_NEXT, markup=False)
+    return table
 
 
 _NEXT = """
@@ -209,10 +205,6 @@ Ranks for a model of your own, and a PEFT configuration with them:
   medlore ranks model.safetensors --plot ranks.png --out plan.json --peft lora"""
 
 
-def _signed(value: float) -> str:
-    return f"{value:+.3f}"
-
-
 def _as_json(result: DemoResult) -> dict[str, Any]:
     return {
         "settings": result.settings.model_dump(mode="json"),
@@ -220,7 +212,7 @@ def _as_json(result: DemoResult) -> dict[str, Any]:
         "factor_parameters": result.plan.parameters,
         "uniform_rank": result.plan.uniform_rank,
         "table": [asdict(row) for row in result.table],
-        "cells": [cell.as_record() for cell in result.cells],
+        "cells": [asdict(cell) for cell in result.cells],
         "majority": result.majority,
         "seconds": result.seconds,
         "files": result.files,

@@ -45,7 +45,7 @@ class Transfer:
     gain: DrawMean
 
 
-def measure_transfer(model: str, images: ImageSet, *, shots: int = 20, draws: int = 5, seed: int = 0) -> Transfer:
+def measure_transfer(model: str, images: ImageSet, *, shots: int = 20, draws: int = 5, most: int = 100, seed: int = 0) -> Transfer:
     """Logistic regression on frozen features of `shots` images a class, judged on all other images.
 
     Args:
@@ -53,6 +53,7 @@ def measure_transfer(model: str, images: ImageSet, *, shots: int = 20, draws: in
         images: a labelled set that the model has not seen, one class an image.
         shots: labelled images a class.
         draws: how many draws.
+        most: images a class that are looked at; the rest of larger sets is left out.
         seed: of the draws, and of the network that stays untrained.
 
     Raises:
@@ -62,7 +63,7 @@ def measure_transfer(model: str, images: ImageSet, *, shots: int = 20, draws: in
     if images.task != "single":
         raise InputError(images.source, "several labels an image", "one class an image", "take another set")
     backbone = load_backbone(model, classes=2)
-    settings = _shape_of(backbone)
+    settings, images = _shape_of(backbone), _at_most(images, most, seed)
     trained, untrained = features(backbone.model, backbone, images), features(build_vit(settings, 2), backbone, images)
     place = {key: i for i, key in enumerate(images.keys)}
     targets = images.targets()
@@ -73,6 +74,13 @@ def measure_transfer(model: str, images: ImageSet, *, shots: int = 20, draws: in
         for found, values in zip(scores, (trained, untrained), strict=True):
             found.append(_judge(values, targets, rows, others))
     return Transfer(mean_of_draws(scores[0]), mean_of_draws(scores[1]), mean_difference(*scores))
+
+
+def _at_most(images: ImageSet, most: int, seed: int) -> ImageSet:
+    """A seeded choice of `most` images a class."""
+    targets, draw = images.targets(), np.random.default_rng(seed)
+    chosen = [draw.permutation(np.flatnonzero(targets == k))[:most] for k in range(len(images.classes))]
+    return images.subset(np.sort(np.concatenate(chosen)).tolist())
 
 
 @torch.inference_mode()
@@ -120,11 +128,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="medlore:vit-mini")
     parser.add_argument("--shots", type=int, default=20)
     parser.add_argument("--draws", type=int, default=5)
+    parser.add_argument("--most", type=int, default=100, help="images a class that are looked at")
     given = parser.parse_args(arguments)
     found = {}
     try:
         for path in given.sets:
-            transfer = measure_transfer(given.model, read_images(path), shots=given.shots, draws=given.draws)
+            transfer = measure_transfer(given.model, read_images(path), shots=given.shots, draws=given.draws, most=given.most)
             found[path.stem] = {name: str(getattr(transfer, name)) for name in ("trained", "untrained", "gain")}
     except MedloreError as error:
         sys.stderr.write(f"{error}\n")
