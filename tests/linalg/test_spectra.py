@@ -188,6 +188,17 @@ def test_dtype_and_layout_do_not_matter() -> None:
     assert stable_rank(torch.nn.Parameter(W)).rank == round(exact)
 
 
+def test_flat_tall_matrices_need_no_exact_computation() -> None:
+    """The Ritz pair of the Gram matrix converges, so that only a rounding edge costs a full eigenvalue computation."""
+    g = np.random.default_rng(0)
+    for m, n in ((1536, 512), (700, 500), (512, 512)):
+        W = g.standard_normal((m, n)).astype(np.float32)
+        found = stable_rank(W)
+        assert found.decided_by == "cholesky"
+        assert found.steps < 80
+        assert found.rank == round(svd_stable_rank(W))
+
+
 def test_same_seed_same_answer() -> None:
     W = with_spectrum(np.arange(1, 301.0) ** -0.5, 300, 300, seed=1)
     before = W.copy()

@@ -48,13 +48,13 @@ class GramMatrix:
             alphas[k] = float(w @ Q[k])
             basis = Q[: k + 1]
             w -= (basis @ w) @ basis
-            w -= (basis @ w) @ basis
+            w -= (basis @ w) @ basis  # once is unstable
             betas[k] = float(np.linalg.norm(w))
-            value_error = math.inf
-            if k % 4 == 3 or k == most - 1 or betas[k] <= 1e-7 * abs(alphas[0]):
-                value, weights, value_error = _ritz(alphas[: k + 1], betas[: k + 1])
-            if value_error <= 1e-7 * value or betas[k] <= 1e-7 * abs(alphas[0]):
-                break
+            closed = betas[k] <= 1e-7 * abs(alphas[0])
+            if k % 4 == 3 or k == most - 1 or closed:
+                value, weights, error = _ritz(alphas[: k + 1], betas[: k + 1])
+                if closed or error <= 1e-7 * value:
+                    break
             Q[k + 1] = w / betas[k]
         self.steps = len(weights)
         vector = np.asarray(weights.astype(Q.dtype) @ Q[: len(weights)], np.float64)

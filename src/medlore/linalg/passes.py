@@ -13,7 +13,7 @@ Array = NDArray[np.floating]
 Float64 = NDArray[np.float64]
 
 UNIT_64 = float(np.finfo(np.float64).eps) / 2
-_CHUNK_BYTES = 1 << 19
+_CHUNK_BYTES = 1 << 20  # a chunk, its products and the vectors fit into a second-level cache
 
 
 def gamma(count: int) -> float:
@@ -62,7 +62,7 @@ class ExactPass:
 def exact_pass(A: Array, X: Float64) -> ExactPass:
     """‖A‖_F², AᵀA X and the squared lengths of A X, in float64; A is converted chunk by chunk, never as a whole."""
     frobenius2, images, lengths2 = 0.0, np.zeros_like(X), np.zeros(X.shape[1])
-    for chunk in row_chunks(A, 8):
+    for chunk in row_chunks(A, 16):  # float32 source and float64 copy
         C = np.asarray(chunk, np.float64)
         flat = C.ravel(order="K")
         frobenius2 += float(np.dot(flat, flat))
