@@ -177,3 +177,16 @@ def test_nan_is_found_also_where_nothing_is_measured(tmp_path: Path) -> None:
     path, _, text = broken_files(tmp_path)["NaN"]
     with pytest.raises(TargetError, match=text):
         medlore.plan_ranks(path, rule="uniform:2")
+
+
+@pytest.mark.parametrize("name", ["allconvunet_tcia_fold1.pth", "resnet20_cifar10.th"])
+def test_real_trained_weights_against_a_full_svd(shared_data: Path, name: str) -> None:
+    path = shared_data / "weights" / name
+    plan = medlore.plan_ranks(path, targets="conv", proof=True)
+    source = open_source(path)
+    assert len(plan.layers) > 10
+    for layer in plan.layers:
+        s = np.linalg.svd(source.read(layer.key).flatten(1).double().numpy(), compute_uv=False)
+        exact = (s**2).sum() / s[0] ** 2
+        assert layer.rank == round(exact)
+        assert layer.lower * (1 - 1e-9) <= exact <= layer.upper * (1 + 1e-9)  # type: ignore[operator]
