@@ -94,9 +94,8 @@ def main() -> None:
     clock = time.process_time if given.cpu_time else time.perf_counter
     with threadpool_limits(given.threads):
         table(given.samples, clock)
-    print(
-        f"{given.threads} threads of {os.cpu_count()}, {'processor' if given.cpu_time else 'wall'} time; every integer equals the float64 SVD's"
-    )
+    kind = "processor" if given.cpu_time else "wall"
+    print(f"{given.threads} threads of {os.cpu_count()}, {kind} time; every integer equals the float64 SVD's")
 
 
 def table(samples: int, clock: Callable[[], float]) -> None:
