@@ -99,7 +99,7 @@ def train_network(
         trained["projection"] = distillation.projection
     trained.to(device)
     parameters = [p for p in trained.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
+    optimiser = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=schedule.weight_decay, fused=True)
     sampler = TaskSampler(
         {n: len(t.train) for n, t in tasks.items()}, batch_size=schedule.batch_size, power=schedule.task_power, seed=schedule.seed
     )
