@@ -46,8 +46,16 @@ def test_all_broken_lines_are_reported_with_their_numbers(tmp_path: Path) -> Non
         read_cases(tmp_path / "c.jsonl")
     text = str(caught.value)
     assert "7 fault(s)" in text
-    for part in ("line 2: not JSON", "line 3: a list", 'line 4: no "modality"', 'line 4: "label" is not a list', "line 5: label 'liver' comes twice",
-                 'line 6: "frame"', 'line 6: "mask" is not text'):  # fmt: skip
+    parts = (
+        "line 2: not JSON",
+        "line 3: a list",
+        'line 4: no "modality"',
+        'line 4: "label" is not a list',
+        "line 5: label 'liver' comes twice",
+        'line 6: "frame"',
+        'line 6: "mask" is not text',
+    )
+    for part in parts:
         assert part in text
 
 

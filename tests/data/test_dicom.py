@@ -52,7 +52,7 @@ def write_series(
 
 
 def test_a_series_is_what_simpleitk_reads(tmp_path: Path) -> None:
-    import SimpleITK as sitk
+    import SimpleITK
 
     truth = write_series(tmp_path / "s")
     (tmp_path / "s" / "readme.txt").write_text("not an image")
@@ -60,10 +60,10 @@ def test_a_series_is_what_simpleitk_reads(tmp_path: Path) -> None:
     assert volume.modality == dicom_modality(tmp_path / "s") == "ct"
     assert np.array_equal(volume.array, truth)
     assert volume.array.dtype == np.int16
-    reader = sitk.ImageSeriesReader()
+    reader = SimpleITK.ImageSeriesReader()
     reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(tmp_path / "s")))
     image = reader.Execute()
-    assert np.array_equal(sitk.GetArrayFromImage(image).T, volume.array)
+    assert np.array_equal(SimpleITK.GetArrayFromImage(image).T, volume.array)
     corner = volume.affine @ [3, 2, 5, 1]
     assert np.allclose(corner[:3], np.array(image.TransformIndexToPhysicalPoint((3, 2, 5))) * (-1, -1, 1), atol=1e-4)
     assert np.allclose(spacing_of(volume.affine), (0.7, 0.9, 2.5))
@@ -143,14 +143,14 @@ def test_dicom_seg_needs_dicom(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("compressed", [False, True])
 def test_nrrd_is_what_simpleitk_wrote(tmp_path: Path, compressed: bool) -> None:
-    import SimpleITK as sitk
+    import SimpleITK
 
     array = np.random.default_rng(0).integers(-1000, 1000, (5, 6, 7)).astype(np.int16)
-    image = sitk.GetImageFromArray(array)
+    image = SimpleITK.GetImageFromArray(array)
     image.SetSpacing((0.7, 0.8, 3))
     image.SetOrigin((10, -20, 30))
     image.SetDirection((0, 1, 0, -1, 0, 0, 0, 0, 1))
-    sitk.WriteImage(image, str(tmp_path / "a.nrrd"), useCompression=compressed)
+    SimpleITK.WriteImage(image, str(tmp_path / "a.nrrd"), useCompression=compressed)
     volume = read_volume(tmp_path / "a.nrrd")
     assert np.array_equal(volume.array, array.T)
     place = volume.affine @ [3, 4, 1, 1]

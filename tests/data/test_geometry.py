@@ -82,20 +82,20 @@ def test_resampled_grid_starts_and_ends_where_the_volume_does(code, target, spac
 
 
 def test_resampling_equals_simpleitk_exactly() -> None:
-    import SimpleITK as sitk
+    import SimpleITK
 
     rng = np.random.default_rng(1)
     for shape, spacing in (((31, 22, 17), (0.8, 0.8, 2.5)), ((9, 30, 40), (3.0, 0.7, 1.1))):
         array = rng.integers(-1000, 1500, shape).astype(np.int16)
         change = resampling_to((1, 1, 3), np.diag([*spacing, 1]), shape)
-        image = sitk.GetImageFromArray(array.T)
+        image = SimpleITK.GetImageFromArray(array.T)
         image.SetSpacing(spacing)
-        resample = sitk.ResampleImageFilter()
+        resample = SimpleITK.ResampleImageFilter()
         resample.SetOutputSpacing((1, 1, 3))
         resample.SetSize([int(n) for n in change.new_shape])
-        resample.SetInterpolator(sitk.sitkLinear)
-        resample.SetOutputPixelType(sitk.sitkFloat32)
-        theirs = sitk.GetArrayFromImage(resample.Execute(image)).T
+        resample.SetInterpolator(SimpleITK.sitkLinear)
+        resample.SetOutputPixelType(SimpleITK.sitkFloat32)
+        theirs = SimpleITK.GetArrayFromImage(resample.Execute(image)).T
         # beyond the last centre SimpleITK still gives the border value for half a voxel, as we do
         assert np.allclose(change.apply(array), theirs, atol=2e-3)
 

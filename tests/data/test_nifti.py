@@ -112,7 +112,7 @@ def test_sform_and_qform_that_disagree(tmp_path: Path, array: np.ndarray) -> Non
     assert read_nifti(tmp_path / "moved.nii", affine_from="qform").affine[0, 3] == 5
     image.set_qform(np.diag([-1.0, 1, 1, 1]), code=1)
     nib.save(image, tmp_path / "mirrored.nii")
-    with pytest.raises(DataError, match="RAS against LAS.*--affine sform"):
+    with pytest.raises(DataError, match=r"RAS against LAS.*--affine sform"):
         read_nifti(tmp_path / "mirrored.nii")
     assert read_nifti(tmp_path / "mirrored.nii", affine_from="sform").affine[0, 0] == 1
 
