@@ -160,7 +160,7 @@ def _with_adapter(base: nn.Module, folder: Path) -> nn.Module:
             str(folder), f"does not fit its backbone ({reason})", "a whole PEFT folder", "copy the folder again"
         ) from error
     stored = read_weights(folder / "adapter_model.safetensors")
-    unmerged = peft.get_peft_model_state_dict(tuned)
+    unmerged = peft.get_peft_model_state_dict(tuned, save_embedding_layers=False)
     lost = sorted(set(stored) ^ set(unmerged))
     if lost:
         raise CheckpointError(str(folder), f"{len(lost)} tensors of it have no place", "a whole PEFT folder", "copy it again", faults=lost)
