@@ -15,19 +15,25 @@ __version__ = "0.1.0"
 
 # public name -> module that holds it; sorted
 _HOMES = {
+    "FinetuneSettings": "medlore.recipes.finetune_settings",
     "MedloreError": "medlore.errors",
     "RankPlan": "medlore.ranks.plan",
+    "finetune": "medlore.recipes.finetune",
     "get_peft_model": "medlore.layers.fused_qkv",
+    "load_backbone": "medlore.models.backbones",
     "plan_ranks": "medlore.ranks.allocate",
 }
 
-__all__ = ["MedloreError", "RankPlan", "__version__", "get_peft_model", "plan_ranks"]
+__all__ = ["FinetuneSettings", "MedloreError", "RankPlan", "__version__", "finetune", "get_peft_model", "load_backbone", "plan_ranks"]
 
 if TYPE_CHECKING:
     from medlore.errors import MedloreError
     from medlore.layers.fused_qkv import get_peft_model
+    from medlore.models.backbones import load_backbone
     from medlore.ranks.allocate import plan_ranks
     from medlore.ranks.plan import RankPlan
+    from medlore.recipes.finetune import finetune
+    from medlore.recipes.finetune_settings import FinetuneSettings
 
 
 def __getattr__(name: str) -> Any:

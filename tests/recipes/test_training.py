@@ -13,7 +13,16 @@ from torch import nn
 from medlore.errors import CheckpointError, StepError
 from medlore.layers.methods import Tuning
 from medlore.recipes.accelerators import make_accelerator
-from medlore.recipes.training import Examples, Schedule, Trainer, learning_rate_at, loss_of, predict_logits, read_checkpoint
+from medlore.recipes.training import (
+    Examples,
+    Schedule,
+    Trainer,
+    _seed_of,
+    learning_rate_at,
+    loss_of,
+    predict_logits,
+    read_checkpoint,
+)
 
 # sr-lora reference, section 10.5: base 1e-3, 100 steps
 GOLDEN_RATES = {
@@ -184,9 +193,24 @@ def test_clipping_and_decay_reach_the_optimizer() -> None:
     trainer(free, Recorder(), schedule={"epochs": 1, "clip": None}).fit(examples(shift=100.0), None)
     trainer(clipped, Recorder(), schedule={"epochs": 1, "clip": 1e-6}).fit(examples(shift=100.0), None)
     assert not torch.equal(free.linear.weight, clipped.linear.weight)
-    start, decayed = Net(), Net()
-    trainer(decayed, Recorder(), schedule={"weight_decay": 5.0}).fit(examples(shift=0.0), None)
-    assert decayed.linear.weight.norm() < start.linear.weight.norm()
+    plain, decayed = Net(), Net()
+    for net, decay in ((plain, 0.0), (decayed, 5.0)):
+        trainer(net, Recorder(), schedule={"epochs": 1, "weight_decay": decay, "clip": 1e-9}).fit(examples(), None)
+    assert decayed.linear.weight.norm() < 0.8 * plain.linear.weight.norm()
+    assert torch.allclose(decayed.linear.bias, plain.linear.bias, atol=0.05)  # vectors do not decay
+
+
+def test_every_epoch_and_process_has_its_own_draws() -> None:
+    assert len({_seed_of(0, epoch, rank) for epoch in range(5) for rank in range(3)}) == 15
+    orders: list[list[int]] = []
+
+    def inputs(indices: np.ndarray, *, step: int | None) -> torch.Tensor:
+        orders.append(indices.tolist())
+        return torch.zeros(len(indices), 4)
+
+    trainer(Net(), Recorder(), schedule={"epochs": 2, "batch_size": 10}).fit(Examples(inputs, np.zeros(10, np.int64)), None)
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(10))
+    assert orders[0] != orders[1]
 
 
 def test_predictions_keep_the_order_and_batches_do_not_matter() -> None:
