@@ -20,7 +20,9 @@ def ranks(
     targets: str = typer.Option("attention", help="attention, attention+mlp, all-linear, conv, or a regular expression for module names."),
     granularity: str = typer.Option("projection", help="projection: one stable rank for each of q, v, output; fused: one for q, k, v."),
     rule: str = typer.Option("stable-rank", help="stable-rank, uniform:K, or given (with --ranks)."),
-    given: str | None = typer.Option(None, "--ranks", help="Ranks from a file: a nested list of (qkv, output) pairs, a plan, medlore:rank-lists/NAME."),
+    given: str | None = typer.Option(
+        None, "--ranks", help="Ranks from a file: nested (qkv, output) pairs, a plan, medlore:rank-lists/NAME."
+    ),
     scale: float = typer.Option(1.0, help="Factor on the stable ranks."),
     budget: str | None = typer.Option(None, help="Parameters for all factor pairs: 250000, 0.5M, 2% of the model, or uniform:8."),
     alpha: str | None = typer.Option(None, help="rank*C (scaling C, the default with C 1), rslora*C, or a number C (scaling C / rank)."),

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import nibabel as nib
 import numpy as np
@@ -27,7 +27,7 @@ from medlore.files import atomic_path, existing_file
 AffineChoice = Literal["auto", "sform", "qform"]
 LABEL_SCHEMA = "medlore/labels/1"
 
-GZIP_FAULTS: tuple[type[Exception], ...] = (EOFError, OSError, zlib.error, isal_zlib.error)  # type: ignore[has-type,unused-ignore]
+GZIP_FAULTS: tuple[type[Exception], ...] = (EOFError, OSError, zlib.error, cast("type[Exception]", isal_zlib.error))
 
 _GZIP = b"\x1f\x8b"
 _COMMENT = 6  # NIfTI extension code for plain text

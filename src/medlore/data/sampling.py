@@ -85,7 +85,8 @@ class TaskSampler:
     def _tasks_of_slots(self, first: int, count: int) -> np.ndarray:
         """Task numbers (count,) of the endless row of sample slots: a golden-ratio sequence cut at the shares spreads every task evenly."""
         place = np.mod(np.arange(first, first + count) * _GOLDEN + 0.5, 1.0)
-        return np.minimum(np.searchsorted(np.cumsum(self._shares), place, side="right"), len(self._names) - 1)
+        tasks: np.ndarray = np.minimum(np.searchsorted(np.cumsum(self._shares), place, side="right"), len(self._names) - 1)
+        return tasks
 
     def _drawn_before(self, step: int) -> np.ndarray:
         """How many samples of each task the earlier steps drew."""

@@ -7,18 +7,18 @@ What a format, or its reader, gets wrong is refused with the reason, never writt
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from medlore.errors import CheckpointError, InputError, TargetError, UnknownNameError, nearest_names
-from medlore.files import atomic_folder, atomic_path, existing_file
+from medlore.files import atomic_folder, atomic_path, existing_file, read_json
 from medlore.layers.expert_surgery import expert_layers
 from medlore.layers.experts import ExpertLayer
 from medlore.layers.routing import roster_of
@@ -135,12 +135,15 @@ def load_peft(model: nn.Module, expert: str, folder: str | Path) -> None:
     """Put a PEFT adapter into an expert of a network with channel layout; ranks and scalings become the adapter's.
 
     Raises:
-        CheckpointError: a variant that is more than a plain pair, or layers and shapes that do not fit; nothing is changed then.
+        InputError: a file of the adapter is missing.
+        DataError: its configuration is not JSON.
+        CheckpointError: damaged tensors, a variant that is more than a plain pair, or layers and shapes that do not fit; nothing is
+            changed then.
 
     Source: the adapter format of PEFT 0.21.
     """
     folder = Path(folder)
-    config = json.loads(existing_file(folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "adapter_config.json")
     variants = [name for name in ("use_dora", "lora_bias", "modules_to_save", "layer_replication") if config.get(name)]
     if variants or config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
         raise CheckpointError(
@@ -149,7 +152,7 @@ def load_peft(model: nn.Module, expert: str, folder: str | Path) -> None:
             "a plain LoRA adapter",
             "convert it with PEFT first",
         )
-    state = load_file(existing_file(folder / "adapter_model.safetensors"))
+    state = _read_tensors(folder / "adapter_model.safetensors")
     pairs: dict[str, PlainPair] = {}
     for key in state:
         if key.endswith(".lora_A.weight"):
@@ -159,6 +162,14 @@ def load_peft(model: nn.Module, expert: str, folder: str | Path) -> None:
             root = lora_A.shape[0] ** 0.5 if config.get("use_rslora") else 1.0  # alpha / sqrt(r) = (alpha * sqrt(r)) / r
             pairs[name] = (lora_A, lora_B, alpha * root)
     put_pairs(model, expert, pairs, where=str(folder))
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        found: dict[str, Tensor] = load_file(existing_file(path))
+        return found
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(str(path), f"cannot be read ({error})", "a whole .safetensors file", "fetch the file again") from error
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
@@ -205,11 +216,11 @@ def load_kohya(model: nn.Module, expert: str, path: str | Path, *, prefix: str =
     """Put a file with kohya's keys into an expert of a network with channel layout.
 
     Raises:
-        CheckpointError: Tucker, DoRA or other forms, or layers and shapes that do not fit; nothing is changed then.
+        CheckpointError: a damaged file, Tucker, DoRA or other forms, or layers and shapes that do not fit; nothing is changed then.
 
     Source: the key convention of kohya's scripts.
     """
-    state = load_file(existing_file(Path(path)))
+    state = _read_tensors(Path(path))
     foreign = [key for key in state if not key.endswith((".lora_down.weight", ".lora_up.weight", ".alpha"))]
     if foreign:
         raise CheckpointError(str(path), f"{len(foreign)} other keys", "lora_down, lora_up, alpha", "convert it first", faults=foreign)

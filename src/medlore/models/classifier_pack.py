@@ -90,15 +90,16 @@ def with_classifier(body: nn.Module, head: nn.Module, entry: ExpertEntry) -> nn.
     import copy
 
     head = copy.deepcopy(head)
-    old = body.classifier
-    body.classifier = nn.Sequential(nn.Flatten(), head) if isinstance(old, nn.Sequential) else head
-    config = getattr(body, "config", None)
+    network: Any = body
+    old = network.classifier
+    network.classifier = nn.Sequential(nn.Flatten(), head) if isinstance(old, nn.Sequential) else head
+    config = getattr(network, "config", None)
     if config is not None:
         config.id2label = dict(enumerate(entry.classes))
         config.label2id = {name: number for number, name in enumerate(entry.classes)}
         config.problem_type = "single_label_classification" if entry.kind == "single" else "multi_label_classification"
-        if hasattr(body, "num_labels"):
-            body.num_labels = len(entry.classes)
+        if hasattr(network, "num_labels"):
+            network.num_labels = len(entry.classes)
     return body.eval()
 
 
@@ -142,10 +143,13 @@ def save_classifier_pack(
 
 
 def split_state(state: Mapping[str, Tensor], experts: list[str]) -> dict[str | None, dict[str, Tensor]]:
-    """Sort a state dict by owner: None (the shared base) and each expert (factors, scalings, own statistics, head)."""
+    """Sort a state dict by owner: None (the shared base, with the scalings and statistics of all) and each expert (factors, head)."""
     shares: dict[str | None, dict[str, Tensor]] = {None: {}, **{e: {} for e in experts}}
     for key, value in state.items():
-        shares[next((e for e in experts if e in key.split(".")), None)][key] = value
+        # heads.TASK.weight, ....lora_A.TASK: elsewhere the name of a task is that of a module, such as `conv1`
+        names = key.split(".")
+        owner = names[1] if names[0] == "heads" else names[-1] if names[-2:-1] in (["lora_A"], ["lora_B"]) else None
+        shares[owner if owner in experts else None][key] = value
     return shares
 
 

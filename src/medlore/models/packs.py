@@ -25,6 +25,12 @@ MANIFEST = "manifest.json"
 SCHEMA = "medlore/expert-pack/1"
 
 
+_NEEDED: dict[str, dict[str, type]] = {
+    "classifier": {"student": dict, "preprocessing": dict, "layout": str, "experts": dict, "files": dict},
+    "segmenter": {"config": dict, "preprocessing": dict, "form": str, "experts": dict, "files": dict, "name": str, "parameters": int},
+}
+
+
 def is_pack(path: str | Path) -> bool:
     """Whether a path is a folder with a manifest."""
     return (Path(path) / MANIFEST).is_file()
@@ -58,7 +64,7 @@ def read_manifest(path: str | Path, *, kind: str | None = None) -> dict[str, Any
         kind: `segmenter` or `classifier`; None for either.
 
     Raises:
-        CheckpointError: no pack, or one of another kind or version.
+        CheckpointError: no pack, one of another kind or version, or a manifest that lacks entries.
     """
     if not is_pack(path):
         raise CheckpointError(str(path), f"no {MANIFEST}", "a pack folder", "name the folder that `medlore export` wrote")
@@ -72,6 +78,14 @@ def read_manifest(path: str | Path, *, kind: str | None = None) -> dict[str, Any
         raise CheckpointError(str(place), f"schema {found.get('schema')!r}", repr(SCHEMA), "export the pack with this version")
     if kind is not None and found.get("kind") != kind:
         raise CheckpointError(str(place), f"a pack of a {found.get('kind')}", f"a pack of a {kind}", "use the verb for that kind of pack")
+    needed = _NEEDED.get(str(found.get("kind")), {})
+    faults = [
+        f"{name}: {'missing' if name not in found else 'of a wrong kind'}"
+        for name, k in needed.items()
+        if not isinstance(found.get(name), k)
+    ]
+    if faults:
+        raise CheckpointError(str(place), f"{len(faults)} fault(s)", "a whole manifest", "copy or export the pack again", faults=faults)
     return found
 
 
@@ -88,6 +102,8 @@ def read_pack_file(path: str | Path, manifest: Mapping[str, Any], name: str, *, 
         CheckpointError: the file is not in the pack, or is not the one that the manifest names.
     """
     place = Path(path) / name
+    if not place.resolve().is_relative_to(Path(path).resolve()):
+        raise CheckpointError(str(place), "lies outside the pack", "files inside it", "fetch the pack from where it was made")
     if not place.is_file():
         raise CheckpointError(str(place), "is not in the pack", "every file that the manifest names", "copy or export the pack again")
     wanted = manifest.get("files", {}).get(name)

@@ -26,7 +26,7 @@ _WIDTHS: dict[float, tuple[int, int, int, int]] = {
 _STEM_WIDTH = 24
 
 
-class ShuffleNetConfig(PreTrainedConfig):  # type: ignore[misc]
+class ShuffleNetConfig(PreTrainedConfig):
     """Sizes of a ShuffleNetV2.
 
     Args:
@@ -50,7 +50,7 @@ class ShuffleNetConfig(PreTrainedConfig):  # type: ignore[misc]
         super().__init__(**others)
 
 
-class ShuffleNetV2(PreTrainedModel):  # type: ignore[misc]
+class ShuffleNetV2(PreTrainedModel):
     """ShuffleNetV2 as a transformers image classifier: saved, loaded and adapted like any other of that family."""
 
     config_class = ShuffleNetConfig

@@ -74,4 +74,5 @@ def _vit_small(*, image_size: int, classes: int, **_unused: Any) -> nn.Module:
         patch_size=max(image_size // 8, 1),
         num_labels=classes,
     )
-    return ViTForImageClassification(config)
+    network: nn.Module = ViTForImageClassification(config)
+    return network

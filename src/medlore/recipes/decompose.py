@@ -222,8 +222,8 @@ def _distillation(shop: _Workshop, teacher: MultiTaskNetwork | None) -> Distilla
         return None
     projection: nn.Module | None = None
     if settings.loss.feature > 0:
-        widths = (feature_width(body, settings.image_size) for body in (shop.student(), teacher.body))
-        projection = nn.Linear(*widths)
+        student, size = shop.student(), settings.image_size
+        projection = nn.Linear(feature_width(student, size), feature_width(teacher.body, size))
     return Distillation(teacher.to(shop.device), projection, settings.loss)
 
 

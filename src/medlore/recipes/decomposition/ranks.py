@@ -13,21 +13,22 @@ from medlore.recipes.decomposition.settings import RankSettings
 from medlore.recipes.decomposition.tasks import Task
 
 
-def adapted_layers(body: nn.Module) -> dict[str, nn.Module]:
+def adapted_layers(body: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     """The layers that get experts: dense convolutions and linear layers; depthwise ones and classifiers do not (as in LoRKD).
 
     Nor does the patch embedding of a transformer: its network reads the weight past the layer's forward.
     """
-    found: dict[str, nn.Module] = {}
+    found: dict[str, nn.Linear | nn.Conv2d] = {}
     for name, module in body.named_modules():
-        dense = isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
-        if dense and not name.startswith("classifier") and "patch_embeddings" not in name:
+        if not isinstance(module, nn.Linear | nn.Conv2d) or getattr(module, "groups", 1) > 1:
+            continue
+        if not name.startswith("classifier") and "patch_embeddings" not in name:
             found[name] = module
     return found
 
 
 def choose_ranks(
-    settings: RankSettings, layers: Mapping[str, nn.Module], tasks: Mapping[str, Task], teacher: nn.Module | None
+    settings: RankSettings, layers: Mapping[str, nn.Linear | nn.Conv2d], tasks: Mapping[str, Task], teacher: nn.Module | None
 ) -> dict[tuple[str, str], int]:
     """(layer, task) -> rank, from 1 to the largest rank that the layer can hold.
 
@@ -54,7 +55,7 @@ def _per_task(settings: RankSettings, tasks: Mapping[str, Task]) -> dict[str, fl
     return dict.fromkeys(tasks, float(settings.rank))
 
 
-def _profile(settings: RankSettings, layers: Mapping[str, nn.Module], teacher: nn.Module | None) -> dict[str, float]:
+def _profile(settings: RankSettings, layers: Mapping[str, nn.Linear | nn.Conv2d], teacher: nn.Module | None) -> dict[str, float]:
     """A factor per layer with mean 1: how full the teacher's spectrum is at the same relative depth."""
     if settings.rule != "stable-rank" or teacher is None:
         return dict.fromkeys(layers, 1.0)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pydantic
 
 from medlore.data.transforms import Flip
-from medlore.layers.experts import Layout
+from medlore.linalg.matricize import Layout
 from medlore.models.shufflenet import Norm
 from medlore.models.students import StudentKind
 from medlore.recipes.run import DeviceChoice, Settings
@@ -81,14 +81,14 @@ class RankSettings(Settings):
             `rank`); `stable-rank` (per layer, proportional to the stable rank of the teacher's weight at the same relative
             depth, the mean over layers being `rank`).
         rank: the uniform rank, or the mean.
-        given: task -> rank.
+        given: task -> rank, from 1.
         alpha: scaling is alpha / rank; None takes alpha = 2 x rank, that is scaling 2 whatever the rank (LoRKD's unequal form).
         layout: `channel` (PEFT's) or `interleaved` (LoRKD's).
     """
 
     rule: Literal["uniform", "given", "task-size", "stable-rank"] = "uniform"
     rank: int = pydantic.Field(default=8, ge=1)
-    given: dict[str, int] = pydantic.Field(default_factory=dict)
+    given: dict[str, pydantic.PositiveInt] = pydantic.Field(default_factory=dict)
     alpha: float | None = None
     layout: Layout = "channel"
 

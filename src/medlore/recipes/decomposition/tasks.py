@@ -81,7 +81,8 @@ def _read_task(task: TaskSettings, preprocessing: Preprocessing, *, folder: Path
         if len(part) == 0:
             raise DataError(str(task.data), f"no {name} images", "at least one in each part", "check the names of the parts or the classes")
     augment = TrainAugmentation(preprocessing, seed=seed, crop=(crop, 1.0), flip=task.flip)
-    return Task(task.name, train.classes, train.task, *(_decoded(p, preprocessing) for p in parts), augment=augment, settings=task)
+    decoded = [_decoded(part, preprocessing) for part in parts]
+    return Task(task.name, train.classes, train.task, decoded[0], decoded[1], decoded[2], augment, task)
 
 
 def _at_most(images: ImageSet, limit: int | None, seed: int) -> ImageSet:
