@@ -72,6 +72,17 @@ def test_families_load_with_a_fresh_seeded_head(folders: dict[str, Path], family
     assert not first.model.training
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_saved_network_comes_back_with_its_head(folders: dict[str, Path], tmp_path: Path, family: str) -> None:
+    side = 32 if family == "resnet" else 16
+    saved = load_backbone(folders[family], classes=2, seed=3)
+    saved.model.save_pretrained(tmp_path / "saved")
+    back = load_backbone(tmp_path / "saved", classes=2, keep_head=True)
+    x = torch.randn(2, 3, side, side)
+    with torch.inference_mode():
+        assert torch.equal(back.model(pixel_values=x).logits, saved.model(pixel_values=x).logits)
+
+
 @pytest.mark.parametrize("family", ["vit", "dinov2", "swin", "clip"])
 def test_input_size_changes_only_what_depends_on_it(folders: dict[str, Path], family: str) -> None:
     small, large = load_backbone(folders[family], classes=2), load_backbone(folders[family], classes=2, image_size=32)
@@ -233,10 +244,11 @@ def wrong_uses(folders: dict[str, Path], empty: Path) -> dict[str, tuple[dict[st
         "size": ({"source": folders["vit"], "image_size": 18}, InputError, "multiple of the patch size 4"),
         "swin size": ({"source": folders["swin"], "image_size": 8}, InputError, "at least 16 for this Swin"),
         "head": ({"source": folders["vit"], "keep_head": True}, CheckpointError, "a head of 3 outputs"),
+        "no head": ({"source": folders["clip"], "keep_head": True}, CheckpointError, "missing: classifier"),
     }
 
 
-@pytest.mark.parametrize("case", ["no such", "empty folder", "asset", "classes", "size", "swin size", "head"])
+@pytest.mark.parametrize("case", ["no such", "empty folder", "asset", "classes", "size", "swin size", "head", "no head"])
 def test_wrong_use(folders: dict[str, Path], tmp_path: Path, case: str) -> None:
     arguments, kind, message = wrong_uses(folders, tmp_path)[case]
     with pytest.raises(kind, match=message):
@@ -250,7 +262,7 @@ def test_incomplete_folder_is_refused_with_a_list(folders: dict[str, Path], tmp_
 
     folder = Path(shutil.copytree(folders["vit"], tmp_path / "vit"))
     weights = load_file(folder / "model.safetensors")
-    lost = next(k for k in weights if "fc1.weight" in k)
+    lost = "vit.layernorm.weight"
     save_file({k: v for k, v in weights.items() if k != lost} | {"surprise": torch.ones(2)}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match="2 tensors do not fit") as caught:
         load_backbone(folder, classes=2)

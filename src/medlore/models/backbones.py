@@ -102,9 +102,11 @@ def load_backbone(
     path = asset_path(str(source)) if str(source).startswith(PREFIX) else Path(source)
     with _quiet_transformers():
         if path.is_file():
+            if keep_head:
+                raise InputError("keep_head", f"True with the weights file {path}", "a transformers folder", "name the folder")
             model, notes, beside = *_from_file(path, heads), path.parent
         else:
-            model, notes, beside = *_from_transformers(path if path.is_dir() else None, str(source)), path
+            model, notes, beside = *_from_transformers(path if path.is_dir() else None, str(source), keep_head=keep_head), path
     family = _FAMILIES[model.config.model_type]
     _check_values(model, str(source))
     if image_size is not None and image_size != image_size_of(model):
@@ -177,7 +179,7 @@ def _load_strictly(model: Any, weights: dict[str, torch.Tensor], where: str) -> 
     model.load_state_dict({k: v.float() for k, v in weights.items()}, strict=False)
 
 
-def _from_transformers(folder: Path | None, name: str) -> tuple[Any, tuple[str, ...]]:
+def _from_transformers(folder: Path | None, name: str, *, keep_head: bool) -> tuple[Any, tuple[str, ...]]:
     """Read a transformers folder, or fetch a hub name; old and new parameter names are both understood by transformers."""
     import transformers
     from safetensors import SafetensorError
@@ -202,8 +204,9 @@ def _from_transformers(folder: Path | None, name: str) -> tuple[Any, tuple[str, 
         raise CheckpointError(name, f"cannot be read ({_first_line(error)})", "whole weights files", "fetch the folder again") from error
     except (OSError, ValueError) as error:
         raise _not_found(name, error, local=folder is not None) from error
-    _check_report(report, name)
-    return (_clip_classifier(model), ()) if model.config.model_type in ("clip_vision_model", "clip") else (model, ())
+    bare_clip = network is transformers.CLIPVisionModel
+    _check_report(report, name, head_wanted=keep_head, has_head=not bare_clip)
+    return (_clip_classifier(model), ()) if bare_clip else (model, ())
 
 
 def _stored_labels(config: Any) -> int:
@@ -226,6 +229,8 @@ def _network_of(config: Any, name: str) -> Any:
     }
     if config.model_type not in kinds:
         raise UnknownNameError(f"{name}, model_type", config.model_type, kinds, "take a ViT, Swin, DINOv2, CLIP or ResNet")
+    if "CLIPForImageClassification" in (config.architectures or ()):
+        return transformers.CLIPForImageClassification
     return kinds[config.model_type]
 
 
@@ -244,14 +249,18 @@ _MAY_BE_LEFT_OVER = ("classifier", "head", "pooler", "lm_head", "decoder", "text
 _MAY_BE_MISSING = ("classifier", "mask_token", "position_ids", "num_batches_tracked")
 
 
-def _check_report(report: dict[str, Any], where: str) -> None:
+def _check_report(report: dict[str, Any], where: str, *, head_wanted: bool, has_head: bool) -> None:
+    """Everything that is asked for was in the files; a head that is thrown away may be missing or have other outputs."""
+    may_be_missing = tuple(word for word in _MAY_BE_MISSING if word != "classifier" or not head_wanted)
+
     def outside(keys: Any, allowed: tuple[str, ...]) -> list[str]:
         names = [k if isinstance(k, str) else k[0] for k in keys]
         return sorted(k for k in names if not any(word in k for word in allowed))
 
-    faults = [f"missing: {k}" for k in outside(report.get("missing_keys", ()), _MAY_BE_MISSING)]
+    faults = [f"missing: {k}" for k in outside(report.get("missing_keys", ()), may_be_missing)]
+    faults += ["missing: classifier"] if head_wanted and not has_head else []
     faults += [f"left over: {k}" for k in outside(report.get("unexpected_keys", ()), _MAY_BE_LEFT_OVER)]
-    faults += [f"shape: {k}" for k in outside(report.get("mismatched_keys", ()), ("classifier",))]
+    faults += [f"shape: {k}" for k in outside(report.get("mismatched_keys", ()), () if head_wanted else ("classifier",))]
     if faults:
         raise CheckpointError(
             where, f"{len(faults)} tensors do not fit its configuration", "a complete checkpoint", "fetch the folder again", faults=faults

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,13 +12,16 @@ import numpy as np
 
 from medlore.data.fewshot import draw_shots, read_official_draw
 from medlore.data.images import format_of, read_images
-from medlore.data.imageset import ImageSet
+from medlore.data.imageset import ImageItem, ImageSet
 from medlore.errors import DataError, InputError, UnknownNameError
 
 
 @dataclass(frozen=True)
 class ImageSplits:
-    """The three parts of one experiment; none shares an image or a group with another.
+    """The three parts of one experiment.
+
+    None shares an image with another. Parts that were made here share no group either; where a data set brings its own parts, shared
+    groups stay and are counted in the notes.
 
     Attributes:
         train: images that are learnt from.
@@ -67,9 +72,11 @@ def read_splits(
         official: read the published draw number `rules.draw` of MedFMC or VTAB-1k in place of drawing.
         how: further arguments of `read_images` (`format`, `images`, `task`, `classes`, `group_pattern`, `split`).
 
+    Images of the test set never train or select, whatever parts were named: they are taken out, and the notes say how many.
+
     Raises:
         InputError: nothing is there.
-        DataError: too few images, other classes in the test set, or faults of the files.
+        DataError: too few images, none outside the test set, other classes in it, or faults of the files.
     """
     split = how.pop("split", None)
     test = read_images(test_data, **how) if test_data is not None else _part(data, "test", how)
@@ -88,14 +95,16 @@ def _official(data: str | Path, rules: SplitRules, test: ImageSet | None, how: d
     kind = format_of(Path(data), how.get("format", "auto"))
     name = kind.removeprefix("medfmc-") if kind.startswith("medfmc-") else Path(data).name
     drawn = read_official_draw(data, name, rules.shots, rules.draw, images=how.get("images"))
-    return ImageSplits(drawn.train, drawn.validation, test, drawn.notes)
+    train, about_train = _apart("training", drawn.train, "test", test)
+    validation, about_validation = _apart("validation", drawn.validation, "test", test)
+    return ImageSplits(train, validation, test, (*drawn.notes, *about_train, *about_validation))
 
 
 def split_images(pool: ImageSet, rules: SplitRules, *, validation: ImageSet | None = None, test: ImageSet | None = None) -> ImageSplits:
-    """Parts of an image set in memory; parts that are given stay as they are.
+    """Parts of an image set in memory. A test set that is given stays as it is; its images are taken out of the others.
 
     Raises:
-        DataError: classes with too few images, or parts with other classes.
+        DataError: classes with too few images, parts with other classes, or no image that is not in the test set.
     """
     for part in (validation, test):
         if part is not None and (part.classes != pool.classes or part.task != pool.task):
@@ -103,6 +112,12 @@ def split_images(pool: ImageSet, rules: SplitRules, *, validation: ImageSet | No
                 part.source, f"classes {part.classes}", f"the classes of {pool.source}: {pool.classes}", "name them with --classes"
             )
     notes: list[str] = []
+    if validation is not None:
+        validation, about = _apart("validation", validation, "test", test)
+        notes += about
+    for word, judge in (("test", test), ("validation", validation)):
+        pool, about = _apart("training", pool, word, judge)
+        notes += about
     if test is None and rules.test_fraction > 0:
         pool, test = hold_out(pool, rules.test_fraction, seed=rules.seed)
         notes.append(f"no test part: {len(test)} images held out by seed {rules.seed}, before any shot was drawn")
@@ -150,6 +165,33 @@ def hold_out(pool: ImageSet, fraction: float, *, seed: int) -> tuple[ImageSet, I
     chosen = set(held)
     rest = [i for i in range(len(pool)) if i not in chosen]
     return pool.subset(rest), pool.subset(sorted(held), name=f"{pool.name} held out")
+
+
+def _apart(word: str, part: ImageSet, other: str, judge: ImageSet | None) -> tuple[ImageSet, list[str]]:
+    """`part` without the images of `judge`, and what a reader must know about what the two share."""
+    if judge is None:
+        return part, []
+    seen = {_identity(item) for item in judge.items}
+    kept = [i for i, item in enumerate(part.items) if _identity(item) not in seen]
+    if not kept:
+        raise DataError(
+            part.source, f"every {word} image is a {other} image too", f"images outside the {other} set", "name another part or set"
+        )
+    notes = []
+    if len(kept) < len(part):
+        notes.append(f"{len(part) - len(kept)} of {len(part)} {word} images are {other} images too; taken out of the {word} images")
+    groups = {item.group for item in judge.items if item.group is not None}
+    if shared := sum(part.items[i].group in groups for i in kept):
+        notes.append(f"{shared} {word} images share a patient or study with {other} images; parts of the data set's own, left as they are")
+    return (part.subset(kept) if len(kept) < len(part) else part), notes
+
+
+def _identity(item: ImageItem) -> Hashable:
+    """The same for the same file, archive member or array, however it was reached."""
+    source = item.source
+    if isinstance(source, np.ndarray):
+        return source.shape, source.dtype.str, hashlib.sha256(np.ascontiguousarray(source).tobytes()).digest()
+    return source.resolve() if isinstance(source, Path) else source
 
 
 def _part(data: str | Path, split: str, how: dict[str, Any]) -> ImageSet | None:
