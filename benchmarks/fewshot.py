@@ -29,7 +29,7 @@ from medlore.recipes.finetune_settings import FinetuneSettings
 from medlore.recipes.image_splits import hold_out
 from medlore.recipes.run import describe_machine
 
-EPOCHS = {1: 30, 5: 15, 10: 8}  # about as many steps for each number of shots
+EPOCHS = {1: 20, 5: 8, 10: 4}  # about as many steps for each number of shots
 BATCH = 8
 TEST_FRACTION, TEST_IMAGES = 0.4, 200
 RATES = {"linear-probe": (3e-3, 1e-2, 3e-2), "full": (3e-5, 1e-4, 3e-4)}  # others: 3e-4, 1e-3, 3e-3

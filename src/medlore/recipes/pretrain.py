@@ -59,6 +59,7 @@ class PretrainSettings(Settings):
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
     warm_up: float = 0.05
+    final_rate: float = 0.01
     label_smoothing: float = 0.1
     mix_share: float = 0.3
     smallest_area: float = 0.35
@@ -204,7 +205,7 @@ class _Trainer:
     def _update(self, share: _Share) -> None:
         s = self.settings
         for group in self.optimiser.param_groups:
-            group["lr"] = s.learning_rate * schedule(self.step / s.steps, s.warm_up)
+            group["lr"] = s.learning_rate * schedule(self.step / s.steps, s.warm_up, s.final_rate)
         pairs = [(own, w) for own, w in zip(self.master.parameters(), self.worker.parameters(), strict=True) if w.grad is not None]
         gradient = share.mean(torch.cat([w.grad.flatten().float() for _, w in pairs if w.grad is not None]))
         for (own, computed), part in zip(pairs, gradient.split([own.numel() for own, _ in pairs]), strict=True):
@@ -243,12 +244,13 @@ class _Trainer:
         self.worker.load_state_dict(saved["master"])
 
 
-def schedule(progress: float, warm_up: float) -> float:
-    """Learning-rate factor: linear warm-up, then half a cosine down to a hundredth.
+def schedule(progress: float, warm_up: float, final_rate: float = 0.01) -> float:
+    """Learning-rate factor: linear warm-up, then half a cosine down to `final_rate`.
 
     Args:
         progress: share of the steps done, 0 to 1.
         warm_up: share of the steps spent on warming up.
+        final_rate: factor at the end; 1 keeps the rate.
 
     Example:
         >>> schedule(0.05, 0.1), schedule(0.1, 0.1), round(schedule(1.0, 0.1), 4)
@@ -257,7 +259,7 @@ def schedule(progress: float, warm_up: float) -> float:
     if progress < warm_up:
         return max(progress / warm_up, 1e-3)
     done = (progress - warm_up) / (1 - warm_up)
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))
+    return final_rate + (1 - final_rate) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -284,6 +286,7 @@ def export_backbone(settings: PretrainSettings, weights: dict[str, Tensor], fold
     tensors = {name.removeprefix("vit."): value.half().contiguous() for name, value in weights.items() if name.startswith("vit.")}
     with atomic_folder(folder) as temporary:
         save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+        (temporary / "model.safetensors").chmod(0o644)  # safetensors writes for the owner alone
         write_json(temporary / "config.json", described)
         write_json(temporary / "preprocessor_config.json", _preprocessing(settings.image_size))
 

@@ -96,12 +96,15 @@ def features(model: nn.Module, backbone: Backbone, images: ImageSet) -> NDArray[
 
 
 def _judge(values: NDArray[np.float32], targets: NDArray[Any], rows: Sequence[int], others: Sequence[int]) -> float:
+    """Balanced accuracy on `others` of a logistic regression whose penalty is chosen by cross-validation inside `rows`."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import balanced_accuracy_score
+    from sklearn.model_selection import GridSearchCV
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000)).fit(values[rows], targets[rows])
+    pipeline = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    classifier = GridSearchCV(pipeline, {"logisticregression__C": [0.001, 0.01, 0.1, 1.0]}, cv=5).fit(values[rows], targets[rows])
     return float(balanced_accuracy_score(targets[others], classifier.predict(values[others])))
 
 
