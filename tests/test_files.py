@@ -31,9 +31,27 @@ def test_a_broken_write_leaves_the_old_file_and_no_rubbish(tmp_path: Path) -> No
 def test_a_folder_replaces_its_forerunner_as_a_whole(tmp_path: Path) -> None:
     for content in ("one", "two"):
         with atomic_folder(tmp_path / "pack") as folder:
+            (folder / "manifest.json").write_text(content)
             (folder / content).write_text(content)
-    assert [p.name for p in (tmp_path / "pack").iterdir()] == ["two"]
+    assert sorted(p.name for p in (tmp_path / "pack").iterdir()) == ["manifest.json", "two"]
     assert [p.name for p in tmp_path.iterdir()] == ["pack"]
+
+
+def test_a_folder_of_somebody_else_is_never_replaced(tmp_path: Path) -> None:
+    write_text(tmp_path / "Documents" / "thesis.tex", "years of work")
+    write_text(tmp_path / "file", "precious")
+
+    def write_over(name: str) -> None:
+        with atomic_folder(tmp_path / name) as folder:
+            (folder / "manifest.json").touch()
+
+    with pytest.raises(InputError, match=r"holds other things \(thesis\.tex\), which would be lost"):
+        write_over("Documents")
+    with pytest.raises(InputError, match="is a file"):
+        write_over("file")
+    assert (tmp_path / "Documents" / "thesis.tex").read_text() == "years of work"
+    assert (tmp_path / "file").read_text() == "precious"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["Documents", "file"]
 
 
 def test_a_broken_folder_leaves_the_old_one(tmp_path: Path) -> None:

@@ -46,14 +46,20 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """A temporary folder beside `path` that replaces it when the block ends well, and vanishes when it does not.
 
+    Only an empty folder or a forerunner is replaced: a folder that shares no name with the new one is somebody's, and stays.
+
     Raises:
+        InputError: `path` is a file, or a folder with other things in it.
         StepError: the parent folder cannot be written, or the disk is full.
     """
     final = Path(path)
+    if final.exists() and not final.is_dir():
+        raise InputError(str(final), "is a file", "a folder to be made", "name another folder")
     _make_folder(final.parent)
     temporary = Path(tempfile.mkdtemp(prefix=".part-", dir=final.parent))
     try:
         yield temporary
+        _refuse_a_strangers_folder(final, temporary)
         temporary.chmod(0o777 & ~_umask())
         if final.exists():
             retired = temporary.with_name(temporary.name + "-old")
@@ -66,6 +72,13 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         raise _write_failed(final, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _refuse_a_strangers_folder(final: Path, made: Path) -> None:
+    there = {item.name for item in final.iterdir()} if final.is_dir() else set()
+    if there and there.isdisjoint(item.name for item in made.iterdir()):
+        came = f"holds other things ({', '.join(sorted(there)[:3])}{', ...' if len(there) > 3 else ''}), which would be lost"
+        raise InputError(str(final), came, "a new or empty folder, or an earlier result of the same kind", "name another folder")
 
 
 def write_text(path: str | Path, text: str) -> Path:

@@ -75,6 +75,10 @@ def test_folder_names_are_unique() -> None:
         return Case(Path(path), (), "ct")
 
     assert folder_names([case("x/a.nii.gz"), case("y/A.nii"), case("b.v2.nii.gz"), case("x/a.nii.gz")]) == ["x_a", "y_A", "b.v2", "x_a_2"]
+    # the number that one gets may be another image's name
+    assert folder_names([case("p/i/ct.nii"), case("q/i/ct.nii"), case("r/i_ct_2.nii")]) == ["i_ct", "i_ct_2", "i_ct_2_2"]
+    # no name may lead out of the folder, or be taken for a half-written file
+    assert [case(path).name for path in ("a/..", "..nii.gz", "b/.part-x.nii")] == ["image", "image", "part-x"]
     assert len({n.casefold() for n in folder_names([case(f"p/c{s}") for s in (".nii", ".nii.gz", ".nrrd")])}) == 3
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from medlore.errors import CheckpointError, TargetError, UnknownNameError
+from medlore.errors import CheckpointError, DataError, TargetError, UnknownNameError
 from medlore.layers.expert_surgery import install_experts, merge
 from medlore.layers.interchange import load_kohya, load_peft, save_kohya, save_peft
 from medlore.layers.routing import route
@@ -145,6 +145,21 @@ def test_unknown_names_and_files_that_do_not_fit(tmp_path: Path) -> None:
 def install(net: nn.Module) -> nn.Module:
     install_experts(net, experts=["a"], ranks=1)
     return net
+
+
+def test_damaged_files_are_refused_without_a_traceback(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(3, 2))
+    install_experts(net, experts=["a"], ranks=1)
+    (tmp_path / "adapter_config.json").write_text("{oops")
+    with pytest.raises(DataError, match="not JSON"):
+        load_peft(net, "a", tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    for name in ("adapter_model.safetensors", "kohya.safetensors"):
+        (tmp_path / name).write_bytes(b"no tensors")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_peft(net, "a", tmp_path)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_kohya(net, "a", tmp_path / "kohya.safetensors")
 
 
 def test_names_that_become_one_key(tmp_path: Path) -> None:

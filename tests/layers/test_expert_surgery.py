@@ -57,6 +57,15 @@ def test_a_new_expert_is_the_base() -> None:
     assert report.as_dict()["layers"][0]["weight_shape"] == (8, 3, 3, 3)
 
 
+def test_a_refused_installation_leaves_everything_trainable() -> None:
+    net = plain_network(norm=False)
+    with pytest.raises(InputError, match="finite numbers"):
+        install_experts(net, experts=NAMES, ranks=2, alpha=float("nan"), base="frozen")
+    assert all(p.requires_grad for p in net.parameters())
+    with pytest.raises(UnknownNameError, match="'frozen'"):
+        install_experts(net, experts=NAMES, ranks=2, base="freeze")  # type: ignore[arg-type]
+
+
 def test_ways_to_say_targets_and_ranks() -> None:
     def installed(**options: object) -> dict[str, dict[str, int]]:
         net = plain_network(norm=False)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import torch
 import yaml
 
+from medlore.data.sampling import TaskBatch
 from medlore.errors import CheckpointError, DataError, InputError, StepError, UnknownNameError
 from medlore.files import read_json, write_json, write_text
 from medlore.layers.experts import ExpertLayer
@@ -103,6 +105,26 @@ def test_a_merged_expert_answers_like_the_routed_one(finished: Path) -> None:
     assert pack.experts["left"].licence == "made here"
     with pytest.raises(UnknownNameError, match="'left'"):
         pack.merged("lef")
+
+
+def test_teacher_shared_base_and_experts_are_backbones(finished: Path, tmp_path: Path) -> None:
+    """What the transfer compares: each of the three loads as any other backbone does, with the same input."""
+    from medlore.models.backbones import load_backbone
+    from medlore.recipes.export_classifier import export_classifier
+
+    for name in ("base", "left"):
+        export_classifier(finished / "out" / "pack", name, "safetensors", tmp_path / name)
+    found = {p.name: load_backbone(p, classes=5) for p in (finished / "out" / "teacher", tmp_path / "base", tmp_path / "left")}
+    images = torch.randn(2, 3, SIZE, SIZE)
+    assert {(b.image_size, b.mean, tuple(b.model(pixel_values=images).logits.shape)) for b in found.values()} == {
+        (SIZE, (0.5,) * 3, (2, 5))
+    }
+    weights = [b.model.conv1.conv.weight for b in found.values()]
+    assert not torch.equal(weights[1], weights[2])
+    pack = load_classifier_pack(finished / "out" / "pack")
+    assert torch.equal(weights[1], pack.network.body.conv1.conv.base_layer.weight)
+    with pytest.raises(InputError, match="which has no head"):
+        export_classifier(finished / "out" / "pack", "base", "onnx", tmp_path / "onnx")
 
 
 def test_a_second_run_takes_finished_networks_over(finished: Path) -> None:
@@ -221,6 +243,7 @@ def test_groups_never_stand_on_both_sides() -> None:
     [
         ({"shots": 5}, "shots: unknown setting"),
         ({"ranks": {"rule": "given", "given": {"left": 2}}}, r"ranks\.given has \['left'\]"),
+        ({"ranks": {"rule": "given", "given": {"left": 2, "right": 0}}}, r"ranks\.given\.right: .*greater than 0"),
         ({"teacher": None}, "need a teacher"),
         ({"teacher": {"source": "resnet-81"}}, "the nearest are 'resnet-18'"),
         ({"steps": 0, "batch_size": 0}, "2 faults"),
@@ -240,6 +263,30 @@ def test_all_tasks_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         decompose(study, tmp_path / "out")
     assert caught.value.faults[0].startswith("left:")
     assert caught.value.faults[1].startswith("right:")
+
+
+def test_the_trained_weights_stay_where_no_score_is_defined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = write_study(tmp_path, variants=["experts"], loss={"beta": 0, "feature": 0})
+    monkeypatch.setattr(training, "validation_score", lambda *_: math.nan)
+    decompose(study, tmp_path / "out")
+    assert read_json(tmp_path / "out" / "networks" / "experts" / "history.json")["best_step"] == 4
+    weights = torch.load(tmp_path / "out" / "networks" / "experts" / "best.pt", weights_only=True)
+    assert any("lora_B" in name and tensor.any() for name, tensor in weights.items())
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_every_process_sees_every_task(count: int) -> None:
+    parts = [TaskBatch("a", np.arange(5)), TaskBatch("b", np.arange(1)), TaskBatch("c", np.arange(10, 17))]
+    shares = [
+        training._share_of_process(parts, SimpleNamespace(num_processes=count, process_index=rank))  # type: ignore[arg-type]
+        for rank in range(count)
+    ]
+    assert all({"a", "c"} <= {part.task for part in share} for share in shares)
+    sizes = [sum(len(part.indices) for part in share) for share in shares]
+    assert sum(sizes) == 13
+    assert max(sizes) - min(sizes) <= 1
+    for part in parts:
+        assert sorted(i for share in shares for p in share if p.task == part.task for i in p.indices) == part.indices.tolist()
 
 
 def test_batch_norm_is_refused_until_the_user_decides(tmp_path: Path) -> None:
@@ -281,6 +328,10 @@ def test_a_pack_of_another_base_is_refused_in_one_report(finished: Path, tmp_pat
     with pytest.raises(CheckpointError, match="do not fit") as caught:
         load_classifier_pack(pack)
     assert [f.split(":")[0] for f in caught.value.faults] == ["misshapen", "misshapen"]
+    write_json(pack / "manifest.json", {k: v for k, v in manifest.items() if k != "student"} | {"experts": []})
+    with pytest.raises(CheckpointError, match="2 fault") as caught:
+        load_classifier_pack(pack)
+    assert caught.value.faults == ["student: missing", "experts: of a wrong kind"]
     write_json(pack / "manifest.json", manifest | {"schema": "medlore/expert-pack/0"})
     with pytest.raises(CheckpointError, match="expert-pack/0"):
         load_classifier_pack(pack)

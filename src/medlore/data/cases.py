@@ -9,6 +9,7 @@ keys are kept. Paths may be relative to the file.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections import Counter
@@ -60,7 +61,7 @@ class Case:
             >>> Case(Path("a/ct.nii.gz"), ("liver",), "ct").name
             'ct'
         """
-        return _SUFFIXES.sub("", self.image.name) or "image"
+        return _SUFFIXES.sub("", self.image.name).lstrip(".") or "image"  # `..` would lead out of the output folder
 
     def to_dict(self) -> dict[str, Any]:
         """The line's values."""
@@ -115,12 +116,12 @@ def folder_names(cases: Sequence[Case]) -> list[str]:
     """
     count = Counter(case.name.casefold() for case in cases)
     wanted = [c.name if count[c.name.casefold()] == 1 else f"{c.image.resolve().parent.name}_{c.name}" for c in cases]
-    used: Counter[str] = Counter()
+    used: set[str] = set()
     names = []
     for name in wanted:
-        used[name.casefold()] += 1
-        number = used[name.casefold()]
-        names.append(name if number == 1 else f"{name}_{number}")
+        numbered = (name if number == 1 else f"{name}_{number}" for number in itertools.count(1))
+        names.append(next(candidate for candidate in numbered if candidate.casefold() not in used))
+        used.add(names[-1].casefold())
     return names
 
 

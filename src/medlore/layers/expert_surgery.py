@@ -114,6 +114,8 @@ def install_experts(  # noqa: PLR0913 - one door for what is one decision
     Source: LoRKD (CVPR 2024, arXiv 2409.19540); ours for the choice of norms.
     """
     checked_layout(layout)
+    if base not in ("trainable", "frozen"):
+        raise UnknownNameError("base", base, ["trainable", "frozen"])
     roster = _checked_roster(model, experts)
     chosen = _chosen_layers(model, targets)
     table = {name: {expert: _rank_of(ranks, name, expert) for expert in roster} for name in chosen}
@@ -123,9 +125,9 @@ def install_experts(  # noqa: PLR0913 - one door for what is one decision
         raise TargetError("ranks", "rank 0 for every layer and expert", "one rank from 1", "raise a rank")
     norms = _replaced_norms(model, roster, batchnorm)
     base_parameters = sum(p.numel() for p in model.parameters())
-    if base == "frozen":
-        model.requires_grad_(requires_grad=False)
     layers = {name: expert_layer(chosen[name], ranks=row, alpha=alpha, scaling=scaling, layout=layout) for name, row in wrapped.items()}
+    if base == "frozen":  # the factors do not hang in the model yet
+        model.requires_grad_(requires_grad=False)
     for name, layer in layers.items():
         layer.layer_name = name
         layer.train(chosen[name].training)

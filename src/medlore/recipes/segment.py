@@ -321,7 +321,10 @@ def _fingerprint(settings: SegmentSettings, model: SegmentingModel, case: Case, 
     values = settings.model_dump(mode="json")
     decisive = {name: values[name] for name in _DECISIVE} | {"precision": model.precision}
     orientation = case.orientation_code or settings.orientation_code
-    told = [sha256_of(case.image), model.bundle.sha256, routes.modality, routes.by_region, routes.labels, orientation, case.frame, decisive]
+    part = [case.frame, case.series]
+    prompts = [sha256_of(file) for file in (settings.prompt_embeddings, settings.text, settings.tokenizer) if file is not None]
+    weights = [model.bundle.sha256, *prompts]
+    told = [sha256_of(case.image), weights, routes.modality, routes.by_region, routes.labels, orientation, part, decisive]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 

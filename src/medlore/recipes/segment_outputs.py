@@ -185,7 +185,7 @@ def _write_image(path: Path, result: Segmentation) -> None:
     volume = result.volume
     if result.affine is not None:
         write_nifti(path, result.prepared.pixels[0].numpy(), volume, affine=result.affine)
-    elif volume.path.is_file() and volume.path.name.endswith(".nii.gz") and volume.array.ndim == len(volume.file_shape):
+    elif volume.path.name.endswith(".nii.gz") and tuple(volume.header.get_data_shape()) == volume.shape == volume.file_shape:
         shutil.copyfile(volume.path, path)
     else:
         write_nifti(path, volume.array, volume)

@@ -228,16 +228,19 @@ def _gather(parts: list[TaskBatch], tasks: Mapping[str, Task], number: int, devi
 
 
 def _share_of_process(parts: list[TaskBatch], accelerator: Accelerator) -> list[TaskBatch]:
-    """This process's rows of the mixed batch: an equal, contiguous share."""
-    if accelerator.num_processes == 1:
+    """This process's rows of the mixed batch: every n-th row, an equal share in which all tasks take part.
+
+    Were the shares contiguous, statistics kept per expert would follow the tasks of the first process alone, whose buffers
+    DistributedDataParallel hands to the others.
+    """
+    count = accelerator.num_processes
+    if count == 1:
         return parts
-    total = sum(len(p.indices) for p in parts)
-    first, last = (total * r // accelerator.num_processes for r in (accelerator.process_index, accelerator.process_index + 1))
     mine, start = [], 0
     for part in parts:
-        low, high = max(first - start, 0), min(last - start, len(part.indices))
-        if low < high:
-            mine.append(TaskBatch(part.task, part.indices[low:high]))
+        indices = part.indices[(accelerator.process_index - start) % count :: count]
+        if len(indices):
+            mine.append(TaskBatch(part.task, indices))
         start += len(part.indices)
     return mine
 
@@ -253,13 +256,15 @@ def _evaluate_and_keep(
     schedule: Schedule,
 ) -> None:
     scores = {n: validation_score(predict_scores(network, t.validation, t, preprocessing), t, t.validation) for n, t in tasks.items()}
-    mean = float(np.nanmean(list(scores.values())))
+    defined = [score for score in scores.values() if not math.isnan(score)]
+    mean = sum(defined) / len(defined) if defined else math.nan
     count = (step - 1) % schedule.evaluate_every + 1
     history.losses.append({"step": step, **{name: total / count for name, total in sums.items()}})
     history.scores.append({"step": step, **scores, "mean": mean})
     sums.clear()
-    if mean > history.best_score:
-        history.best_step, history.best_score = step, mean
+    if mean > history.best_score or history.best_score == -math.inf:  # no score is defined so far: the latest weights, not the first
+        history.best_step = step
+        history.best_score = history.best_score if math.isnan(mean) else mean
         for name, value in network.state_dict().items():
             best[name].copy_(value)
 
