@@ -35,7 +35,7 @@ class DemoSettings(Settings):
     model: str = "medlore:vit-mini"
     shots: int = pydantic.Field(default=5, ge=1, le=50)
     draws: int = pydantic.Field(default=3, ge=1)
-    epochs: int = pydantic.Field(default=20, ge=1)
+    epochs: int = pydantic.Field(default=12, ge=1)
     batch_size: int = pydantic.Field(default=8, ge=1)
     test_images: int = pydantic.Field(default=400, ge=50, le=1000)
     seed: int = 0
