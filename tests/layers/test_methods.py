@@ -251,3 +251,19 @@ def test_without_head_gives_its_input_and_puts_it_back() -> None:
         features = logits(body)
     assert model.classifier is head
     assert torch.allclose(head(features.clone()), logits(model), atol=1e-6)
+
+
+def test_adalora_is_pulled_towards_orthogonal_factors() -> None:
+    """PEFT adds its penalty only to a loss that the network computes itself; ours must not go without."""
+    tuning = installed("adalora", network(), steps=30)
+    assert tuning.penalty is not None
+    factors = {n: p for n, p in tuning.model.named_parameters() if "lora_A" in n or "lora_B" in n}
+    squares = [(p @ p.T if "lora_A" in n else p.T @ p) for n, p in factors.items()]
+    by_hand = 0.5 * sum(torch.linalg.norm(s - torch.eye(len(s))) for s in squares) / len(squares)
+    assert tuning.penalty().item() == pytest.approx(float(by_hand.detach()), rel=1e-5)
+    for rows in factors.values():
+        with torch.no_grad():
+            torch.nn.init.orthogonal_(rows)
+    assert tuning.penalty().item() == pytest.approx(0, abs=1e-5)
+    tuning.penalty().backward()
+    assert installed("lora", network(), steps=30).penalty is None

@@ -14,7 +14,7 @@ def evaluate(
     tuned: Path | None = typer.Argument(None, metavar="RUN_OR_ADAPTER", help="Folder of `medlore finetune`, or the adapter in it."),
     data: Path | None = typer.Option(None, help="Labelled images, in any format of `medlore finetune`."),
     format: str | None = typer.Option(None, help="Format of --data, where auto is wrong."),
-    split: str | None = typer.Option(None, help="Part of --data, e.g. test."),
+    split: str | None = typer.Option(None, help="Part of --data; default its own test part, or all of a set without parts."),
     images: Path | None = typer.Option(None, help="Folder of the images, where the list lies elsewhere."),
     group_pattern: str | None = typer.Option(None, help="Regular expression on file names; its bracket is the patient."),
     model: str | None = typer.Option(None, help="Where the backbone lies now, if it was moved."),

@@ -74,6 +74,7 @@ class Tuning:
         save: write what was learnt into a new folder.
         merged: the plain network with the same output, for inference; the tuning is used up by it.
         before_step: called before the forward pass of every step.
+        penalty: a scalar that is added to the loss of every step; None for methods without one.
         after_backward: called with the step number (from 0) when gradients are there, after the optimiser's step.
         state: what besides tensors must survive a kill.
         restore: puts that back.
@@ -86,6 +87,7 @@ class Tuning:
     save: Callable[[Path], None]
     merged: Callable[[], nn.Module]
     before_step: Callable[[], object] = _nothing
+    penalty: Callable[[], Tensor] | None = None
     after_backward: Callable[[int], None] = _nothing
     state: Callable[[], dict[str, Any]] = _no_state
     restore: Callable[[dict[str, Any]], None] = _nothing
@@ -233,7 +235,23 @@ def _adalora(model: nn.Module, request: Request) -> Tuning:
     tuning = _peft_tuning(tuned, request, plain=plain)
     tuning.state, tuning.restore = state, restore
     tuning.after_backward = tuned.base_model.update_and_allocate
+    tuning.penalty = lambda: config.orth_reg_weight * orthogonality(tuned)
     return tuning
+
+
+def orthogonality(model: nn.Module) -> Tensor:
+    """Mean of ‖A Aᵀ - I‖_F and ‖Bᵀ B - I‖_F over all factors of AdaLoRA.
+
+    PEFT adds it to the loss only where the network computes the loss itself, which ours does not.
+
+    Source: Zhang et al., "AdaLoRA", ICLR 2023, equation 4 (there squared; PEFT's form is taken, for comparable numbers).
+    """
+    terms = []
+    for name, factor in model.named_parameters():
+        if "lora_A" in name or "lora_B" in name:
+            square = factor @ factor.T if "lora_A" in name else factor.T @ factor
+            terms.append(torch.linalg.matrix_norm(square - torch.eye(len(square), device=square.device, dtype=square.dtype)))
+    return torch.stack(terms).mean()
 
 
 def _with_factors(model: nn.Module, request: Request, **options: Any) -> Any:

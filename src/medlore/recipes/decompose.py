@@ -20,7 +20,7 @@ from torch import nn
 from medlore.assets import PREFIX
 from medlore.data.transforms import Preprocessing
 from medlore.errors import UnknownNameError
-from medlore.files import atomic_path, read_json, write_json
+from medlore.files import atomic_folder, atomic_path, read_json, write_json
 from medlore.layers.expert_surgery import install_experts
 from medlore.layers.experts import ExpertLayer
 from medlore.models.backbones import load_backbone
@@ -32,6 +32,7 @@ from medlore.recipes.decomposition.report import measure, table_rows
 from medlore.recipes.decomposition.settings import DecomposeSettings
 from medlore.recipes.decomposition.tasks import Task, read_tasks
 from medlore.recipes.decomposition.training import Distillation, Progress, Schedule, make_accelerator, train_network
+from medlore.recipes.export_classifier import write_backbone
 from medlore.recipes.run import Run, choose_device, read_settings, seed_everything
 
 _STUDENTS = ("shufflenet", "resnet-18", "vit-small")
@@ -212,6 +213,9 @@ def _teacher(shop: _Workshop, body: nn.Module) -> MultiTaskNetwork | None:
     network = shop.network(body, shop.tasks)
     network.body.requires_grad_(wanted.train == "all")
     _finish(shop, "teacher", network, shop.schedule(wanted.steps, wanted.learning_rate), None, shop.tasks)
+    if shop.writes:
+        with atomic_folder(shop.out / "teacher") as folder:
+            write_backbone(folder, network.body, vars(shop.preprocessing))
     return network.eval().requires_grad_(requires_grad=False)
 
 

@@ -15,6 +15,7 @@ from medlore.errors import DataError
 from medlore.metrics.classification import classification_report
 from medlore.recipes.accelerators import Precision, make_accelerator
 from medlore.recipes.examples import image_examples
+from medlore.recipes.image_splits import part_of
 from medlore.recipes.predictions import write_predictions
 from medlore.recipes.run import DeviceChoice, Run, Settings
 from medlore.recipes.training import predict_logits, probabilities
@@ -60,15 +61,7 @@ def evaluate(settings: EvaluateSettings, out: str | Path | None = None) -> Evalu
         DataError: other classes than the model's, or images that cannot be read.
     """
     tuned = load_tuned(settings.tuned, model=settings.model)
-    images = read_images(
-        settings.data,
-        format=settings.format,
-        split=settings.split,
-        images=settings.images,
-        task=settings.task or tuned.card.task,
-        classes=tuned.card.classes,
-        group_pattern=settings.group_pattern,
-    )
+    images = _images(settings, tuned)
     if images.classes != tuned.card.classes or images.task != tuned.card.task:
         raise DataError(
             str(settings.data),
@@ -85,6 +78,21 @@ def evaluate(settings: EvaluateSettings, out: str | Path | None = None) -> Evalu
         run.results["test"] = result.report
         run.add_output("predictions", write_predictions(Path(out) / "predictions.csv", images, result.scores))
     return result
+
+
+def _images(settings: EvaluateSettings, tuned: Tuned) -> ImageSet:
+    """The part that was asked for; else the set's own test part; else, for a set without parts, all of it."""
+    how: dict[str, Any] = {
+        "format": settings.format,
+        "images": settings.images,
+        "task": settings.task or tuned.card.task,
+        "classes": tuned.card.classes,
+        "group_pattern": settings.group_pattern,
+    }
+    if settings.split is not None:
+        return read_images(settings.data, split=settings.split, **how)
+    own_test = part_of(settings.data, "test", how)
+    return read_images(settings.data, **how) if own_test is None else own_test
 
 
 def score_images(tuned: Tuned, images: ImageSet, *, accelerator: Any) -> NDArray[np.float32]:

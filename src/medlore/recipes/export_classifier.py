@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -22,6 +22,7 @@ from medlore.models.classifier_pack import KIND, ClassifierPack, load_classifier
 
 ExportFormat = Literal["safetensors", "onnx", "torch-export", "peft"]
 _TOLERANCE = 1e-4
+BASE = "base"
 
 
 def export_classifier(pack: str | Path, expert: str, format: str, out: str | Path) -> dict[str, Any]:  # noqa: A002 - the word of the flag
@@ -29,7 +30,7 @@ def export_classifier(pack: str | Path, expert: str, format: str, out: str | Pat
 
     Args:
         pack: folder or `medlore:NAME`.
-        expert: its name.
+        expert: its name; `base` is the shared base alone, without a head, as a transformers folder.
         format: `safetensors` (a transformers folder where the student is of that family), `onnx`, `torch-export` or `peft`.
         out: the folder to write; whole or not at all.
 
@@ -44,6 +45,8 @@ def export_classifier(pack: str | Path, expert: str, format: str, out: str | Pat
     if format not in get_args(ExportFormat):
         raise UnknownNameError("--format", format, get_args(ExportFormat))
     opened = load_classifier_pack(pack)
+    if expert == BASE and expert not in opened.experts:
+        return _export_base(opened, format, out)
     network = opened.merged(expert)
     example = torch.rand(2, 3, opened.image_size, opened.image_size, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.no_grad():
@@ -95,6 +98,28 @@ def print_classifier_export(summary: dict[str, Any], *, as_json: bool) -> None:
     sys.stdout.write(f"largest difference from the pack's own output: {summary['largest_difference']:.1e}\n")
 
 
+def _export_base(pack: ClassifierPack, format: str, out: str | Path) -> dict[str, Any]:  # noqa: A002 - the word of the flag
+    """The shared base alone: a backbone for `medlore finetune`, and what an expert's transfer is compared with."""
+    if format != "safetensors":
+        raise InputError(
+            "--format", f"{format!r} for the shared base, which has no head", "safetensors", "name an expert, or take that format"
+        )
+    body: Any = merge(pack.network.body, None)
+    with atomic_folder(out) as folder:
+        write_backbone(folder, body, pack.manifest["preprocessing"])
+        files = {p.relative_to(folder).as_posix(): sha256_of(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {"format": format, "expert": BASE, "out": str(out), "files": files, "largest_difference": 0.0}
+
+
+def write_backbone(folder: Path, body: Any, preprocessing: Mapping[str, Any]) -> None:
+    """A transformers folder with the input that the network was trained on."""
+    body.save_pretrained(folder)
+    size = {"height": preprocessing["image_size"], "width": preprocessing["image_size"]}
+    steps = {"image_processor_type": "ViTImageProcessor", "do_resize": True, "do_rescale": True, "do_normalize": True, "size": size}
+    values = {"image_mean": list(preprocessing["mean"]), "image_std": list(preprocessing["std"])}
+    write_json(folder / "preprocessor_config.json", {**steps, **values})
+
+
 class _Logits(nn.Module):
     """Images in, a plain tensor of logits out."""
 
@@ -108,18 +133,8 @@ class _Logits(nn.Module):
 
 
 def _write_safetensors(folder: Path, pack: ClassifierPack, network: Any, example: Tensor) -> Tensor:
-    network.save_pretrained(folder)
+    write_backbone(folder, network, pack.manifest["preprocessing"])
     again = type(network).from_pretrained(folder)
-    pre = pack.manifest["preprocessing"]
-    size = {"height": pack.image_size, "width": pack.image_size}
-    image_processor = {
-        "image_processor_type": "ViTImageProcessor",
-        "do_resize": True,
-        "do_rescale": True,
-        "do_normalize": True,
-        "size": size,
-    }
-    write_json(folder / "preprocessor_config.json", {**image_processor, "image_mean": pre["mean"], "image_std": pre["std"]})
     with torch.no_grad():
         logits: Tensor = again.eval()(pixel_values=example).logits
     return logits

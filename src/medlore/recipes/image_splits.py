@@ -79,12 +79,12 @@ def read_splits(
         DataError: too few images, none outside the test set, other classes in it, or faults of the files.
     """
     split = how.pop("split", None)
-    test = read_images(test_data, **how) if test_data is not None else _part(data, "test", how)
+    test = read_images(test_data, **how) if test_data is not None else part_of(data, "test", how)
     if official:
         return _official(data, rules, test, how)
-    own_parts = split is None and _part(data, "train", how) is not None
+    own_parts = split is None and part_of(data, "train", how) is not None
     pool = read_images(data, split="train" if own_parts else split, **how)
-    validation = _part(data, "val", how) if own_parts and rules.shots is None else None
+    validation = part_of(data, "val", how) if own_parts and rules.shots is None else None
     return split_images(pool, rules, validation=validation, test=test)
 
 
@@ -194,7 +194,7 @@ def _identity(item: ImageItem) -> Hashable:
     return source.resolve() if isinstance(source, Path) else source
 
 
-def _part(data: str | Path, split: str, how: dict[str, Any]) -> ImageSet | None:
+def part_of(data: str | Path, split: str, how: dict[str, Any]) -> ImageSet | None:
     """The part of that name, if the data set has one."""
     try:
         return read_images(data, split=split, **how)

@@ -201,6 +201,8 @@ class Trainer:
             inputs = train.inputs(chosen, step=step).to(self.accelerator.device)
             targets = torch.from_numpy(train.targets[chosen]).to(self.accelerator.device)
             loss = loss_of(_logits(model, inputs), targets, self.task)
+            if self.tuning.penalty is not None:
+                loss = loss + self.tuning.penalty()
             self.accelerator.backward(loss)
             if self.schedule.clip is not None:
                 self.accelerator.clip_grad_norm_(trained, self.schedule.clip)
