@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,6 +23,7 @@ from medlore.files import read_json, sha256_of
 from medlore.recipes.run import DeviceChoice, Run, Settings, choose_device
 from medlore.recipes.segment_labels import ModelFacts, Routes, facts_of_bundle, facts_of_pack, route_labels
 from medlore.recipes.segment_plan import CasePlan, available_memory, plan_case, read_bytes
+from medlore.recipes.segment_workers import spread
 
 if TYPE_CHECKING:
     from medlore.recipes.segment_model import SegmentingModel
@@ -138,7 +140,7 @@ def segment_cases(settings: SegmentSettings, *, watcher: Watcher | None = None) 
     cases = collect_cases(settings)
     names = folder_names(cases)
     model = load_model(settings)
-    with Run("segment", settings.out, settings=settings, device=model.device) as run, _OutputLock(settings.out):
+    with _OutputLock(settings.out), Run("segment", settings.out, settings=settings, device=model.device) as run:
         run.results = {
             "model": {"name": model.bundle.name, "sha256": model.bundle.sha256, "precision": model.precision},
             "cases": [],
@@ -262,9 +264,36 @@ def _entries(settings: SegmentSettings, model: SegmentingModel, cases: Sequence[
         for index, (case, name) in enumerate(zip(cases, names, strict=True)):
             yield {"index": index, **segment_case(settings, model, case, name, watcher)}
         return
-    from medlore.recipes.segment_workers import spread
+    jobs = [(settings, index, case, name) for index, (case, name) in enumerate(zip(cases, names, strict=True))]
+    yield from spread(_work, jobs, lost=_lost, engine=settings.engine, workers=settings.workers, gpus_each=int(settings.device == "cuda"))
 
-    yield from spread(settings, cases, names)
+
+_models: dict[str, SegmentingModel] = {}
+
+
+def _work(settings: SegmentSettings, index: int, case: Case, name: str) -> dict[str, Any]:
+    """One case in a worker process; the model stays loaded between its cases."""
+    key = settings.model_dump_json()
+    if key not in _models:
+        import torch
+
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // settings.workers))
+        _models.clear()
+        _models[key] = load_model(settings)
+    return {"index": index, **segment_case(settings, _models[key], case, name, Silence())}
+
+
+def _lost(job: tuple[Any, ...], reason: str) -> dict[str, Any]:
+    _, index, case, name = job
+    return {
+        "index": index,
+        "name": name,
+        "image": str(case.image),
+        "line": case.line or None,
+        "state": "failed",
+        "error": reason,
+        "seconds": None,
+    }
 
 
 def _load_bundle(settings: SegmentSettings) -> Any:

@@ -1,59 +1,70 @@
-"""Many cases on several processes of this machine, or on the machines of a Ray cluster; the model is loaded once in each."""
+"""Many cases on several processes of this machine, or on the machines of a Ray cluster. What a case is, the caller knows."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
 
-from medlore.data.cases import Case
-from medlore.errors import MissingExtraError, StepError
-from medlore.recipes.segment import SegmentSettings, Silence, load_model, segment_case
+from medlore.errors import MissingExtraError
 
-_models: dict[str, Any] = {}
+Entry = dict[str, Any]
+Job = tuple[Any, ...]
+_KILLED = "its process died; as a rule it was killed for its memory: give fewer --workers, or a smaller --memory"
 
 
-def spread(settings: SegmentSettings, cases: Sequence[Case], names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Entries of the report, in the order in which cases finish.
+def spread(
+    work: Callable[..., Entry],
+    jobs: Sequence[Job],
+    *,
+    lost: Callable[[Job, str], Entry],
+    engine: Literal["local", "ray"],
+    workers: int,
+    gpus_each: int = 0,
+) -> Iterator[Entry]:
+    """Results of `work(*job)` for all jobs, as they finish. A job whose process dies costs the others nothing.
+
+    Args:
+        work: a function of a module, so that other processes find it.
+        jobs: its arguments.
+        lost: what is told of a job whose process died.
+        engine: processes of this machine, or Ray.
+        workers: how many at a time.
+        gpus_each: GPUs that Ray keeps for a job.
 
     Raises:
         MissingExtraError: Ray was asked for and is not installed.
-        StepError: a worker process died (killed for its memory, as a rule).
     """
-    jobs = list(zip(range(len(cases)), cases, names, strict=True))
-    yield from (_with_ray if settings.engine == "ray" else _with_processes)(settings, jobs)
+    if engine == "ray":
+        yield from _with_ray(work, jobs, lost, workers, gpus_each)
+    else:
+        yield from _with_processes(work, jobs, lost, workers)
 
 
-def _work(settings: SegmentSettings, index: int, case: Case, name: str) -> dict[str, Any]:
-    """One case in a worker; the model stays loaded between cases."""
-    key = settings.model_dump_json()
-    if key not in _models:
-        import torch
-
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // settings.workers))
-        _models.clear()
-        _models[key] = load_model(settings)
-    return {"index": index, **segment_case(settings, _models[key], case, name, Silence())}
-
-
-def _with_processes(settings: SegmentSettings, jobs: list[tuple[int, Case, str]]) -> Iterator[dict[str, Any]]:
+def _with_processes(work: Callable[..., Entry], jobs: Sequence[Job], lost: Callable[[Job, str], Entry], workers: int) -> Iterator[Entry]:
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from concurrent.futures.process import BrokenProcessPool
     from multiprocessing import get_context
 
-    with ProcessPoolExecutor(min(settings.workers, len(jobs)), mp_context=get_context("spawn")) as pool:
-        waiting = [pool.submit(_work, settings, *job) for job in jobs]
-        try:
-            for finished in as_completed(waiting):
+    again: list[Job] = []
+    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=get_context("spawn")) as pool:
+        waiting = {pool.submit(work, *job): job for job in jobs}
+        for finished in as_completed(waiting):
+            try:
                 yield finished.result()
-        except BrokenProcessPool as error:
-            came = "a worker process died; as a rule it was killed for its memory"
-            raise StepError(
-                "--workers", came, "workers that fit the memory together", "give fewer --workers or a --memory for each"
-            ) from error
+            except BrokenProcessPool:  # one death ends the pool and every job that is left in it
+                again.append(waiting[finished])
+    for job in again:  # each in a process of its own: only the one that kills its process is lost
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
+            try:
+                yield alone.submit(work, *job).result()
+            except BrokenProcessPool:
+                yield lost(job, _KILLED)
 
 
-def _with_ray(settings: SegmentSettings, jobs: list[tuple[int, Case, str]]) -> Iterator[dict[str, Any]]:
+def _with_ray(
+    work: Callable[..., Entry], jobs: Sequence[Job], lost: Callable[[Job, str], Entry], workers: int, gpus_each: int
+) -> Iterator[Entry]:
     try:
         import ray
     except ImportError as error:
@@ -61,14 +72,18 @@ def _with_ray(settings: SegmentSettings, jobs: list[tuple[int, Case, str]]) -> I
     started_here = not ray.is_initialized()
     if started_here:
         address = os.environ.get("RAY_ADDRESS")
-        size = {} if address else {"num_cpus": max(settings.workers, 1), "include_dashboard": False}
+        size = {} if address else {"num_cpus": max(workers, 1), "include_dashboard": False}
         ray.init(address=address, logging_level="error", log_to_driver=False, **size)
     try:
-        work = ray.remote(num_cpus=1, max_retries=1, num_gpus=1 if settings.device == "cuda" else 0)(_work)
-        waiting = [work.remote(settings, *job) for job in jobs]
+        remote = ray.remote(num_cpus=1, max_retries=1, num_gpus=gpus_each)(work)
+        waiting = {remote.remote(*job): job for job in jobs}
         while waiting:
-            finished, waiting = ray.wait(waiting)
-            yield from ray.get(finished)
+            (finished, *_), _ = ray.wait(list(waiting))
+            job = waiting.pop(finished)
+            try:
+                yield ray.get(finished)
+            except ray.exceptions.RayError as error:
+                yield lost(job, f"{_KILLED} ({type(error).__name__})")
     finally:
         if started_here:
             ray.shutdown()

@@ -106,7 +106,7 @@ def learning_rate_at(step: int, total: int, schedule: Schedule) -> float:
 
     Example:
         >>> round(learning_rate_at(10, 100, Schedule(learning_rate=1e-3, warmup_fraction=0.2)), 9)
-        0.000488251
+        0.000488252
     """
     low, peak = schedule.min_learning_rate, schedule.learning_rate
     rate = low + 0.5 * (peak - low) * (1 + math.cos(math.pi * step / total))
