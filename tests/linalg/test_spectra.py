@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from medlore.errors import InputError, TargetError, UnknownNameError
 from medlore.linalg import lanczos
 from medlore.linalg.cholesky import GramMatrix
-from medlore.linalg.lanczos import BlockKrylov, schatten8
+from medlore.linalg.lanczos import BlockKrylov, leading_space_bound, schatten8
 from medlore.linalg.passes import chi_floor, exact_pass, gram_upper, gram_upper_64
 from medlore.linalg.spectra import effective_rank, spectral_norm, stable_rank
 
@@ -282,7 +282,7 @@ def test_a_start_without_the_top_vector_is_what_fails(monkeypatch: pytest.Monkey
     class Blind:
         def standard_normal(self, size: tuple[int, int]) -> np.ndarray:
             draw = np.random.default_rng(0).standard_normal(size)
-            draw[0] = 0
+            draw[:, 0] = 0
             return draw
 
     krylov = BlockKrylov(A, 4, 8, Blind())  # type: ignore[arg-type]
@@ -299,7 +299,7 @@ def test_measured_residual_covers_the_true_one() -> None:
     for _ in range(4):
         krylov.step()
     theta, p, b = krylov.solve(), 64, 16
-    rows = krylov._rows.astype(np.float64)
+    rows = krylov._rows[: 5 * 16].astype(np.float64)
     V, G = rows[:p].T, A.astype(np.float64).T @ A.astype(np.float64)
     F = G @ V - V @ krylov._T[:p, :p]
     F[:, p - b :] -= rows[p : p + b].T @ krylov.next_factor
@@ -343,6 +343,55 @@ def test_passes_are_exact_enough() -> None:
         G = A64.T @ A64
         assert gram_upper_64(A) == pytest.approx(np.triu(G), rel=1e-9, abs=1e-9)
         assert np.triu(gram_upper(A)) == pytest.approx(np.triu(G), rel=1e-3, abs=1e-2)
+
+
+def test_a_leading_space_proves_a_bound() -> None:
+    A = with_spectrum(1 / np.arange(1, 301.0), 400, 300, seed=3)
+    values, vectors = np.linalg.eigh(A.astype(np.float64).T @ A.astype(np.float64))
+    top = float(values[-1])
+    noisy = vectors[:, ::-1][:, :8] + 1e-4 * np.random.default_rng(0).standard_normal((300, 8))
+    seen = leading_space_bound(A, noisy, 1.05 * top)
+    assert seen is not None
+    assert seen.failure_probability == 0
+    assert seen.lower <= top * (1 + 1e-14) <= seen.upper
+    for factor in (0.3, 0.9, 0.999, 1 - 1e-6):
+        assert leading_space_bound(A, noisy, factor * top) is None
+    found = stable_rank(A)
+    assert found.decided_by == "proof"
+    assert found.failure_probability == 0
+
+
+@pytest.mark.parametrize("values", [[2, 1, 0.1, 0.1], [2, 2 - 1e-7, 2 - 2e-7, 0.1]])
+def test_a_leading_space_that_misses_the_top_proves_nothing(values: list[float]) -> None:
+    A = np.diag(np.array(values))
+    eye = np.eye(4)
+    for X in (eye[:, 1:], eye[:, 1:3], np.array([[1e-9, 1, 0, 0]]).T):  # orthogonal, or nearly, to the top vector
+        second = values[1] ** 2
+        for target in (second * (1 + 1e-9), 1.01 * second, 0.999999999 * values[0] ** 2):
+            if target < values[0] ** 2:
+                assert leading_space_bound(A, X, target) is None
+
+
+def test_a_leading_space_of_mixed_vectors_proves_nothing_below_the_top() -> None:
+    """Rotated vectors hold the whole trace without any coupling outwards: only what T has off its diagonal speaks."""
+    A = np.diag([2.0, 1.0, 0.1, 0.1])
+    mixed = np.array([[1.0, 1, 0, 0], [1, -1, 0, 0]]).T
+    for target in (2.6, 3.0, 3.9, 3.999):
+        assert leading_space_bound(A, mixed, target) is None
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_the_random_bound_does_not_depend_on_the_unit_of_the_weight(scale: float) -> None:
+    A = with_spectrum(np.arange(1, 301.0) ** -0.4, 300, 300, seed=1)
+    bounds = []
+    for factor in (1.0, scale):
+        krylov = BlockKrylov((factor * A).astype(np.float64), 16, 6, np.random.default_rng(0))
+        for _ in range(4):
+            krylov.step()
+        theta = krylov.solve()
+        bounds.append(krylov.upper_bound(1.05 * theta, residual=1e-9 * theta, slack=1e-13) / theta)
+    assert bounds[0] == pytest.approx(bounds[1], rel=1e-6)
+    assert math.isfinite(bounds[0])
 
 
 def test_schatten_norm_is_above_the_spectral_norm() -> None:

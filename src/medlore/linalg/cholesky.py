@@ -15,7 +15,7 @@ import scipy.linalg.lapack
 from medlore.linalg.lanczos import FAILURE_OF_PROBES, Enclosure
 from medlore.linalg.passes import Array, Float64, chi_floor, exact_pass, gamma, gram_upper, gram_upper_64, lower_bound_of_top
 
-_PROBES = 16
+_PROBES = 15  # with the Ritz vector sixteen columns, which BLAS kernels like
 _MOST_LANCZOS_STEPS = 120
 
 

@@ -47,8 +47,8 @@ class BlockKrylov:
         self.A, self.block, self.steps, self.rng = A, block, 0, rng
         self._rows = np.empty(((most_steps + 1) * block, n), A.dtype)  # one basis vector a row
         self._T = np.zeros((most_steps * block, most_steps * block))
-        start = rng.standard_normal((n, block)).astype(A.dtype)
-        self._rows[:block], self.start_factor = _orthonormal_rows(start)  # Ω = V₀ R₀ + rounding
+        start = rng.standard_normal((block, n)).astype(A.dtype)
+        self._rows[:block], self.start_factor = _orthonormal_rows(start)  # Ωᵀ, b n; Ω = V₀ R₀ + rounding
         self.start = start
         self._closed = False  # the space is invariant: what is left of GV is rounding
         self.next_factor = np.zeros((block, block))
@@ -65,12 +65,12 @@ class BlockKrylov:
         low, high = self.size, self.size + self.block
         if self._closed or high + self.block > len(self._rows):
             return False
-        W = apply_gram(self.A, self._rows[low:high].T)
+        W = apply_gram(self.A, self._rows[low:high])  # b n
         Q = self._rows[:high]
-        H = Q @ W
-        W -= Q.T @ H
-        again = Q @ W  # once leaves residuals a hundred times larger
-        W -= Q.T @ again
+        H = Q @ W.T
+        W -= H.T @ Q
+        again = Q @ W.T  # once leaves residuals a hundred times larger
+        W -= again.T @ Q
         projected = (H + again).astype(np.float64)
         self._T[:high, low:high] = projected
         self._T[low:high, :high] = projected.T
@@ -104,6 +104,17 @@ class BlockKrylov:
             for point, share in ((target, 0.75), (middle, 0.4))
         )
 
+    def leading(self, target: float, frobenius2: float) -> Float64 | None:
+        """As many leading Ritz vectors as `leading_space_bound` seems to need for a bound below `target`, n j; None where none suffice."""
+        couplings2 = ((self.next_factor @ self.ritz_vectors[-self.block :]) ** 2).sum(0)
+        gains = _gains(target, self.ritz_values, couplings2)[::-1]
+        enough = np.flatnonzero(target - frobenius2 + np.cumsum(gains) > 0.02 * target)
+        if target <= self.ritz_values[-1] or enough.size == 0:
+            return None
+        count = int(enough[0]) + 1
+        chosen = self.ritz_vectors[:, -count:][:, ::-1].astype(self.A.dtype)
+        return np.asarray(self._rows[: self.size].T @ chosen, np.float64)
+
     def _ends(self) -> tuple[Float64, Float64]:
         """B E₊ᵀS and R₀ᵀE₁ᵀS: how the Ritz vectors meet the next block and the start, b p each."""
         return self.next_factor @ self.ritz_vectors[-self.block :], self.start_factor.T @ self.ritz_vectors[: self.block]
@@ -126,14 +137,19 @@ class BlockKrylov:
         squares = inverse * inverse
         e = np.sqrt(squares @ (left**2).sum(0))
         g = np.sqrt(squares @ (right**2).sum(0))
-        tail = np.flatnonzero((nu * e + residual) * g <= floor)  # both fall with λ: good from here to infinity
+        reach = float(np.linalg.norm(self.start_factor, 2))
+        tail = np.flatnonzero(nu * e * reach + residual * g <= floor)  # ‖N‖ <= e ‖R₀‖, and e and g fall: good from here to infinity
         if tail.size == 0:
             return math.inf
-        end = int(tail[0])
-        allowed = (floor - (residual + nu * np.diff(points)[:end] * np.minimum(e[:end], 1)) * g[:end]) / nu
+        end = int(tail[0]) + 1
+        bend = np.zeros(end)  # how far N leaves the chord of an interval
+        bend[:-1] = np.diff(points[:end]) ** 2 / 4 * e[: end - 1] * g[: end - 1] / (points[: end - 1] - theta)
+        bend[1:] = np.maximum(bend[1:], bend[:-1])  # each end of an interval has to leave room for it
+        slope = np.concatenate([g[:1], g[: end - 1]])  # φ g is largest where an interval begins
+        allowed = (floor - residual * slope) / nu - bend
         bad = np.flatnonzero(~_norms_within(inverse[:end], left, right, allowed))
         first = 0 if bad.size == 0 else int(bad[-1]) + 1
-        return float(points[first]) if points[first] <= target else math.inf
+        return float(points[first]) if first < end and points[first] <= target else math.inf
 
     def _spread(self) -> float:
         """Bound of ‖[V V₊]‖: one plus how far the basis is from orthonormal, with the rounding of that measure."""
@@ -143,12 +159,12 @@ class BlockKrylov:
         unit = float(np.finfo(Q.dtype).eps) / 2
         return math.sqrt(1 + float(np.linalg.norm(defect)) + 2 * len(Q) * Q.shape[1] * unit)
 
-    def enclose(self, target: float, *, probes: int = 16) -> Enclosure:
+    def enclose(self, target: float, *, probes: int = 15) -> Enclosure:
         """Bounds in which every rounding error is measured in float64: one more pass over A.
 
         Args:
             target: where an upper bound of σ₁² is wanted.
-            probes: random vectors that measure the residual; half as many cost less and bound it seven times less sharply.
+            probes: random vectors that measure the residual; half as many cost less and bound it less sharply.
         """
         p, b, n = self.size, self.block, self.A.shape[1]
         weights = np.zeros((p + b, probes + 1))
@@ -163,32 +179,68 @@ class BlockKrylov:
         misses = (seen.images - basis @ expected)[:, 1:]
         rounding = 4 * gamma(self.A.shape[0] + n) * seen.frobenius2 * float(np.linalg.norm(X[:, 1:]))
         residual = (float(np.linalg.norm(misses)) + rounding) / chi_floor(probes, FAILURE_OF_PROBES)
-        slack = float(np.linalg.norm(self.start - basis[:, :b] @ self.start_factor))
+        slack = float(np.linalg.norm(self.start.T - basis[:, :b] @ self.start_factor))
         lower = lower_bound_of_top(seen, 0, X[:, 0], max(self.A.shape))
         upper = self.upper_bound(target, residual=residual, slack=slack)
         value = float(seen.lengths2[0] / (X[:, 0] @ X[:, 0]))
         return Enclosure(seen.frobenius2, value, lower, upper, FAILURE_OF_START + FAILURE_OF_PROBES)
 
 
+def leading_space_bound(A: Array, X: Float64, target: float) -> Enclosure | None:
+    """Bounds of σ₁² that are proved: what the columns of X do not hold of ‖A‖_F² is too little for another large singular value.
+
+    Args:
+        A: m x n with m >= n.
+        X: n x j, approximate eigenvectors of AᵀA, the best one first.
+        target: where the upper bound is wanted.
+
+    Returns:
+        The enclosure, its upper bound just above `target` at most; None where this does not decide.
+    """
+    X = np.linalg.qr(X)[0]
+    j = X.shape[1]
+    seen = exact_pass(A, X)
+    T = X.T @ seen.images
+    held = np.diag(T).copy()
+    rest = seen.images - X @ T
+    couplings2 = (rest * rest).sum(0)
+    if target <= held.max():
+        return None
+    unit = gamma(sum(A.shape) + 16)
+    skew = float(np.linalg.norm(X.T @ X - np.eye(j))) + j * unit
+    wrong = float(np.linalg.norm(T - np.diag(held))) + 16 * (skew + 2 * j * unit) * seen.frobenius2
+    most = (1 + gamma(1 << 18)) * seen.frobenius2 + (j + 2) * wrong  # with what rounding can hide of the trace that X leaves
+    level = target - wrong
+    kept = _gains(level, held, couplings2) > 0
+    if level <= held.max() or level - most + _gains(level, held, couplings2)[kept].sum() <= 1e-9 * most:
+        return None
+    lower = lower_bound_of_top(seen, 0, X[:, 0], max(A.shape))
+    return Enclosure(seen.frobenius2, float(seen.lengths2[0] / (X[:, 0] @ X[:, 0])), lower, target, 0.0)
+
+
+def _gains(level: float, held: Float64, couplings2: Float64) -> Float64:
+    """What each vector takes off the trace that is left to others, less what its coupling to them gives back; 0 for a useless one."""
+    room = level - held
+    return np.asarray(np.where(room > 0, np.maximum(held - couplings2 / np.where(room > 0, room, 1), 0), 0))
+
+
 def _orthonormal_rows(W: Array) -> tuple[Array, Float64]:
-    """The factors of W = V R, V transposed. By Cholesky where W is well conditioned, by Householder reflections elsewhere."""
-    R, info = scipy.linalg.lapack.dpotrf((W.T @ W).astype(np.float64), lower=0, clean=1)
+    """The factors of Wᵀ = V R, as Vᵀ and R. By Cholesky where W is well conditioned, by Householder reflections elsewhere."""
+    R, info = scipy.linalg.lapack.dpotrf((W @ W.T).astype(np.float64), lower=0, clean=1)
     diagonal = np.abs(np.diag(R))
     if info == 0 and diagonal.min() > 0.02 * diagonal.max():
         inverse, _ = scipy.linalg.lapack.dtrtri(R)
-        return np.asarray(inverse.T.astype(W.dtype) @ W.T), R
-    V, R = np.linalg.qr(W)
+        return np.asarray(inverse.T.astype(W.dtype) @ W), R
+    V, R = np.linalg.qr(W.T)
     return V.T, R.astype(np.float64)
 
 
 def _grid(theta: float, target: float) -> Float64:
-    """Points above θ, coarse near it and finer where the whole spectrum counts; `target` is one of them."""
+    """Points above θ by steps of a quarter of the distance to it; `target` is one of them."""
     gap = target - theta
-    below = gap * np.geomspace(1 / 8, 1, 42)  # steps of 5 %
-    middle = max(gap, 0.1 * theta)
-    near = np.geomspace(gap, middle, max(2, math.ceil(math.log(middle / gap) / 0.05) + 1))
-    far = np.geomspace(middle, max(32 * theta, 2 * middle), 240)  # steps of 2.5 %
-    points: Float64 = theta + np.unique(np.concatenate([below, near[1:], far[1:]]))
+    count = math.ceil(math.log(max(4.0, 1000 * theta / gap)) / math.log(1.25))
+    points: Float64 = theta + gap * 1.25 ** np.arange(-6, count + 1.0)
+    points[6] = target
     return points
 
 

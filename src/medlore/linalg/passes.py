@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.linalg.blas
 import scipy.special
+import torch
 from numpy.typing import NDArray
 
 Array = NDArray[np.floating]
@@ -35,13 +36,17 @@ def row_chunks(A: Array, bytes_per_entry: int) -> list[Array]:
     return [A[i : i + rows] for i in range(0, A.shape[0], rows)]
 
 
-def apply_gram(A: Array, X: Array) -> Array:
-    """AᵀA X in A's own precision, for A m x n and X n x b: one pass over A."""
-    chunks = row_chunks(A, A.itemsize)
-    Z: Array = chunks[0].T @ (chunks[0] @ X)
-    for chunk in chunks[1:]:
-        Z += chunk.T @ (chunk @ X)
-    return Z
+def apply_gram(A: Array, rows: Array) -> Array:
+    """AᵀA applied to every row of `rows` (b n), in A's own precision: one pass over A.
+
+    Both products are written as torch's BLAS likes them best: a row-major A, and few rows against it.
+    """
+    X = torch.from_numpy(rows).T  # n b
+    images = torch.zeros(rows.shape, dtype=X.dtype)
+    for chunk in row_chunks(A, A.itemsize):
+        C = torch.from_numpy(chunk)
+        images.addmm_((C @ X).T, C)
+    return np.asarray(images.numpy())
 
 
 @dataclass(frozen=True)
@@ -60,16 +65,20 @@ class ExactPass:
 
 
 def exact_pass(A: Array, X: Float64) -> ExactPass:
-    """‖A‖_F², AᵀA X and the squared lengths of A X, in float64; A is converted chunk by chunk, never as a whole."""
-    frobenius2, images, lengths2 = 0.0, np.zeros_like(X), np.zeros(X.shape[1])
-    for chunk in row_chunks(A, 16):  # float32 source and float64 copy
-        C = np.asarray(chunk, np.float64)
-        flat = C.ravel(order="K")
-        frobenius2 += float(np.dot(flat, flat))
-        Y = C @ X
-        images += C.T @ Y
-        lengths2 += (Y * Y).sum(axis=0)
-    return ExactPass(frobenius2, images, lengths2)
+    """‖A‖_F², AᵀA X and the squared lengths of A X, in float64; A is converted chunk by chunk into one small buffer."""
+    frobenius2, lengths2 = 0.0, np.zeros(X.shape[1])
+    columns = torch.from_numpy(X)
+    images = torch.zeros(X.T.shape, dtype=torch.float64)
+    chunks = row_chunks(A, 16)  # float32 source and float64 copy
+    buffer = np.empty(chunks[0].shape)
+    for chunk in chunks:
+        C = buffer[: len(chunk)]
+        C[...] = chunk
+        frobenius2 += float(np.dot(C.ravel(), C.ravel()))
+        Y = torch.from_numpy(C) @ columns
+        images.addmm_(Y.T, torch.from_numpy(C))
+        lengths2 += (Y * Y).sum(dim=0).numpy()
+    return ExactPass(frobenius2, np.asarray(images.numpy()).T, lengths2)
 
 
 def lower_bound_of_top(seen: ExactPass, column: int, x: Float64, width: int) -> float:

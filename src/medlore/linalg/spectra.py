@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from medlore.errors import InputError, TargetError, UnknownNameError
 from medlore.linalg.cholesky import GramMatrix, exact_enclosure, svd_enclosure
-from medlore.linalg.lanczos import BlockKrylov, Enclosure
+from medlore.linalg.lanczos import BlockKrylov, Enclosure, leading_space_bound
 from medlore.linalg.passes import gamma
 
 Rounding = Literal["half-even", "half-up", "floor", "ceil"]
@@ -42,8 +42,8 @@ class StableRank:
         upper: certified upper bound of the stable rank.
         rank: scale times the stable rank, rounded, then clipped to 1 .. min(m, n).
         decided_by: what made the integer sure: `lanczos` (block Lanczos, two-sided bounds), `cholesky` (flat spectra: a float32 Cholesky
-            factorisation whose error was probed), `proof` (a float64 Cholesky factorisation, no probability), `exact` (all in float64,
-            because the value lies on a rounding edge or the matrix is small).
+            factorisation whose error was probed), `proof` (no probability: a leading space, or a float64 Cholesky factorisation),
+            `exact` (all in float64, because the value lies on a rounding edge or the matrix is small).
         steps: (block) Lanczos steps taken; 0 where none were needed.
         failure_probability: upper bound of the probability that `lower` (and so the integer) is wrong; 0.0 when proved or exact.
     """
@@ -169,6 +169,8 @@ def _as_matrix(W: torch.Tensor | Array) -> Array:
         raise TargetError("weight", f"empty, shape {A.shape}", "at least one row and one column", "leave this weight out")
     if not (A.flags.c_contiguous or A.flags.f_contiguous):
         A = np.ascontiguousarray(A)
+    if not A.flags.writeable:
+        A = A.copy(order="K")  # torch shares memory only with arrays that may be written
     A = A if A.shape[0] >= A.shape[1] else A.T
     flat = A.ravel(order="K")
     squares = float(np.vdot(flat, flat))
@@ -232,14 +234,21 @@ def _answer(A: Array, question: _Question, *, proof: bool, rng: np.random.Genera
         vector = A.T @ (A @ np.asarray(rng.standard_normal(A.shape[1]), A.dtype))
         image = A @ vector
         early = float(image @ image) / float(vector @ vector)  # a rough σ₁² from one power step, too low by a small factor
-        if not proof and frobenius2 / early <= A.shape[1] / 5:
-            found = _by_lanczos(A, question, frobenius2, rng)
+        if frobenius2 / early <= (4 if proof else A.shape[1] / 5):
+            found = _by_lanczos(A, question, frobenius2, proof=proof, rng=rng)
         found = found or _by_cholesky(A, question, frobenius2, vector, proof=proof, rng=rng)
     found = found or question.settle(exact_enclosure(A), "exact", 0)
     return found or question.stamp(svd_enclosure(A))
 
 
-def _by_lanczos(A: Array, question: _Question, frobenius2: float, rng: np.random.Generator) -> StableRank | None:
+def _by_trace(krylov: BlockKrylov, question: _Question, target: float, frobenius2: float) -> StableRank | None:
+    """A proof without a factorisation, where a few Ritz vectors hold nearly all of ‖A‖_F²."""
+    X = krylov.leading(target, frobenius2)
+    seen = None if X is None else leading_space_bound(krylov.A, X, target * (1 - 1e-6))
+    return question.settle(seen, "proof", krylov.steps) if seen else None
+
+
+def _by_lanczos(A: Array, question: _Question, frobenius2: float, *, proof: bool, rng: np.random.Generator) -> StableRank | None:
     """Block Lanczos: a few steps are enough where the spectrum decays."""
     block = 16 if A.shape[1] >= 256 else 8
     krylov = BlockKrylov(A, block, min(_MOST_BLOCK_STEPS, A.shape[1] // block - 1), rng)
@@ -249,9 +258,14 @@ def _by_lanczos(A: Array, question: _Question, frobenius2: float, rng: np.random
             continue
         theta = krylov.solve()
         target = question.target(frobenius2, theta)
-        if not krylov.promises(target):
+        found = _by_trace(krylov, question, target, frobenius2)
+        if found is not None:
+            return found
+        if proof and krylov.steps == 3:
+            return None
+        if proof or not krylov.promises(target):
             continue
-        probes = 8 if target > 1.05 * theta and not refused else 16
+        probes = 7 if target > 1.05 * theta and not refused else 15
         found = question.settle(krylov.enclose(target, probes=probes), "lanczos", krylov.steps)
         if found is not None:
             return found
