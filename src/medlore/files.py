@@ -115,7 +115,7 @@ def read_json(path: str | Path) -> Any:
     path = existing_file(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, a number of thousands of digits, or nested without end
         raise DataError(str(path), f"not JSON ({error})", "one JSON value in UTF-8", "mend or write the file anew") from error
 
 

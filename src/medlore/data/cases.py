@@ -135,6 +135,8 @@ def _line_faults(line: str) -> list[str]:
         value = json.loads(line)
     except json.JSONDecodeError as error:
         return [f"not JSON ({error.msg} at character {error.pos + 1})"]
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or nested without end
+        return [f"not JSON that can be read ({error})"]
     if not isinstance(value, dict):
         return [f"a {type(value).__name__}, not an object"]
     faults = [f'no "{name}"' for name in ("image", "modality") if not isinstance(value.get(name), str) or not value[name].strip()]

@@ -56,7 +56,8 @@ def _load(path: Path) -> dict[str, NDArray[Any]]:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:  # np.load leaks a broken file's handle
             return {name: archive[name] for name in archive.files}
     except (ValueError, OSError, zipfile.BadZipFile, EOFError, KeyError, AttributeError, MemoryError) as error:
-        reason = str(error).split("\n")[0]
+        told = str(error).split("\n")[0]
+        reason = "it holds pickled objects, which are never loaded" if "pickle" in told else told  # NumPy advises to load them
         raise DataError(str(path), f"not an npz file of plain arrays ({reason})", "arrays of numbers or text", "save it anew") from error
 
 

@@ -33,6 +33,11 @@ class _Columns:
     many: str | None
     classes: tuple[str, ...]
 
+    def in_words(self) -> str:
+        named = {"image": self.file, "part": self.split, "group": self.group, "label": self.label or self.many}
+        told = [f"{column!r} ({meaning})" for meaning, column in named.items() if column is not None]
+        return ", ".join([*told, *(f"{name!r} (class)" for name in self.classes)])
+
 
 @dataclass(frozen=True)
 class _Row:
@@ -91,7 +96,7 @@ def read_table(
         raise DataError(
             where,
             f"{len(faults)} faults" if faults else "no rows",
-            f"a row an image; columns read: {columns}",
+            f"a row an image; columns read: {columns.in_words()}",
             "mend the table, or name the image folder (images=...)",
             faults=[f"line {number}: {text}" for number, text in sorted(faults)],
         )

@@ -143,7 +143,8 @@ def load_peft(model: nn.Module, expert: str, folder: str | Path) -> None:
     Source: the adapter format of PEFT 0.21.
     """
     folder = Path(folder)
-    config = read_json(folder / "adapter_config.json")
+    told = read_json(folder / "adapter_config.json")
+    config = told if isinstance(told, dict) else {}
     variants = [name for name in ("use_dora", "lora_bias", "modules_to_save", "layer_replication") if config.get(name)]
     if variants or config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
         raise CheckpointError(

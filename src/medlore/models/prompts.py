@@ -123,7 +123,15 @@ def _read_npz(path: Path) -> PromptTable:
 def _read_tensors(path: Path) -> PromptTable:
     state, header = read_state(path), _header(path)
     if _TENSOR in state and "prompts" in header:
-        return PromptTable(tuple(json.loads(header["prompts"])), state[_TENSOR].float(), header.get("text_sha256"))
+        try:
+            keys = json.loads(header["prompts"])
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(
+                str(path), "prompts that are not JSON in its header", "a list of prompts", "make the table anew"
+            ) from error
+        if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+            raise CheckpointError(str(path), "prompts of another kind in its header", "a list of prompts", "make the table anew")
+        return PromptTable(tuple(keys), state[_TENSOR].float(), header.get("text_sha256"))
     widths = {tensor.numel() for tensor in state.values()}
     if len(widths) != 1:
         raise CheckpointError(

@@ -101,6 +101,8 @@ def _words_of_json(path: Path) -> dict[str, int]:
     words = content.get("model", {}).get("vocab") if isinstance(content, dict) else None
     if not isinstance(words, dict):
         raise CheckpointError(str(path), "no `model.vocab`", "a tokenizer.json of a wordpiece model", "name vocab.txt instead")
+    if not all(isinstance(index, int) for index in words.values()):
+        raise CheckpointError(str(path), "ids in `model.vocab` that are no whole numbers", "word: number", "fetch tokenizer.json again")
     return {str(word): int(index) for word, index in words.items()}
 
 

@@ -232,7 +232,7 @@ def is_plan_file(path: str | Path) -> bool:
     """Whether a file says that it is a plan, right or wrong."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and str(content.get("schema", "")).startswith(PLAN_SCHEMA.rpartition("/")[0])
 

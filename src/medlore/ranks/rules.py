@@ -194,7 +194,7 @@ def _read_list(path: str | Path) -> Any:
     bare = re.sub(r"^\s*\w+\s*=\s*", "", text)  # `lora_ranks = [[9, 10], ...]`, as it stands in a configuration
     try:
         content = json.loads(bare)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         try:
             content = ast.literal_eval(bare.strip())
         except (ValueError, SyntaxError, MemoryError, RecursionError) as error:

@@ -165,9 +165,13 @@ def _predicted_files(folder: Path, labels: Sequence[str]) -> dict[str, str]:
     record = folder / "case.json"
     if record.is_file():
         told = read_json(record)
-        written = {entry["label"]: entry["file"] for entry in told["labels"]}
+        try:
+            written = {entry["label"]: str(entry["file"]) for entry in told["labels"]}
+            modality = str(told["modality"])
+        except (KeyError, TypeError) as error:
+            raise DataError(str(record), "not the record of a case", "case.json as it was written", "segment the case again") from error
         for label in labels:
-            known = default_vocabulary().lookup(label, told["modality"], allow_unknown=True).label
+            known = default_vocabulary().lookup(label, modality, allow_unknown=True).label
             names[label] = written.get(label) or written.get(known) or names[label]
     return names
 

@@ -269,6 +269,8 @@ def _describe_adapter(path: Path, _: float | None) -> Facts | None:
     if not config.is_file():
         return None
     content = read_json(config)
+    if not isinstance(content, dict):
+        raise CheckpointError(str(config), f"a {type(content).__name__}", "the configuration of a PEFT adapter", "save the adapter again")
     shown = ("peft_type", "base_model_name_or_path", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
     facts = {key: content[key] for key in shown if content.get(key) not in (None, {}, [])}
     weights = path / "adapter_model.safetensors"

@@ -46,7 +46,7 @@ def read_settings(kind: type[S], file: str | Path | None = None, **flags: Any) -
     if file is not None:
         try:
             loaded = yaml.safe_load(existing_file(file).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date such as 2024-13-01 is a ValueError
             raise InputError(str(file), f"not YAML ({error})", "a YAML mapping of settings", "mend the file") from error
         if not isinstance(loaded, dict):
             raise InputError(str(file), f"holds a {type(loaded).__name__}", "a YAML mapping of settings", "write `name: value` lines")

@@ -55,14 +55,21 @@ def facts_of_bundle(bundle: SegmenterBundle) -> ModelFacts:
 
 
 def facts_of_pack(path: str | Path) -> ModelFacts | None:
-    """The facts of a pack from its manifest alone; None where `path` is no pack of a segmenter."""
+    """The facts of a pack from its manifest alone; None where `path` is no pack of a segmenter, or one that only a full load can judge."""
     path = asset_path(str(path)) if str(path).startswith(PREFIX) else Path(path)
     manifest_path = path / "manifest.json"
     if not manifest_path.is_file():
         return None
     manifest = read_json(manifest_path)
-    if manifest.get("kind") != "segmenter":
+    if not isinstance(manifest, dict) or manifest.get("kind") != "segmenter":
         return None
+    try:
+        return _facts_of_manifest(manifest)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError):  # the loader names what is wrong with it
+        return None
+
+
+def _facts_of_manifest(manifest: Mapping[str, Any]) -> ModelFacts:
     told = manifest.get("prompts")
     keys = None if told is None else frozenset(told["keys"])
     count = int(manifest["parameters"])
