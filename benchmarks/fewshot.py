@@ -24,6 +24,7 @@ from medlore.data.imageset import ImageSet
 from medlore.data.transforms import Flip
 from medlore.files import read_json, write_json, write_text
 from medlore.layers.methods import METHODS
+from medlore.metrics.draws import DrawMean
 from medlore.recipes.comparison import CONTENDERS, Cell, Standing, run_cell, standings
 from medlore.recipes.demo import digits
 from medlore.recipes.finetune_settings import FinetuneSettings
@@ -184,21 +185,21 @@ def _verdict(verdicts: Sequence[tuple[str, int, Standing]]) -> list[str]:
     lines = ["| sr-lora against | compared | better | worse | undecided | mean difference |", "|---|---|---|---|---|---|"]
     for name in list(NAMES)[1:]:
         own = [row.difference for _, _, row in verdicts if row.contender == name and row.difference is not None]
-        better = sum(d.apart_from_zero and d.mean > 0 for d in own)
-        worse = sum(d.apart_from_zero and d.mean < 0 for d in own)
+        better, worse = (sum(_decided(d) and (d.mean > 0) is up for d in own) for up in (True, False))
         mean = f"{sum(d.mean for d in own) / len(own):+.3f}" if own else ""
         lines.append(f"| {NAMES[name]} | {len(own)} | {better} | {worse} | {len(own) - better - worse} | {mean} |")
     lines += [
         "",
         "One comparison is one set at one number of shots, paired by draw; better and worse only where the 95 % interval of the paired",
     ]
-    lines += ["difference leaves zero out (of 100 comparisons without any difference, five would)."]
-    found = [f"{name} at {k} ({row.difference})" for name, k, row in verdicts if row.contender == "lora" and _apart(row)]
+    lines += ["difference of three draws or more leaves zero out (of 100 comparisons without any difference, five would)."]
+    found = [f"{name} at {k} ({row.difference})" for name, k, row in verdicts if row.contender == "lora" and _decided(row.difference)]
     return [*lines, f"Against uniform ranks of equal size that is the case for: {', '.join(found) or 'none'}."]
 
 
-def _apart(row: Standing) -> bool:
-    return row.difference is not None and row.difference.apart_from_zero
+def _decided(difference: DrawMean | None) -> bool:
+    """Whether zero is left out by at least three draws: two can agree by chance to the last test image."""
+    return difference is not None and difference.draws >= 3 and difference.apart_from_zero
 
 
 def report(out: Path, destination: Path | None, page: Path | None) -> None:
