@@ -12,7 +12,7 @@ import scipy.linalg
 import scipy.linalg.blas
 import scipy.linalg.lapack
 
-from medlore.linalg.lanczos import FAILURE_OF_PROBES, Enclosure
+from medlore.linalg.lanczos import FAILURE_OF_ALL, FAILURE_OF_PROBES, Enclosure
 from medlore.linalg.passes import Array, Float64, chi_floor, exact_pass, gamma, gram_upper, gram_upper_64, lower_bound_of_top
 
 _PROBES = 15  # with the Ritz vector sixteen columns, which BLAS kernels like
@@ -85,7 +85,7 @@ class GramMatrix:
         size = float(np.linalg.norm(probes))
         rounding = 4 * (gamma(m + n) * seen.frobenius2 + gamma(2 * n) * (n * level + level)) * size
         error = (float(np.linalg.norm(misses)) + rounding) / chi_floor(_PROBES, FAILURE_OF_PROBES)
-        return self._enclosure(seen.frobenius2, seen.lengths2[0], lower_bound_of_top(seen, 0, X[:, 0], m), level + error, FAILURE_OF_PROBES)
+        return self._enclosure(seen.frobenius2, seen.lengths2[0], lower_bound_of_top(seen, 0, X[:, 0], m), level + error, FAILURE_OF_ALL)
 
     def proved_bound(self, level: float) -> Enclosure | None:
         """σ₁² <= level + shift, proved: the float64 Cholesky factorisation of level · I − G ran to its end.
