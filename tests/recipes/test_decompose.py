@@ -141,6 +141,38 @@ def test_a_second_run_takes_finished_networks_over(finished: Path) -> None:
     assert len(again.table) == 12
 
 
+def test_other_data_under_the_same_name_is_trained_on_anew(finished: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(finished, tmp_path / "again")
+    write_task(tmp_path / "again", "left", classes=2, seed=77)
+    trained: list[str] = []
+
+    def narrate(name: str) -> training.Progress:
+        trained.append(name)
+        return lambda _step, _steps, _text: None
+
+    decompose(tmp_path / "again" / "study.yaml", tmp_path / "again" / "out", narrate=narrate, variants=["single"])
+    assert "single-left" in trained
+    assert "single-right" not in trained
+
+
+def test_what_is_measured_is_what_the_pack_holds() -> None:
+    from medlore.recipes.decompose import as_stored
+
+    layer = torch.nn.Linear(4, 4)
+    before = layer.weight.detach().clone()
+    as_stored(layer, "fp32")
+    assert torch.equal(layer.weight, before)
+    as_stored(layer, "fp16")
+    assert torch.equal(layer.weight, before.half().float())
+    assert not torch.equal(layer.weight, before)
+    with torch.no_grad():
+        layer.bias[0] = 1e5
+    with pytest.raises(StepError, match="bias: values beyond 65504"):
+        as_stored(layer, "fp16")
+
+
 def test_a_run_that_was_stopped_ends_where_an_unbroken_one_ends(finished: Path, tmp_path: Path) -> None:
     study = write_study(tmp_path, variants=["experts"])
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from medlore.assets import PREFIX
 from medlore.data.transforms import Preprocessing
-from medlore.errors import UnknownNameError
+from medlore.errors import StepError, UnknownNameError
 from medlore.files import atomic_folder, atomic_path, read_json, write_json
 from medlore.layers.expert_surgery import install_experts
 from medlore.layers.experts import ExpertLayer
@@ -30,7 +30,7 @@ from medlore.models.students import StudentKind, build_student, feature_width
 from medlore.recipes.decomposition.ranks import adapted_layers, choose_ranks
 from medlore.recipes.decomposition.report import measure, table_rows
 from medlore.recipes.decomposition.settings import DecomposeSettings
-from medlore.recipes.decomposition.tasks import Task, read_tasks
+from medlore.recipes.decomposition.tasks import Task, fingerprint, read_tasks
 from medlore.recipes.decomposition.training import Distillation, Progress, Schedule, make_accelerator, train_network
 from medlore.recipes.export_classifier import write_backbone
 from medlore.recipes.run import Run, choose_device, read_settings, seed_everything
@@ -241,7 +241,25 @@ def _compare(
         steps = max(round(steps * weights[only] / sum(weights.values())), 1)
         tasks = {only: tasks[only]}
     _finish(shop, variant, network, shop.schedule(steps, settings.learning_rate), distillation, tasks)
+    if variant == "experts":
+        as_stored(network, settings.weights)
     return measure(variant, network, tasks, shop.preprocessing)
+
+
+@torch.no_grad()
+def as_stored(network: nn.Module, weights: str) -> None:
+    """Round the weights to the type that the pack holds, so that what is measured is what is shipped.
+
+    Raises:
+        StepError: a value is too large for that type.
+    """
+    if weights == "fp32":
+        return
+    for name, value in network.state_dict().items():
+        if value.dtype == torch.float32:
+            value.copy_(value.half().float())
+            if not torch.isfinite(value).all():
+                raise StepError(name, "values beyond 65504", "values that fp16 holds", "give `weights: fp32` in the study")
 
 
 def _finish(
@@ -254,9 +272,10 @@ def _finish(
 ) -> None:
     """Train a network, or take over a finished one of the same settings."""
     folder = shop.out / "networks" / variant
-    identity = hashlib.sha256(json.dumps(shop.settings.parameters_of(variant), sort_keys=True).encode()).hexdigest()
+    told = [shop.settings.parameters_of(variant), {name: fingerprint(task) for name, task in tasks.items()}]
+    identity = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
     weights, done = folder / "best.pt", folder / "history.json"
-    if done.is_file() and read_json(done).get("settings_sha256") == identity:
+    if done.is_file() and read_json(done).get("identity") == identity:
         network.load_state_dict(torch.load(weights, map_location=shop.device, weights_only=True))
         network.to(shop.device)
         return
@@ -274,7 +293,7 @@ def _finish(
     if shop.writes:
         with atomic_path(weights) as temporary:
             torch.save(network.state_dict(), temporary)
-        write_json(done, {"settings_sha256": identity, **vars(history)})
+        write_json(done, {"identity": identity, **vars(history)})
         checkpoint.unlink(missing_ok=True)
     shop.accelerator.wait_for_everyone()
 

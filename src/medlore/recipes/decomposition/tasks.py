@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -83,6 +84,15 @@ def _read_task(task: TaskSettings, preprocessing: Preprocessing, *, folder: Path
     augment = TrainAugmentation(preprocessing, seed=seed, crop=(crop, 1.0), flip=task.flip)
     decoded = [_decoded(part, preprocessing) for part in parts]
     return Task(task.name, train.classes, train.task, decoded[0], decoded[1], decoded[2], augment, task)
+
+
+def fingerprint(task: Task) -> str:
+    """What tells one task's data from another's: classes, and pixels and labels of the parts that are trained and selected on."""
+    digest = hashlib.sha256(repr((task.classes, task.kind)).encode())
+    for part in (task.train, task.validation):
+        for tensor in (part.images, part.targets):
+            digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _at_most(images: ImageSet, limit: int | None, seed: int) -> ImageSet:
