@@ -112,6 +112,19 @@ def test_an_exported_expert_is_a_backbone_for_finetuning(pack: Path, wanted: tup
     assert (fresh.image_size, fresh.mean, fresh.model(pixel_values=images).logits.shape) == (SIZE, (0.5, 0.5, 0.5), (3, 7))
 
 
+def test_a_resnet_with_group_norm_comes_back_with_group_norm(tmp_path: Path) -> None:
+    from medlore.models.backbones import load_backbone
+
+    pack = make_pack(tmp_path / "pack", "resnet-18")
+    export_classifier(pack, "one", "safetensors", tmp_path / "out")
+    again = load_backbone(tmp_path / "out", classes=2, keep_head=True)
+    images = torch.randn(2, 3, SIZE, SIZE)
+    with torch.no_grad():
+        expected = load_classifier_pack(pack).network(images, [("one", 2)]).logits["one"]
+        assert torch.allclose(again.model(pixel_values=images).logits, expected, atol=1e-5)
+    assert not [m for m in again.model.modules() if isinstance(m, nn.BatchNorm2d)]
+
+
 def test_peft_loads_base_and_adapter(pack: Path, wanted: tuple[torch.Tensor, torch.Tensor], tmp_path: Path) -> None:
     from peft import PeftModel
 

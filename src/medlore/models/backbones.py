@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # transformers' model_type -> our family
 _FAMILIES: dict[str, Family] = {
     "vit": "vit", "swin": "swin", "dinov2": "dinov2", "clip": "clip", "clip_vision_model": "clip", "resnet": "resnet",
-    "medlore-shufflenet": "shufflenet",
+    "medlore-shufflenet": "shufflenet", "medlore-resnet": "resnet",
 }  # fmt: skip
 
 
@@ -184,7 +184,7 @@ def _from_transformers(folder: Path | None, name: str, *, keep_head: bool) -> tu
     import transformers
     from safetensors import SafetensorError
 
-    import medlore.models.shufflenet  # noqa: F401 - makes its configuration known to transformers
+    import medlore.models.students  # noqa: F401 - makes its configurations known to transformers
 
     if folder is not None and not (folder / "config.json").is_file():
         raise InputError(
@@ -217,9 +217,11 @@ def _network_of(config: Any, name: str) -> Any:
     import transformers
 
     from medlore.models.shufflenet import ShuffleNetConfig, ShuffleNetV2
+    from medlore.models.students import GroupNormResNet, GroupNormResNetConfig
 
     kinds = {
         ShuffleNetConfig.model_type: ShuffleNetV2,
+        GroupNormResNetConfig.model_type: GroupNormResNet,
         "vit": transformers.ViTForImageClassification,
         "swin": transformers.SwinForImageClassification,
         "dinov2": transformers.Dinov2ForImageClassification,

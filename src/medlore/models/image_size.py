@@ -35,7 +35,7 @@ def with_image_size(model: Any, image_size: int) -> Any:
     if image_size < patch or (not swin and image_size % patch):
         fix = f"take {max(1, round(image_size / patch)) * patch}"
         raise InputError("image_size", f"got {image_size}", f"a multiple of the patch size {patch}", fix)
-    if config.model_type in ("resnet", "medlore-shufflenet"):
+    if config.model_type in ("resnet", "medlore-resnet", "medlore-shufflenet"):
         model.config = config
         return model
     resized = type(model)(config)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification
 
 from medlore.models.shufflenet import Norm, ShuffleNetConfig, ShuffleNetV2
 
@@ -50,16 +51,38 @@ def without_batch_statistics(network: nn.Module) -> nn.Module:
     return network
 
 
+class GroupNormResNetConfig(ResNetConfig):
+    """A ResNet whose norms keep samples apart."""
+
+    model_type = "medlore-resnet"
+
+
+class GroupNormResNet(ResNetForImageClassification):  # type: ignore[misc,unused-ignore]
+    """transformers' ResNet with GroupNorm in the place of BatchNorm; saved and loaded like it, under a type of its own."""
+
+    config_class = GroupNormResNetConfig
+
+    def __init__(self, config: GroupNormResNetConfig) -> None:
+        super().__init__(config)
+        without_batch_statistics(self)
+
+
+AutoConfig.register(GroupNormResNetConfig.model_type, GroupNormResNetConfig)
+AutoModelForImageClassification.register(GroupNormResNetConfig, GroupNormResNet)
+
+
 def _shufflenet(*, image_size: int, classes: int, norm: Norm, stem_stride: int) -> nn.Module:
     return ShuffleNetV2(ShuffleNetConfig(norm=norm, stem_stride=stem_stride, image_size=image_size, num_labels=classes))
 
 
 def _resnet18(*, classes: int, norm: Norm, **_unused: Any) -> nn.Module:
-    from transformers import ResNetConfig, ResNetForImageClassification
-
-    config = ResNetConfig(layer_type="basic", depths=[2, 2, 2, 2], hidden_sizes=[64, 128, 256, 512], embedding_size=64, num_labels=classes)
-    network = ResNetForImageClassification(config)
-    return without_batch_statistics(network) if norm == "group" else network
+    sizes: dict[str, Any] = {"layer_type": "basic", "depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512], "embedding_size": 64}
+    network: nn.Module
+    if norm == "group":
+        network = GroupNormResNet(GroupNormResNetConfig(**sizes, num_labels=classes))
+    else:
+        network = ResNetForImageClassification(ResNetConfig(**sizes, num_labels=classes))
+    return network
 
 
 def _vit_small(*, image_size: int, classes: int, **_unused: Any) -> nn.Module:
