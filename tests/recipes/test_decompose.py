@@ -363,7 +363,7 @@ def test_a_pack_of_another_base_is_refused_in_one_report(finished: Path, tmp_pat
     write_json(pack / "manifest.json", {k: v for k, v in manifest.items() if k != "student"} | {"experts": []})
     with pytest.raises(CheckpointError, match="2 fault") as caught:
         load_classifier_pack(pack)
-    assert caught.value.faults == ["student: missing", "experts: of a wrong kind"]
+    assert list(caught.value.faults) == ["student: missing", "experts: of a wrong kind"]
     write_json(pack / "manifest.json", manifest | {"schema": "medlore/expert-pack/0"})
     with pytest.raises(CheckpointError, match="expert-pack/0"):
         load_classifier_pack(pack)
