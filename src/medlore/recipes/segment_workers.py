@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
-from medlore.errors import MissingExtraError
+from medlore.errors import MissingExtraError, StepError
 
 Entry = dict[str, Any]
 Job = tuple[Any, ...]
@@ -34,6 +34,7 @@ def spread(
 
     Raises:
         MissingExtraError: Ray was asked for and is not installed.
+        StepError: Ray does not start.
     """
     if engine == "ray":
         yield from _with_ray(work, jobs, lost, workers, gpus_each)
@@ -73,7 +74,11 @@ def _with_ray(
     if started_here:
         address = os.environ.get("RAY_ADDRESS")
         size = {} if address else {"num_cpus": max(workers, 1), "include_dashboard": False}
-        ray.init(address=address, logging_level="error", log_to_driver=False, **size)
+        try:
+            ray.init(address=address, logging_level="error", log_to_driver=False, **size)
+        except Exception as error:  # Ray raises bare exceptions when its processes do not come up in time
+            accepted, fix = "a machine or cluster on which Ray starts", "try again on a less busy machine, or take --engine local"
+            raise StepError("--engine ray", f"Ray did not start ({error})", accepted, fix) from error
     try:
         remote = ray.remote(num_cpus=1, max_retries=1, num_gpus=gpus_each)(work)
         waiting = {remote.remote(*job): job for job in jobs}
