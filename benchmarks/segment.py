@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 LABELS = 16
+_KEPT = tempfile.TemporaryDirectory()  # experts are read from their pack when they are used
 
 
 # -- stitching: logits of 16 labels, a long volume -----------------------------------------------------------------------
@@ -124,9 +125,8 @@ def whole_published(scale: float) -> Any:
     from medlore.data.windows import published_weights
     from medlore.models.bundle import load_segmenter
 
-    with tempfile.TemporaryDirectory() as name:
-        bundle = load_segmenter(_small_pack(Path(name)))
-        volume = read_nifti(_phantom(Path(name), scale))
+    bundle = load_segmenter(_small_pack(Path(_KEPT.name)))
+    volume = read_nifti(_phantom(Path(_KEPT.name), scale))
     start = time.perf_counter()
     prepared = prepare(volume, "ct", published=True)
     queries = bundle.queries(_ASKED, "ct")
@@ -159,9 +159,8 @@ def _whole(scale: float, **options: Any) -> Any:
     from medlore.recipes.segment_model import SegmentingModel
 
     grid = options.pop("grid", "original")
-    with tempfile.TemporaryDirectory() as name:
-        bundle = load_segmenter(_small_pack(Path(name)))
-        volume = read_nifti(_phantom(Path(name), scale))
+    bundle = load_segmenter(_small_pack(Path(_KEPT.name)))
+    volume = read_nifti(_phantom(Path(_KEPT.name), scale))
     start = time.perf_counter()
     result = SegmentingModel(bundle, **options).segment(volume, _ASKED, "ct", grid=grid)
     seconds = time.perf_counter() - start
@@ -329,10 +328,10 @@ def _print_differences(folder: Path, functions: list[Callable[[float], Any]]) ->
     found = {f.__name__: np.load(folder / f"{f.__name__}.npy") for f in functions if (folder / f"{f.__name__}.npy").exists()}
     names = list(found)
     for index, name in enumerate(names[1:], start=1):
-        reference = next((other for other in names[:index] if found[other].shape == found[name].shape), None)
-        if reference is not None:
-            share = np.unpackbits(found[name] ^ found[reference]).mean()
-            print(f"    {name}: {share:.2e} of the voxels differ from {reference}")
+        alike = [other for other in names[:index] if found[other].shape == found[name].shape]
+        for other in dict.fromkeys([*alike[:1], *alike[-1:]]):  # the reference, and the variant one step before
+            share = np.unpackbits(found[name] ^ found[other]).mean()
+            print(f"    {name}: {share:.2e} of the voxels differ from {other}")
 
 
 def main() -> None:

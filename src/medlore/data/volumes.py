@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -175,6 +175,14 @@ class PackedMasks:
         return np.zeros(self.shape, np.bool_) if found is None else found[0].undo(found[1], self.shape)
 
 
+class _Row(NamedTuple):
+    """One row of the network's grid (q y z): values, where they pass the threshold, and in which labels any does."""
+
+    values: Tensor
+    hot: Array
+    any_hot: list[bool]
+
+
 class MaskRestorer:
     """Turns slabs of probability on the network's grid into masks on the grid of the (reoriented) file.
 
@@ -195,35 +203,35 @@ class MaskRestorer:
         self._taps = [_nearest(path.taps(axis)) if resample == "nearest" else path.taps(axis) for axis in range(3)]
         self._nearest = resample == "nearest"
         self._next = 0
-        self._last: tuple[int, Array] | None = None
+        self._last: tuple[int, _Row] | None = None
 
     def add(self, start: int, probability: Tensor) -> None:
         """Take the finished rows from `start` on (q rows y z); slabs come in the order of x."""
         rows = probability.shape[1]
         x = self._taps[0]
-        held: dict[int, Array] = {} if self._last is None else {self._last[0]: self._last[1]}
+        held: dict[int, _Row] = {} if self._last is None else {self._last[0]: self._last[1]}
         while self._next < len(x.lower) and max(x.lower[self._next], x.upper[self._next]) < start + rows:
             k = self._next
             self._plane(k, [(self._row(i, start, probability, held), w) for i, w in _pairs(x, k)])
             self._next += 1
         self._last = (start + rows - 1, self._row(start + rows - 1, start, probability, held))
 
-    def _row(self, index: int, start: int, probability: Tensor, held: dict[int, Array]) -> Array:
+    def _row(self, index: int, start: int, probability: Tensor, held: dict[int, _Row]) -> _Row:
         if index not in held:
             for old in [i for i in held if i < index - 1]:
                 del held[old]
-            row = probability[:, index - start].float().cpu().numpy()
-            held[index] = (row > self._threshold).astype(np.float32) if self._nearest else row
+            row = probability[:, index - start].cpu()
+            hot = _above(row, self._threshold)
+            values = torch.from_numpy(hot) if self._nearest else row.clone()
+            held[index] = _Row(values, hot, hot.reshape(len(hot), -1).any(axis=1).tolist())
         return held[index]
 
-    def _plane(self, k: int, rows: list[tuple[Array, float]]) -> None:
-        if not rows:
-            return
+    def _plane(self, k: int, rows: list[tuple[_Row, float]]) -> None:
         for label in range(len(self.masks.counts)):
-            planes = [(row[label], weight) for row, weight in rows]
-            hot = np.logical_or.reduce([plane > self._threshold for plane, _ in planes])
-            if hot.any():
-                self._restore(label, k, planes, hot)
+            near = [row.hot[label] for row, _ in rows if row.any_hot[label]]
+            if near:
+                planes = [(row.values[label].float().numpy(), weight) for row, weight in rows]
+                self._restore(label, k, planes, near[0] if len(near) == 1 else near[0] | near[1])
 
     def _restore(self, label: int, k: int, planes: list[tuple[Array, float]], hot: Array) -> None:
         """Interpolate the part of one plane whose neighbours include a voxel above the threshold."""
@@ -235,6 +243,15 @@ class MaskRestorer:
         mixed = _gather(mixed, self._taps[1], y, axis=0)
         mixed = _gather(mixed, self._taps[2], z, axis=1)
         self.masks.set_plane(label, k, (y, z), mixed > self._threshold)
+
+
+def _above(row: Tensor, threshold: float) -> Array:
+    """Where a row passes the threshold. Half-precision numbers from 0 up are ordered like their bits, which compare faster."""
+    if row.dtype != torch.float16:
+        return np.asarray((row > threshold).numpy())
+    limit = np.float16(threshold)
+    limit = np.nextafter(limit, np.float16(0)) if float(limit) > threshold else limit
+    return np.asarray(row.numpy().view(np.int16) > limit.view(np.int16))
 
 
 def _pairs(taps: Taps, k: int) -> list[tuple[int, float]]:
