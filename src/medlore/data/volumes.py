@@ -223,7 +223,7 @@ class MaskRestorer:
             row = probability[:, index - start].cpu()
             hot = _above(row, self._threshold)
             values = torch.from_numpy(hot) if self._nearest else row.clone()
-            held[index] = _Row(values, hot, hot.reshape(len(hot), -1).any(axis=1).tolist())
+            held[index] = _Row(values, hot, [bool(label.any()) for label in hot])
         return held[index]
 
     def _plane(self, k: int, rows: list[tuple[_Row, float]]) -> None:

@@ -22,7 +22,7 @@ _INTERPRETER_BYTES = 350 << 20  # Python, torch, NumPy and the rest, before any 
 _AVAILABLE_SHARE = 0.8
 # Full-resolution maps that are alive at the widest point of the U-Net (skip, upsampled, both concatenated, convolved,
 # normalised, and the convolution's own copy), counted in the channels of the first stage; measured, see docs/segment.md.
-_LIVE_MAPS = 8.0
+_LIVE_MAPS = {4: 8.0, 2: 11.0}  # by bytes per number; half precision holds converted weights too
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,9 @@ def plan_case(
     change = resampling_to(rules.spacing_mm, turn.apply_to_affine(affine), turn.new_shape)
     grid = WindowGrid(change.new_shape, rules.roi_size, rules.overlap)
     voxels, processed = math.prod(shape), math.prod(change.new_shape)
-    network = rules.sw_batch_size * math.prod(rules.roi_size) * rules.bytes_per_number * (_LIVE_MAPS * size.channels)
+    network = (
+        rules.sw_batch_size * math.prod(rules.roi_size) * rules.bytes_per_number * (_LIVE_MAPS[rules.bytes_per_number] * size.channels)
+    )
     weights = 4 * (size.parameters + size.merged_parameters * max(len(routes), 1))
     fixed = int(_INTERPRETER_BYTES + weights + network + voxels * 4 + processed * 6 + 2 * voxels)
     band = min(rules.roi_size[0], change.new_shape[0]) * change.new_shape[1] * change.new_shape[2]
