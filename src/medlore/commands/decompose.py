@@ -16,9 +16,19 @@ def decompose(
     steps: int | None = typer.Option(None, help="Optimiser steps of every student; overrides the study."),
     seed: int | None = typer.Option(None, help="Overrides the study."),
     device: str | None = typer.Option(None, help="auto, cpu, cuda or mps; overrides the study."),
+    only: str | None = typer.Option(
+        None, help="Of a segmenter's study: `teacher` trains the teacher alone; the same command without it goes on."
+    ),
     dry_run: bool = typer.Option(False, "--dry-run", help="Read everything, print sizes, ranks and shares; train nothing."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
+    from medlore.recipes.kinds import is_segmentation_study
+
+    if is_segmentation_study(study):
+        from medlore.recipes.segmentation import screen
+
+        screen.run_on_screen(study, out, only=only, as_json=as_json, seed=seed, device=device)
+        return
     from medlore.recipes.decomposition.screen import run_on_screen
 
     run_on_screen(study, out, dry_run=dry_run, as_json=as_json, steps=steps, seed=seed, device=device)

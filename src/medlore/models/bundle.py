@@ -16,7 +16,7 @@ from medlore.assets import PREFIX, asset_path
 from medlore.errors import CheckpointError, InputError, UnknownNameError
 from medlore.files import sha256_of
 from medlore.models import packs
-from medlore.models.checkpoints import Expert, SegmenterWeights, read_segmenter
+from medlore.models.checkpoints import Expert, SegmenterWeights, expected_shapes, expert_faults, misfits, read_segmenter
 from medlore.models.prompts import PromptTable
 from medlore.models.segmenter import Segmenter, SegmenterConfig
 from medlore.models.statefile import State
@@ -255,15 +255,19 @@ def write_segmenter_pack(
 def _load_pack(path: Path, table: PromptTable | None, encoder: TextEncoder | None, *, verify: bool) -> tuple[SegmenterBundle, str | None]:
     """The bundle, and the hash of the text encoder that its prompts came from."""
     manifest = packs.read_manifest(path, kind=KIND)
-    config = SegmenterConfig.from_dict(manifest["config"])
-    base = packs.read_pack_file(path, manifest, BASE_FILE, verify=verify)
+    config = _config_of(path, manifest)
+    base = _in_32_bits(packs.read_pack_file(path, manifest, BASE_FILE, verify=verify))
+    faults = misfits(base, expected_shapes(config))
+    if faults:
+        raise _unfit(path / BASE_FILE, faults, config.name)
     told_experts: dict[str, dict[str, Any]] = manifest["experts"]
     absent = {name: f"{e['file']} is missing" for name, e in told_experts.items() if not (path / e["file"]).is_file()}
-    experts = _PackExperts(path, manifest, {name: e for name, e in told_experts.items() if name not in absent}, verify=verify)
+    there = {name: e for name, e in told_experts.items() if name not in absent}
+    experts = _PackExperts(path, manifest, there, base, verify=verify)
     weights = SegmenterWeights(config, base, experts, form=manifest["form"], lora_alpha=manifest["lora_alpha"])
     told = manifest.get("prompts")
     if table is None and told is not None:
-        rows = packs.read_pack_file(path, manifest, PROMPTS_FILE, verify=verify)["embeddings"]
+        rows = packs.read_pack_file(path, manifest, PROMPTS_FILE, verify=verify)["embeddings"].float()
         table = PromptTable(tuple(told["keys"]), rows, told.get("text_sha256"))
     notes = [f"the pack names an expert for {name} that is not there: {reason}" for name, reason in absent.items()]
     bundle = SegmenterBundle(
@@ -279,11 +283,18 @@ def _load_pack(path: Path, table: PromptTable | None, encoder: TextEncoder | Non
     return bundle, told.get("text_sha256") if told else None
 
 
+def _in_32_bits(state: State) -> State:
+    """Weights that a pack holds in 16 bits to save space are used in 32."""
+    return {name: tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor for name, tensor in state.items()}
+
+
 class _PackExperts(Mapping[str, Expert]):
     """Experts of a pack, read when they are used; one that is damaged spoils only its own region."""
 
-    def __init__(self, path: Path, manifest: Mapping[str, Any], told: Mapping[str, Mapping[str, Any]], *, verify: bool) -> None:
-        self._path, self._manifest, self._told, self._verify = path, manifest, told, verify
+    def __init__(
+        self, path: Path, manifest: Mapping[str, Any], told: Mapping[str, Mapping[str, Any]], base: State, *, verify: bool
+    ) -> None:
+        self._path, self._manifest, self._told, self._base, self._verify = path, manifest, told, base, verify
         self._read: dict[str, Expert] = {}
 
     def __iter__(self) -> Iterator[str]:
@@ -298,11 +309,31 @@ class _PackExperts(Mapping[str, Expert]):
     def __getitem__(self, name: str) -> Expert:
         if name not in self._read:
             told = self._told[name]
-            state: State = packs.read_pack_file(self._path, self._manifest, told["file"], verify=self._verify)
+            state = _in_32_bits(packs.read_pack_file(self._path, self._manifest, told["file"], verify=self._verify))
             targets = dict.fromkeys(key.rsplit(".", 1)[0] for key in state)
-            pairs = {t: (state[f"{t}.lora_A"], state[f"{t}.lora_B"]) for t in targets}
-            self._read[name] = Expert(pairs, told["scaling"], told["layout"])
+            whole = {t for t in targets if f"{t}.lora_A" in state and f"{t}.lora_B" in state}
+            expert = Expert({t: (state[f"{t}.lora_A"], state[f"{t}.lora_B"]) for t in whole}, told["scaling"], told["layout"])
+            strange = [f"unexpected: {key}" for key in state if not key.endswith((".lora_A", ".lora_B"))]
+            faults = [*expert_faults(expert, self._base), *strange]
+            if faults:
+                raise _unfit(self._path / told["file"], faults, f"the base for {name}")
+            self._read[name] = expert
         return self._read[name]
+
+
+def _config_of(path: Path, manifest: Mapping[str, Any]) -> SegmenterConfig:
+    try:
+        return SegmenterConfig.from_dict(manifest["config"])
+    except (TypeError, InputError) as error:  # sizes that are unknown, missing, or do not fit each other
+        raise CheckpointError(
+            f"{path / packs.MANIFEST}: config", str(error), "the sizes of a segmenter", "copy or export the pack again"
+        ) from error
+
+
+def _unfit(place: Path, faults: list[str], to_what: str) -> CheckpointError:
+    counts = {word: sum(fault.startswith(word) for fault in faults) for word in ("missing", "unexpected", "misshapen")}
+    came = f"does not fit {to_what}: " + ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+    return CheckpointError(str(place), came, "the weights that the manifest describes", "copy or export the pack again", faults=faults)
 
 
 def _plain_network(config: SegmenterConfig, state: State) -> Segmenter:

@@ -1,0 +1,54 @@
+"""A trained segmenter as a pack: weights in the type of the study, learned prompts, regions, preprocessing, licences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from medlore.models.bundle import write_segmenter_pack
+from medlore.models.checkpoints import Expert, SegmenterWeights
+from medlore.models.expert_segmenter import collect_weights
+from medlore.models.prompts import PromptTable
+from medlore.recipes.segmentation.cohort import Cohort
+from medlore.recipes.segmentation.network import PromptedSegmenter
+from medlore.recipes.segmentation.settings import SegmentationSettings
+
+
+def write_trained_pack(path: Path, network: PromptedSegmenter, cohort: Cohort, settings: SegmentationSettings, *, role: str) -> Path:
+    """Write the pack of a teacher or of a student with experts.
+
+    Args:
+        path: the folder.
+        network: with its table of prompts.
+        cohort: whose prompts and regions are written.
+        settings: of the study.
+        role: what the network is, for the manifest.
+    """
+    weights = in_type(collect_weights(network.segmenter), settings.weights)
+    table = PromptTable(cohort.keys, _stored(network.prompts.detach().cpu(), settings.weights))
+    data = [{"name": e.name, "licence": e.licence, **({"note": e.note} if e.note else {})} for e in settings.data]
+    about = {"study": settings.name, "role": role, "weights": settings.weights, "data": data, "settings": settings.model_dump(mode="json")}
+    preprocessing = {**settings.full_preprocessing, "label_regions": cohort.label_regions()}
+    return write_segmenter_pack(path, weights, prompts=table, preprocessing=preprocessing, about=about)
+
+
+def in_type(weights: SegmenterWeights, kind: str) -> SegmenterWeights:
+    """The weights as they are stored: fp16 or fp32."""
+    experts = {
+        region: Expert({t: (_stored(a, kind), _stored(b, kind)) for t, (a, b) in expert.pairs.items()}, expert.scaling, expert.layout)
+        for region, expert in weights.experts.items()
+    }
+    return replace(weights, base=_all_stored(weights.base, kind), experts=experts)
+
+
+def _all_stored(state: Mapping[str, Tensor], kind: str) -> dict[str, Any]:
+    return {name: _stored(tensor, kind) for name, tensor in state.items()}
+
+
+def _stored(tensor: Tensor, kind: str) -> Tensor:
+    return tensor.half() if kind == "fp16" and tensor.dtype == torch.float32 else tensor
