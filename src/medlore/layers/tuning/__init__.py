@@ -1,0 +1,1 @@
+"""Tuning methods that PEFT lacks: what each adds to a network, one file a family."""

@@ -1,0 +1,146 @@
+"""Bottleneck adapters: Houlsby's behind each branch, AdaptFormer's beside the MLP, RepAdapter's behind each norm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from medlore.errors import InputError
+from medlore.layers.tuning.anatomy import blocks_with_parts
+from medlore.layers.tuning.attach import Extra, add_to_linear, attach, attached, detach
+from medlore.layers.tuning.options import ADAPTER_SIZES, AdapterSizes, TuningOptions
+
+REP_GROUPS = 2
+
+
+class SerialAdapter(Extra):
+    """Behind a layer: y + s · up(GELU(down(y))). It answers y until `up`, which starts at zero, has moved.
+
+    Source: Houlsby et al., "Parameter-Efficient Transfer Learning for NLP", ICML 2019, section 2.1 and figure 2. The start is
+    exactly the identity here (there: normal, 0.01), and the norms stay frozen, as vision studies have it (there they train).
+    """
+
+    def __init__(self, width: int, sizes: AdapterSizes) -> None:
+        super().__init__()
+        self.down, self.up = _near_identity(width, sizes.bottleneck)
+        self.scale, self.dropout = sizes.scale, sizes.dropout
+
+    def forward(self, base: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        """(..., d) -> (..., d)."""
+        inner = F.dropout(F.gelu(self.down(output)), self.dropout, self.training)
+        return output + self.scale * self.up(inner)
+
+
+class ParallelAdapter(Extra):
+    """Beside an MLP: MLP(x) + s · up(ReLU(down(x))), x being what the MLP reads.
+
+    Source: Chen et al., "AdaptFormer", NeurIPS 2022, equations 2 and 3.
+    """
+
+    def __init__(self, width: int, sizes: AdapterSizes) -> None:
+        super().__init__()
+        self.down, self.up = _near_identity(width, sizes.bottleneck)
+        self.scale, self.dropout = sizes.scale, sizes.dropout
+
+    def forward(self, base: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        """(..., d) -> (..., d)."""
+        inner = F.dropout(F.relu(self.down(inputs[0])), self.dropout, self.training)
+        return output + self.scale * self.up(inner)
+
+
+class RepAdapter(Extra):
+    """Behind a norm: y + s · up(down(y)), linear, with `up` in two groups; the layers that read the norm can take it up.
+
+    Source: Luo et al., "Towards Efficient Visual Adaption via Structural Re-parameterization", 2023, equations 4 to 8.
+    """
+
+    def __init__(self, width: int, sizes: AdapterSizes) -> None:
+        super().__init__()
+        if width % REP_GROUPS or sizes.bottleneck % REP_GROUPS:
+            raise InputError(
+                "bottleneck",
+                f"{sizes.bottleneck} at width {width}",
+                f"multiples of {REP_GROUPS}, the groups of RepAdapter",
+                "take 8",
+            )
+        self.down = nn.Linear(width, sizes.bottleneck)
+        nn.init.xavier_uniform_(self.down.weight)
+        nn.init.zeros_(self.down.bias)
+        self.up = nn.Parameter(torch.zeros(REP_GROUPS, width // REP_GROUPS, sizes.bottleneck // REP_GROUPS))  # g d/g r/g
+        self.up_bias = nn.Parameter(torch.zeros(width))
+        self.scale, self.dropout = sizes.scale, sizes.dropout
+
+    def forward(self, base: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        """(..., d) -> (..., d)."""
+        inner = F.dropout(self.down(output), self.dropout, self.training)
+        return output + self.scale * F.linear(inner, self.dense_up(), self.up_bias)
+
+    def dense_up(self) -> Tensor:
+        """The grouped matrix as one of shape (d, r)."""
+        return torch.block_diag(*self.up)
+
+    def fold_into(self, readers: Iterable[nn.Module]) -> None:
+        """Let the linear layers that read the norm answer alone what they answer behind this adapter.
+
+        W (y + s(U(Dy + d) + u)) + b = (W + s W U D) y + b + s W (U d + u).
+        """
+        with torch.no_grad():
+            up = self.dense_up()
+            matrix = self.scale * up @ self.down.weight
+            shift = self.scale * (up @ self.down.bias + self.up_bias)
+            for reader in readers:
+                weight: Any = reader.weight
+                add_to_linear(reader, weight @ matrix, weight @ shift)
+
+
+def install_adapters(model: nn.Module, options: TuningOptions) -> None:
+    """Two serial adapters a block: behind the attention's output projection and behind the MLP."""
+    sizes = ADAPTER_SIZES["adapter"].chosen(options)
+    for block in blocks_with_parts(model, "--method adapter"):
+        for place in (block.output, block.mlp):
+            attach(model.get_submodule(place), SerialAdapter(block.width, sizes), name=place)
+
+
+def install_adaptformer(model: nn.Module, options: TuningOptions) -> None:
+    """One parallel adapter beside each MLP."""
+    sizes = ADAPTER_SIZES["adaptformer"].chosen(options)
+    for block in blocks_with_parts(model, "--method adaptformer"):
+        attach(model.get_submodule(block.mlp), ParallelAdapter(block.width, sizes), name=block.mlp)
+
+
+def install_repadapters(model: nn.Module, options: TuningOptions) -> None:
+    """Two linear adapters a block, behind its norms."""
+    sizes = ADAPTER_SIZES["repadapter"].chosen(options)
+    for block in blocks_with_parts(model, "--method repadapter"):
+        for place in block.norms:
+            attach(model.get_submodule(place), RepAdapter(block.width, sizes), name=place)
+
+
+def fold_repadapters(model: nn.Module) -> nn.Module:
+    """Take up every RepAdapter into the layers behind its norm; the network is plain afterwards."""
+    readers = {
+        norm: names
+        for block in blocks_with_parts(model, "--method repadapter")
+        for norm, names in zip(block.norms, (block.projections, block.mlp_inputs), strict=True)
+    }
+    for name, module, extra in attached(model):
+        if isinstance(extra, RepAdapter):
+            extra.fold_into(model.get_submodule(reader) for reader in readers[name])
+            detach(module)
+    return model
+
+
+def _near_identity(width: int, bottleneck: int) -> tuple[nn.Linear, nn.Linear]:
+    """Down (Kaiming) and up (zero)."""
+    if bottleneck < 1:
+        raise InputError("bottleneck", f"got {bottleneck}", "a whole number from 1", "take 64")
+    down, up = nn.Linear(width, bottleneck), nn.Linear(bottleneck, width)
+    nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
+    for zero in (down.bias, up.weight, up.bias):
+        nn.init.zeros_(zero)
+    return down, up
