@@ -18,7 +18,7 @@ from rich.console import Console
 from medlore.errors import MedloreError
 
 # The verbs in the order in which people meet them; each is `medlore.commands.<verb>` with a Typer app named `app`.
-VERBS = ("demo", "doctor", "info", "ranks", "finetune", "predict", "decompose", "export", "evaluate", "segment")
+VERBS = ("demo", "doctor", "info", "ranks", "finetune", "predict", "decompose", "export", "evaluate", "segment", "view")
 
 
 class _Verbs(typer.core.TyperGroup):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import colorsys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from medlore.data.geometry import Array, Crop, orientation_of, spacing_of
 from medlore.files import atomic_path
-from medlore.recipes.segment_model import Segmentation
+
+if TYPE_CHECKING:
+    from medlore.recipes.segment_model import Segmentation
 
 _CT_WINDOW_HU = (-160.0, 240.0)
 _NAMED = 24
