@@ -3,7 +3,8 @@
 ``{"image": "ct.nii.gz", "label": ["liver", "spleen"], "modality": "ct", "dataset": "AMOS22_CT_abdomen"}``
 
 `image`, `label` and `modality` are needed. `dataset`, `orientation_code` (the network's orientation, RAS unless given),
-`mask` (a reference label map), `frame` (which volume of a 4D file) and `series` (which DICOM series) may be there; other
+`mask` (a reference label map, a folder with one file a label, or {label: file}; `mask_values` gives the values of a map,
+inline or as a JSON file's name), `frame` (which volume of a 4D file) and `series` (which DICOM series) may be there; other
 keys are kept. Paths may be relative to the file.
 """
 
@@ -22,7 +23,7 @@ from medlore.errors import DataError
 from medlore.files import existing_file, write_text
 
 _SUFFIXES = re.compile(r"\.(nii\.gz|nii|nrrd|nhdr|dcm|zip|mgz)$", re.IGNORECASE)
-_TEXT_FIELDS = ("dataset", "orientation_code", "mask", "series")
+_TEXT_FIELDS = ("dataset", "orientation_code", "series")
 
 
 @dataclass(frozen=True)
@@ -141,10 +142,16 @@ def _line_faults(line: str) -> list[str]:
         return [f"a {type(value).__name__}, not an object"]
     faults = [f'no "{name}"' for name in ("image", "modality") if not isinstance(value.get(name), str) or not value[name].strip()]
     faults += _label_faults(value.get("label"))
-    faults += [f'"{name}" is not text' for name in _TEXT_FIELDS if value.get(name) is not None and not isinstance(value[name], str)]
+    faults += [f'"{name}" is not text' for name in _TEXT_FIELDS if not isinstance(value.get(name), (str, type(None)))]
+    faults += _mask_faults(value.get("mask"))
     if not (value.get("frame") is None or (isinstance(value["frame"], int) and not isinstance(value["frame"], bool))):
         faults.append('"frame" is not a whole number')
     return faults
+
+
+def _mask_faults(mask: Any) -> list[str]:
+    by_label = isinstance(mask, dict) and bool(mask) and all(isinstance(file, str) for file in mask.values())
+    return [] if mask is None or isinstance(mask, str) or by_label else ['"mask" is neither text nor {label: file}']
 
 
 def _label_faults(labels: Any) -> list[str]:
@@ -161,15 +168,20 @@ def _spelling(label: str) -> str:
 def _case_of(value: dict[str, Any], folder: Path, line: int) -> Case:
     known = {"image", "label", "modality", "dataset", "orientation_code", "mask", "frame", "series"}
     mask = value.get("mask")
+    other = {k: v for k, v in value.items() if k not in known}
+    if isinstance(mask, dict):  # one file a label: it stays among the other keys
+        other["mask"] = {label: str(folder / file) for label, file in mask.items()}
+    if isinstance(other.get("mask_values"), str):
+        other["mask_values"] = str(folder / other["mask_values"])
     return Case(
         image=folder / value["image"],  # an absolute path stays as it is
         labels=tuple(" ".join(label.split()) for label in value["label"]),
         modality=value["modality"],
         dataset=value.get("dataset"),
         orientation_code=value.get("orientation_code"),
-        mask=None if mask is None else folder / mask,
+        mask=folder / mask if isinstance(mask, str) else None,
         frame=value.get("frame"),
         series=value.get("series"),
         line=line,
-        other={k: v for k, v in value.items() if k not in known},
+        other=other,
     )

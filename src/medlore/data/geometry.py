@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from os import cpu_count
@@ -185,6 +185,38 @@ def resampling_to(spacing_mm: Sequence[float], affine: Array, shape: Sequence[in
     return Resampling(_shape(shape), _shape(counts), (float(step[0]), float(step[1]), float(step[2])))
 
 
+def spacing_for(
+    told: Sequence[float] | Mapping[str, Sequence[float]], modality: str, *, where: str = "spacing_mm"
+) -> tuple[float, float, float]:
+    """The spacing of a network's grid for a modality: three numbers for all, or a mapping modality -> three numbers.
+
+    Args:
+        told: millimetres along x y z of the network's grid; a key `other` serves the modalities that are not named.
+        modality: ct, mri, pet or us.
+        where: name of the setting, for the error.
+
+    Raises:
+        DataError: not three lengths, or no entry for the modality.
+
+    Example:
+        >>> spacing_for({"ct": [3, 3, 3], "mri": [1, 1, 1]}, "mri"), spacing_for([1, 1, 3], "ct")
+        ((1.0, 1.0, 1.0), (1.0, 1.0, 3.0))
+    """
+    accepted, fix = "three lengths in mm, or {ct: [3, 3, 3], mri: [1, 1, 1]}", "mend the preprocessing of the pack or the settings"
+    entry: Any = told
+    if isinstance(told, Mapping):
+        entry = told.get(modality, told.get("other"))
+        if entry is None:
+            raise DataError(where, f"no spacing for {modality} (there is one for {', '.join(told) or 'nothing'})", accepted, fix)
+    try:
+        x, y, z = (float(v) for v in entry)
+    except (TypeError, ValueError) as error:
+        raise DataError(where, f"got {entry!r}", accepted, fix) from error
+    if not all(SMALLEST_SPACING_MM <= v <= LARGEST_SPACING_MM for v in (x, y, z)):
+        raise DataError(where, f"got {entry!r}", accepted, fix)
+    return x, y, z
+
+
 @dataclass(frozen=True)
 class Crop:
     """A box: `start` inclusive, `stop` exclusive."""
@@ -216,14 +248,13 @@ class Crop:
 
 def bounding_box(mask: Array) -> Crop | None:
     """The smallest box around the true voxels; None where there is none."""
-    start, stop = [], []
-    for axis in range(3):
-        seen = np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis)))
+    box = [slice(0, size) for size in mask.shape]
+    for axis in sorted(range(3), key=lambda a: -abs(mask.strides[a])):  # each axis within the box so far, slowest in memory first
+        seen = np.flatnonzero(mask[tuple(box)].any(axis=tuple(a for a in range(3) if a != axis)))
         if not len(seen):
             return None
-        start.append(int(seen[0]))
-        stop.append(int(seen[-1]) + 1)
-    return Crop(_shape(start), _shape(stop))
+        box[axis] = slice(int(seen[0]), int(seen[-1]) + 1)
+    return Crop(_shape(side.start for side in box), _shape(side.stop for side in box))
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ Source: the loading rules that the SAT and LoRKD files were trained with.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -74,6 +75,20 @@ class IntensityRule:
 
 
 PUBLISHED_RULE = IntensityRule()
+
+
+def rule_of(preprocessing: Mapping[str, Any]) -> IntensityRule:
+    """The constants that a pack's `preprocessing` names; those it leaves out are the published ones.
+
+    Example:
+        >>> rule_of({"intensity": {"ct": {"clip": [-200, 300]}}}).ct_range_hu
+        (-200.0, 300.0)
+    """
+    told = preprocessing.get("intensity", {})
+    low, high = told.get("ct", {}).get("clip", CT_RANGE_HU)
+    first, last = told.get("other", {}).get("clip_percentiles", PERCENTILES)
+    above = float(preprocessing.get("foreground_above", 0.0))
+    return IntensityRule((float(low), float(high)), (float(first), float(last)), above)
 
 
 def intensity_of(foreground: Array, modality: Modality, *, where: str, rule: IntensityRule = PUBLISHED_RULE) -> Intensity:
@@ -154,10 +169,12 @@ def _moments(array: Array, low: float, high: float) -> tuple[float, float]:
     """Mean and population standard deviation of the clipped values, plane by plane in float64 (no copy of the whole)."""
     slowest = int(np.argmax([abs(s) for s in array.strides]))
     planes = np.moveaxis(array, slowest, 0)
-    mean = sum(float(np.clip(plane, low, high).sum(dtype=np.float64)) for plane in planes) / array.size
-    variance = sum(_squares(np.clip(plane, low, high) - mean) for plane in planes) / array.size
-    return mean, float(np.sqrt(variance))
-
-
-def _squares(plane: Array) -> float:
-    return float(np.square(plane, dtype=np.float64).sum())
+    # Near the mean, so that the difference of squares keeps its digits.
+    centre = np.clip(planes[len(planes) // 2], low, high).mean(dtype=np.float64)
+    total = squares = 0.0
+    for plane in planes:
+        values = (np.clip(plane, low, high) - centre).ravel(order="K")
+        total += float(values.sum())
+        squares += float(values @ values)
+    mean = total / array.size
+    return float(centre + mean), float(np.sqrt(max(squares / array.size - mean**2, 0.0)))

@@ -10,73 +10,25 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import pydantic
-
 from medlore.data.cases import Case, find_images, folder_names, read_cases
 from medlore.errors import DataError, InputError, MedloreError, StepError
 from medlore.files import read_json, sha256_of
-from medlore.recipes.run import DeviceChoice, Run, Settings, choose_device
+from medlore.recipes.run import Run, choose_device
 from medlore.recipes.segment_labels import ModelFacts, Routes, facts_of_bundle, facts_of_pack, route_labels
 from medlore.recipes.segment_plan import CasePlan, available_memory, plan_case, read_bytes
+from medlore.recipes.segment_settings import DECISIVE, RULES_VERSION, SegmentSettings
 from medlore.recipes.segment_workers import spread
 
 if TYPE_CHECKING:
     from medlore.recipes.segment_model import SegmentingModel
 
 State = Literal["done", "skipped", "failed"]
-
-
-class SegmentSettings(Settings):
-    """What a run of `medlore segment` is asked to do.
-
-    Either `cases` (a jsonl, a folder of volumes, or one DICOM series) or `image` is given; a folder or image needs
-    `labels`, and `modality` unless it is DICOM.
-    """
-
-    model: str
-    out: Path
-    cases: Path | None = None
-    image: Path | None = None
-    labels: tuple[str, ...] = ()
-    modality: str | None = None
-    region: str | None = None
-    expert_by: Literal["label", "dataset"] = "label"
-    allow_unknown: bool = False
-    orientation_code: str | None = None
-    affine_from: Literal["auto", "sform", "qform"] = "auto"
-    device: DeviceChoice = "auto"
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    memory: str | None = None
-    roi_size: tuple[int, int, int] | None = None
-    overlap: float | None = pydantic.Field(default=None, ge=0, lt=1)
-    sw_batch_size: int = pydantic.Field(default=1, ge=1)
-    max_queries: int = pydantic.Field(default=256, ge=1)
-    published: bool = False
-    grid: Literal["original", "processed"] = "original"
-    resample: Literal["probability", "nearest"] = "probability"
-    overlap_rule: Literal["small-over-large", "given"] = "small-over-large"
-    image_copy: bool = True
-    picture: bool = True
-    dicom_seg: bool = False
-    resume: bool = True
-    engine: Literal["local", "ray"] = "local"
-    workers: int = pydantic.Field(default=1, ge=1)
-    prompt_embeddings: Path | None = None
-    text: Path | None = None
-    tokenizer: Path | None = None
-    lora_alpha: float | None = None
-
-
-# What changes the masks; a finished case is skipped only if all of it is unchanged.
-_DECISIVE = (
-    "region", "expert_by", "allow_unknown", "affine_from", "precision", "roi_size", "overlap", "published", "grid", "resample",
-    "overlap_rule", "lora_alpha", "dicom_seg",
-)  # fmt: skip
 
 
 class Watcher(Protocol):
@@ -139,21 +91,28 @@ def segment_cases(settings: SegmentSettings, *, watcher: Watcher | None = None) 
     watcher = watcher or Silence()
     cases = collect_cases(settings)
     names = folder_names(cases)
-    model = load_model(settings)
-    with _OutputLock(settings.out), Run("segment", settings.out, settings=settings, device=model.device) as run:
-        run.results = {
-            "model": {"name": model.bundle.name, "sha256": model.bundle.sha256, "precision": model.precision},
-            "cases": [],
-            "notes": list(model.bundle.notes),
-        }
+    model: SegmentingModel | None = load_model(settings)  # a fault of the model ends the run before it starts
+    told, notes, device = _told_of(model)
+    alone = settings.engine == "local" and settings.workers == 1
+    if not alone:
+        model = None  # each worker loads its own; this process keeps none
+    with _OutputLock(settings.out), Run("segment", settings.out, settings=settings, device=device) as run:
+        run.results = {"model": told, "cases": [], "notes": notes}
         entries: list[dict[str, Any]] = run.results["cases"]
-        for entry in _entries(settings, model, cases, names, watcher):
-            entries.append(entry)
-            watcher.case(len(entries), len(cases), entry)
-            run.write("running")
+        with closing(_entries(settings, model, cases, names, watcher)) as finished:  # Ctrl-C stops the workers here and now
+            for entry in finished:
+                entries.append(entry)
+                watcher.case(len(entries), len(cases), entry)
+                run.write("running")
         entries.sort(key=lambda entry: entry["index"])
         run.results["counts"] = {state: sum(e["state"] == state for e in entries) for state in ("done", "skipped", "failed")}
     return run.results
+
+
+def _told_of(model: SegmentingModel) -> tuple[dict[str, Any], list[str], str]:
+    """What the report says of a model, its notes, and its device."""
+    bundle = model.bundle
+    return {"name": bundle.name, "sha256": bundle.sha256, "precision": model.precision}, list(bundle.notes), model.device
 
 
 def plan_cases(settings: SegmentSettings) -> dict[str, Any]:
@@ -165,11 +124,12 @@ def plan_cases(settings: SegmentSettings) -> dict[str, Any]:
     facts = None if settings.text or settings.prompt_embeddings else facts_of_pack(settings.model)
     if facts is None:
         facts = facts_of_bundle(_load_bundle(settings))
+    device = choose_device("cuda") if settings.device == "cuda" else "cpu"  # nothing else is asked of torch
     cases = collect_cases(settings)
     plans: list[dict[str, Any]] = []
     for case, name in zip(cases, folder_names(cases), strict=True):
         try:
-            plan = _plan(settings, facts, case)
+            plan = _plan(settings, facts, case, device=device)
             plans.append({"name": name, "image": str(case.image), "plan": plan.record(), "in_words": plan.in_words()})
         except MedloreError as error:
             plans.append({"name": name, "image": str(case.image), "error": str(error)})
@@ -188,7 +148,7 @@ def load_model(settings: SegmentSettings) -> SegmentingModel:
         overlap=settings.overlap,
         sw_batch_size=settings.sw_batch_size,
         max_queries=settings.max_queries,
-        memory_bytes=None if settings.memory is None else read_bytes(settings.memory),
+        memory_bytes=None if settings.memory is None and settings.workers == 1 else _memory_of(settings),
         published=settings.published,
     )
 
@@ -220,7 +180,8 @@ def _segment_case(settings: SegmentSettings, model: SegmentingModel, case: Case,
     start = time.perf_counter()
     volume = read_volume(case.image, affine_from=settings.affine_from, frame=case.frame, series=case.series)
     read = time.perf_counter() - start
-    watcher.plan(name, _plan(settings, model.facts, case, routes=routes, volume=(volume.shape, volume.affine)))
+    grid = (volume.shape, volume.affine)
+    watcher.plan(name, _plan(settings, model.facts, case, routes=routes, volume=grid, device=model.device))
     result = model.segment(
         volume,
         case.labels,
@@ -258,12 +219,22 @@ def _segment_case(settings: SegmentSettings, model: SegmentingModel, case: Case,
     }
 
 
-def _entries(settings: SegmentSettings, model: SegmentingModel, cases: Sequence[Case], names: Sequence[str], watcher: Watcher) -> Any:
+def _memory_of(settings: SegmentSettings) -> int:
+    """Bytes for one case: what may be used in all, shared by the workers."""
+    total = available_memory() if settings.memory is None else read_bytes(settings.memory)
+    return total // settings.workers
+
+
+def _entries(
+    settings: SegmentSettings, model: SegmentingModel | None, cases: Sequence[Case], names: Sequence[str], watcher: Watcher
+) -> Generator[dict[str, Any], None, None]:
     """Entries of the report as cases finish."""
-    if settings.engine == "local" and settings.workers == 1:
+    if model is not None:
         for index, (case, name) in enumerate(zip(cases, names, strict=True)):
             yield {"index": index, **segment_case(settings, model, case, name, watcher)}
         return
+    if settings.memory is None:  # measured once, before the workers take their share
+        settings = settings.model_copy(update={"memory": f"{available_memory()}B"})
     jobs = [(settings, index, case, name) for index, (case, name) in enumerate(zip(cases, names, strict=True))]
     yield from spread(_work, jobs, lost=_lost, engine=settings.engine, workers=settings.workers, gpus_each=int(settings.device == "cuda"))
 
@@ -314,12 +285,20 @@ def _routes(settings: SegmentSettings, facts: ModelFacts, case: Case) -> Routes:
 
 
 def _plan(
-    settings: SegmentSettings, facts: ModelFacts, case: Case, *, routes: Routes | None = None, volume: tuple[Any, Any] | None = None
+    settings: SegmentSettings,
+    facts: ModelFacts,
+    case: Case,
+    *,
+    routes: Routes | None = None,
+    volume: tuple[Any, Any] | None = None,
+    device: str = "cpu",
 ) -> CasePlan:
     from medlore.recipes.segment_rules import is_half, window_rules
 
+    routes = routes or _routes(settings, facts, case)
     rules = window_rules(
         facts,
+        routes.modality,
         roi_size=settings.roi_size,
         overlap=settings.overlap,
         sw_batch_size=settings.sw_batch_size,
@@ -328,9 +307,21 @@ def _plan(
         published=settings.published,
     )
     shape, affine = volume or _grid_of(case)
-    memory = available_memory() if settings.memory is None else read_bytes(settings.memory)
-    routes = routes or _routes(settings, facts, case)
-    return plan_case(shape, affine, routes.by_region, facts.size, rules, memory_bytes=memory, where=str(case.image))
+    on_device = None
+    if device.startswith("cuda"):
+        from medlore.recipes.segment_model import device_memory
+
+        on_device = device_memory(device)
+    return plan_case(
+        shape,
+        affine,
+        routes.by_region,
+        facts.size,
+        rules,
+        memory_bytes=_memory_of(settings),
+        where=str(case.image),
+        device_memory_bytes=on_device,
+    )
 
 
 def _grid_of(case: Case) -> tuple[Any, Any]:
@@ -348,12 +339,12 @@ def _fingerprint(settings: SegmentSettings, model: SegmentingModel, case: Case, 
     if not case.image.exists():
         raise InputError(str(case.image), "no such file or folder", "an existing image", "correct the line of the list")
     values = settings.model_dump(mode="json")
-    decisive = {name: values[name] for name in _DECISIVE} | {"precision": model.precision}
+    decisive = {name: values[name] for name in DECISIVE} | {"precision": model.precision}
     orientation = case.orientation_code or settings.orientation_code
     part = [case.frame, case.series]
     prompts = [sha256_of(file) for file in (settings.prompt_embeddings, settings.text, settings.tokenizer) if file is not None]
     weights = [model.bundle.sha256, *prompts]
-    told = [sha256_of(case.image), weights, routes.modality, routes.by_region, routes.labels, orientation, part, decisive]
+    told = [RULES_VERSION, sha256_of(case.image), weights, routes.modality, routes.by_region, routes.labels, orientation, part, decisive]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
@@ -402,6 +393,7 @@ class _OutputLock:
         _remove_remains(self._out)
 
     def __exit__(self, *_: object) -> None:
+        _remove_remains(self._out)  # of workers that were stopped
         self._stream.close()
         (self._out / ".lock").unlink(missing_ok=True)
 

@@ -13,16 +13,17 @@ import torch
 from torch import Tensor
 
 from medlore.data.geometry import Array, Crop, GridPath, Reorientation, Resampling
-from medlore.data.intensity import IntensityRule
+from medlore.data.intensity import rule_of
 from medlore.data.nifti import Volume
 from medlore.data.volumes import MaskRestorer, PackedMasks, Prepared, Resample, prepare
 from medlore.data.window_grid import Start, WindowGrid
 from medlore.data.windows import Rows, sliding_windows
 from medlore.models.bundle import SegmenterBundle
 from medlore.models.segmenter import Segmenter
+from medlore.models.unet3d_inference import ready_for_cpu
 from medlore.models.vocabulary import WHOLE_BODY
 from medlore.recipes.segment_labels import ModelFacts, Routes, facts_of_bundle, route_labels
-from medlore.recipes.segment_plan import CasePlan, WindowRules, available_memory, plan_case
+from medlore.recipes.segment_plan import CasePlan, WindowRules, available_memory, plan_case, usable
 from medlore.recipes.segment_rules import window_rules
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -115,10 +116,11 @@ class SegmentingModel:
         self._batch, self._roi, self._overlap = sw_batch_size, roi_size, overlap
         self._placed: tuple[str, Segmenter] | None = None
 
-    def rules(self, orientation_code: str | None = None) -> WindowRules:
-        """Windows and grid of this model."""
+    def rules(self, modality: str, orientation_code: str | None = None) -> WindowRules:
+        """Windows and grid of this model for a modality."""
         return window_rules(
             self.facts,
+            modality,
             roi_size=self._roi,
             overlap=self._overlap,
             sw_batch_size=self._batch,
@@ -156,7 +158,7 @@ class SegmentingModel:
             DataError: nothing in the volume.
         """
         routes = routes or route_labels(self.facts, labels, modality)
-        rules = self.rules(orientation_code)
+        rules = self.rules(routes.modality, orientation_code)
         plan = plan_case(
             volume.shape,
             volume.affine,
@@ -165,6 +167,7 @@ class SegmentingModel:
             rules,
             memory_bytes=self.memory_bytes or available_memory(),
             where=str(volume.path),
+            device_memory_bytes=device_memory(self.device),
         )
         start = time.perf_counter()
         prepared = prepare(
@@ -172,7 +175,7 @@ class SegmentingModel:
             routes.modality,  # type: ignore[arg-type]
             orientation_code=rules.orientation_code,
             spacing_mm=rules.spacing_mm,
-            rule=intensity_rule(self.facts),
+            rule=rule_of(self.facts.preprocessing),
             published=self.published,
         )
         path = prepared.path if grid == "original" else _network_grid(prepared.path)
@@ -229,6 +232,8 @@ class SegmentingModel:
             network = self.bundle.network(key)
             if self.device != "cpu":
                 network = _copy_to(network, self.device)
+            elif not self.published:
+                network = ready_for_cpu(network, _TYPES.get(self.precision, torch.float32))
             self._placed = (region, network)
         return self._placed[1]
 
@@ -243,7 +248,8 @@ class SegmentingModel:
 
             def rows(index: int, first: int, last: int) -> Tensor:
                 block = pixels[index, :, first:last]
-                flat = block.flatten(1)
+                channels_last = block.stride(0) == 1
+                flat = block.permute(1, 2, 3, 0).reshape(-1, len(block)).T if channels_last else block.flatten(1)  # c voxels, no copy
                 kind = flat.dtype if self.published else torch.float32
                 logits = embeddings[index].to(kind) @ flat.to(kind)
                 return logits.view(-1, *block.shape[1:])
@@ -267,13 +273,9 @@ def choose_precision(precision: Precision, device: str, *, published: bool = Fal
     return "bf16" if device == "cpu" and not published and cpu_has_bfloat16() else "fp32"
 
 
-def intensity_rule(facts: ModelFacts) -> IntensityRule:
-    """The intensity constants that the model was trained with."""
-    told = facts.preprocessing
-    intensity = told.get("intensity", {})
-    low, high = intensity.get("ct", {}).get("clip", (-500.0, 1000.0))
-    first, last = intensity.get("other", {}).get("clip_percentiles", (0.5, 99.5))
-    return IntensityRule((float(low), float(high)), (float(first), float(last)), float(told.get("foreground_above", 0.0)))
+def device_memory(device: str) -> int | None:
+    """Bytes that may be used on a GPU of its own memory; None for the processor and for MPS, which shares the host's."""
+    return usable(torch.cuda.mem_get_info()[0]) if device.startswith("cuda") else None
 
 
 class _Emptiness:

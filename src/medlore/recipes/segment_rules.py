@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from medlore.data.geometry import spacing_for
 from medlore.recipes.segment_labels import ModelFacts
 from medlore.recipes.segment_plan import WindowRules
 
 
 def window_rules(
     facts: ModelFacts,
+    modality: str,
     *,
     roi_size: Sequence[int] | None = None,
     overlap: float | None = None,
@@ -21,11 +23,10 @@ def window_rules(
     """Windows and grid: what the model was trained with, unless something else is asked for."""
     told = facts.preprocessing
     x, y, z = (int(v) for v in (roi_size or told.get("roi_size", (288, 288, 96))))
-    a, b, c = (float(v) for v in told.get("spacing_mm", (1.0, 1.0, 3.0)))
     return WindowRules(
         roi_size=(x, y, z),
         overlap=float(overlap if overlap is not None else told.get("overlap", 0.5)),
-        spacing_mm=(a, b, c),
+        spacing_mm=spacing_for(told.get("spacing_mm", (1.0, 1.0, 3.0)), modality, where="preprocessing: spacing_mm"),
         orientation_code=orientation_code or str(told.get("orientation", "RAS")),
         sw_batch_size=sw_batch_size,
         bytes_per_number=2 if half else 4,
