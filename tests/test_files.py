@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from medlore.errors import DataError, InputError, StepError
-from medlore.files import atomic_folder, atomic_path, existing_file, json_text, read_json, sha256_of, write_json, write_text
+from medlore.files import atomic_folder, atomic_path, existing_file, json_text, made_folder, read_json, sha256_of, write_json, write_text
 
 
 def test_a_broken_write_leaves_the_old_file_and_no_rubbish(tmp_path: Path) -> None:
@@ -110,6 +110,24 @@ def test_json_is_strict_and_takes_numpy(tmp_path: Path) -> None:
         "1": True,
     }
     assert read_json(write_json(tmp_path / "a.json", [1])) == [1]
+
+
+def test_a_folder_in_which_nothing_can_be_made_is_named() -> None:
+    if not Path("/proc/version").exists():
+        pytest.skip("no /proc here")
+    for writer in (atomic_path, atomic_folder):
+        with pytest.raises(StepError, match=r"/proc/medlore\.csv: could not be written"), writer("/proc/medlore.csv"):
+            pass
+
+
+def test_an_output_folder_is_made_at_once_or_refused(tmp_path: Path) -> None:
+    assert made_folder(tmp_path / "a" / "b").is_dir()
+    assert made_folder(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    file = write_text(tmp_path / "file", "x")
+    with pytest.raises(InputError, match="is a file"):
+        made_folder(file)
+    with pytest.raises(StepError, match="could not be written"):
+        made_folder(file / "below")
 
 
 def test_reading_names_what_is_wrong(tmp_path: Path) -> None:

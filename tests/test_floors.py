@@ -10,7 +10,7 @@ import pytest
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "medlore"
 FLOORS = {
     "errors": -1, "files": 0, "assets": 0,
-    "linalg": 1,
+    "linalg": 1, "weightfiles": 1,
     "ranks": 2,
     "layers": 3,
     "data": 4, "models": 4, "losses": 4, "metrics": 4,

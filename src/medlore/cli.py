@@ -6,6 +6,7 @@ failed, 2 wrong use or wrong input. Nothing heavy is imported before a verb runs
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from medlore.errors import MedloreError
+from medlore.errors import InputError, MedloreError, StepError
 
 # The verbs in the order in which people meet them; each is `medlore.commands.<verb>` with a Typer app named `app`.
 VERBS = ("demo", "doctor", "info", "ranks", "finetune", "predict", "decompose", "export", "evaluate", "segment", "view")
@@ -65,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit status; the installed `medlore` script calls this."""
     command = typer.main.get_command(app)
     try:
+        _refuse_empty(sys.argv[1:] if arguments is None else arguments)
         status = command.main(args=None if arguments is None else list(arguments), prog_name="medlore", standalone_mode=False)
     except MedloreError as error:
         return _report(str(error), error.exit_status)
@@ -76,7 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if os.environ.get("MEDLORE_TRACEBACK"):
             raise
-        return _report(f"{error.filename or 'system'}: {error.strerror or error}", 1)
+        fault = _of_system(error)
+        return _report(str(fault), fault.exit_status)
     except Exception as error:
         if os.environ.get("MEDLORE_TRACEBACK"):
             raise
@@ -85,6 +88,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if status == _STOPPED:  # Typer has caught the Ctrl-C itself
         return _report(_STOPPED_MESSAGE, 1)
     return status if isinstance(status, int) else 0
+
+
+def _of_system(error: OSError) -> MedloreError:
+    """What the system said of a path, in four parts."""
+    place = str(error.filename or "system")
+    if error.errno == errno.ENAMETOOLONG:
+        shown = f"{place[:40]}... ({len(place)} characters)"
+        return InputError(shown, "a name longer than the system takes", "the path of a file or folder", "check what stands there")
+    return StepError(place, error.strerror or str(error), "files and folders that can be opened", "check the path and its permissions")
+
+
+def _refuse_empty(arguments: Sequence[str]) -> None:
+    """An empty word, as an unset shell variable leaves it, would be read as the current folder."""
+    for before, word in zip(["medlore", *arguments], arguments, strict=False):
+        if not word.strip() or (word.startswith("--") and word.endswith("=")):
+            place = word.strip().rstrip("=") or f"the word after {before}"
+            raise InputError(place, "an empty text", "a value", "give it, or leave the flag out")
 
 
 def _report(message: str, status: int) -> int:

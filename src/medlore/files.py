@@ -29,7 +29,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     final = Path(path)
     _make_folder(final.parent)
     suffix = "".join(final.suffixes[-2:])
-    handle, name = tempfile.mkstemp(prefix=".part-", suffix=suffix, dir=final.parent)
+    try:
+        handle, name = tempfile.mkstemp(prefix=".part-", suffix=suffix, dir=final.parent)
+    except OSError as error:
+        raise _write_failed(final, error) from error
     os.close(handle)
     temporary = Path(name)
     try:
@@ -56,7 +59,10 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     if final.exists() and not final.is_dir():
         raise InputError(str(final), "is a file", "a folder to be made", "name another folder")
     _make_folder(final.parent)
-    temporary = Path(tempfile.mkdtemp(prefix=".part-", dir=final.parent))
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix=".part-", dir=final.parent))
+    except OSError as error:
+        raise _write_failed(final, error) from error
     try:
         yield temporary
         _refuse_a_strangers_folder(final, temporary)
@@ -117,6 +123,22 @@ def read_json(path: str | Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, a number of thousands of digits, or nested without end
         raise DataError(str(path), f"not JSON ({error})", "one JSON value in UTF-8", "mend or write the file anew") from error
+
+
+def made_folder(path: str | Path) -> Path:
+    """`path` as a folder that is there and can be written, so that a long run does not fail at its end.
+
+    Raises:
+        InputError: a file stands in its place.
+        StepError: it cannot be made or written.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise InputError(str(path), "is a file", "a folder for the outputs", "name another folder")
+    _make_folder(path)
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise _write_failed(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+    return path
 
 
 def existing_file(path: str | Path, *, where: str = "") -> Path:

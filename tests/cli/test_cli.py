@@ -61,6 +61,26 @@ def test_wrong_use_is_status_2(words: list[str], capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize(
+    ("words", "place"),
+    [
+        (["finetune", "--data", "", "--out", "x"], "the word after --data"),
+        (["info", " "], "the word after info"),
+        (["info", "--region="], "--region"),
+    ],
+)
+def test_empty_words_are_refused(words: list[str], place: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words) == 2
+    assert f"{place}: an empty text. Accepted: a value." in capsys.readouterr().err
+
+
+def test_a_name_beyond_the_system_is_wrong_use(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info", "x" * 5000]) == 2
+    printed = capsys.readouterr().err
+    assert "(5000 characters): a name longer than the system takes. Accepted: " in printed
+    assert len(printed) < 400
+
+
+@pytest.mark.parametrize(
     ("error", "status"),
     [
         (InputError("a", "b", "c", "d"), 2),

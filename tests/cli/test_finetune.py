@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 from tests.recipes.tiny_backbone import striped, write_backbone
 
 from medlore.cli import main
@@ -28,7 +32,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def words(place: Path, *more: str) -> list[str]:
-    first = ["finetune", "--data", str(place / "data"), "--model", str(place / "vit"), "--shots", "3", "--epochs", "3", "--scale", "0.3"]
+    first = ["finetune", "--data", str(place / "data"), "--model", str(place / "vit"), "--shots", "3", "--epochs", "3"]
     return [*first, "--batch-size", "6", *more]
 
 
@@ -86,6 +90,23 @@ def test_evaluate_and_predict_use_the_run(place: Path, run: Path, tmp_path: Path
     assert main(line) == 2
 
 
+def test_two_processes_train_the_weights_of_one(place: Path, tmp_path: Path) -> None:
+    line = ["finetune", "--data", str(place / "data"), "--model", str(place / "vit"), "--shots", "4", "--epochs", "3", "--batch-size", "6"]
+    line += ["--method", "lora", "--rank", "2", "--no-augment", "--device", "cpu", "--lr", "5e-3"]
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m", "medlore"]
+    two = subprocess.run([*start, *line, "--out", str(tmp_path / "two")], capture_output=True, text=True, timeout=240, check=False)
+    assert two.returncode == 0, two.stderr
+    assert main([*line, "--out", str(tmp_path / "one")]) == 0
+    one, other = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
+    assert one.keys() == other.keys()
+    assert all(torch.allclose(one[name], other[name], atol=1e-5) for name in one)
+    assert any(bool(tensor.any()) for name, tensor in one.items() if "lora_B" in name)
+    reports = [json.loads((tmp_path / name / "report.json").read_text())["results"] for name in ("one", "two")]
+    losses = [[record["train_loss"] for record in report["history"]] for report in reports]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert reports[0]["test"]["metrics"] == reports[1]["test"]["metrics"]
+
+
 def bad_lines(place: Path, tmp_path: Path) -> dict[str, tuple[list[str], str]]:
     return {
         "no out": (words(place), "--out: nothing"),
@@ -101,13 +122,45 @@ def bad_lines(place: Path, tmp_path: Path) -> dict[str, tuple[list[str], str]]:
         "evaluate halves": (["evaluate", "--pred", str(tmp_path)], "give --pred and --truth"),
         "evaluate no run": (["evaluate", str(tmp_path / "none"), "--data", str(place / "data")], "no such folder"),
         "predict no run": (["predict", str(tmp_path), str(place / "data")], "nothing tuned in it"),
+        "predict a file": (["predict", __file__, str(place / "data")], "test_finetune.py: a file"),
+        "out": (words(place, "--out", __file__), "test_finetune.py: is a file"),
+        "idle": (words(place, "--out", str(tmp_path / "o"), "--rank", "4"), "--rank: can have no effect"),
+        "mean": (words(place, "--out", str(tmp_path / "o"), "--mean", "0.5,0.5,x", "--std", "1,1,1"), "mean.2: "),
+        "data seed": (words(place, "--out", str(tmp_path / "o"), "--data-seed", "-1"), "data_seed: "),
     }
+
+
+def bad_uses_of_a_run(place: Path, run: Path) -> dict[str, tuple[list[str], str]]:
+    image, data = str(next((place / "data" / "test").rglob("*.png"))), str(place / "data")
+    return {
+        "seed": (["evaluate", str(run), "--data", data, "--seed", "-1"], "seed: "),
+        "bootstrap": (["evaluate", str(run), "--data", data, "--bootstrap", "-1"], "bootstrap: "),
+        "out is a folder": (["predict", str(run), image, "--out", str(place)], "is a folder"),
+        "out below a file": (["predict", str(run), image, "--out", f"{place}/list.txt/x.csv"], "list.txt: is a file"),
+        "out is a file": (["evaluate", str(run), "--data", data, "--out", f"{place}/list.txt"], "list.txt: is a file"),
+        "challenge": (["predict", str(run), image, "--out", str(place / "x.csv"), "--medfmc", "endo:5"], "a model of 3 classes"),
+        "list": (["predict", str(run), str(place / "list.txt"), "--out", str(place / "x.csv")], "1 fault. Accepted"),
+    }
+
+
+@pytest.mark.parametrize("case", ["seed", "bootstrap", "out is a folder", "out below a file", "out is a file", "challenge", "list"])
+def test_a_run_that_is_used_wrongly_writes_nothing(place: Path, run: Path, case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "list.txt").write_text("absent.png\n")
+    before = set(place.rglob("*"))
+    line, message = bad_uses_of_a_run(place, run)[case]
+    assert main(line) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert "Accepted: " in printed.err
+    assert printed.out == ""
+    assert set(place.rglob("*")) == before
 
 
 @pytest.mark.parametrize(
     "case",
-    ["no out", "no data", "method", "shots", "model", "rank", "evaluate nothing", "evaluate halves", "evaluate no run", "predict no run"],
-)
+    ["no out", "no data", "method", "shots", "model", "rank", "evaluate nothing", "evaluate halves", "evaluate no run", "predict no run",
+     "predict a file", "out", "idle", "mean", "data seed"],
+)  # fmt: skip
 def test_bad_lines_end_with_status_2_and_one_message(place: Path, tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]) -> None:
     line, message = bad_lines(place, tmp_path)[case]
     assert main(line) == 2

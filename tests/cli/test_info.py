@@ -133,7 +133,8 @@ def test_other_things_are_recognised(tmp_path: Path, shared_data: Path, capsys: 
     assert (volume["kind"], len(volume["shape"]), len(volume["orientation"])) == ("volume", 3, 3)
     case = {"image": str(shared_data / "totalseg/example_ct_sm.nii.gz"), "label": ["liver", "hart", "left kidney"], "modality": "ct"}
     (tmp_path / "cases.jsonl").write_text(json.dumps(case) + "\n" + json.dumps({**case, "image": "absent.nii.gz"}) + "\n")
-    cases = run_json(["info", str(tmp_path / "cases.jsonl")], capsys)
+    assert main(["info", str(tmp_path / "cases.jsonl"), "--json"]) == 1  # one image is missing, one label unknown
+    cases = json.loads(capsys.readouterr().out)
     assert (cases["cases"], cases["regions"], len(cases["missing_images"])) == (2, {"abdomen": 4}, 1)
     assert cases["unknown_labels"] == ["line 1: unknown name 'hart'", "line 2: unknown name 'hart'"]
 
@@ -168,3 +169,18 @@ def test_wrong_use_of_export_is_refused(
     assert "is no pack" in refused(["export", str(vision), "--out", str(tmp_path / "mine")], capsys)
     assert (tmp_path / "mine/notes.txt").read_text() == "mine"
     assert not (tmp_path / "p").exists()
+
+
+def test_a_folder_with_broken_images_is_described_and_does_not_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from PIL import Image
+
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        Image.new("L", (8, 8)).save(tmp_path / name / f"{name}.png")
+    assert run_json(["info", str(tmp_path)], capsys)["faults"] == []
+    (tmp_path / "a" / "text.png").write_text("no image")
+    (tmp_path / "b" / "cut.png").write_bytes((tmp_path / "b" / "b.png").read_bytes()[:40])
+    assert main(["info", str(tmp_path), "--json"]) == 1
+    shown = capsys.readouterr()
+    assert [Path(fault.split(": ")[0]).name for fault in json.loads(shown.out)["faults"]] == ["text.png", "cut.png"]
+    assert "2 of the above cannot be used as they are" in shown.err

@@ -82,6 +82,17 @@ def test_given_lists_and_plans(weights: Path, capsys: pytest.CaptureFixture[str]
     assert main(["ranks", str(other), "--ranks", str(plan), "--any-weights", "--json"]) == 0
 
 
+@pytest.mark.parametrize(("rule", "cut"), [(["--rule", "uniform:999"], 9), (["--scale", "1e300"], 9), (["--rule", "uniform:32"], 0)])
+def test_ranks_that_were_cut_to_the_matrix_are_told(weights: Path, rule: list[str], cut: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ranks", str(weights), *rule]) == 0
+    told = f"note: {cut} of 9 layers have the smaller side of their matrix as rank"
+    assert (told in capsys.readouterr().err) == bool(cut)
+    assert main(["ranks", str(weights), *rule, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert [x["rank"] for x in shown["layers"]] == [32] * 9
+    assert len(shown["totals"]["cut_to_the_smaller_side"]) == cut
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
@@ -95,6 +106,9 @@ def test_given_lists_and_plans(weights: Path, capsys: pytest.CaptureFixture[str]
         (["{w}", "--ranks", "nowhere.json"], "--ranks nowhere.json: no such file"),
         (["{w}", "--ranks", "medlore:rank-lists/vit-b"], "nearest are 'vit-b-"),
         (["{w}", "--ranks", "medlore:rank-lists/swin-t"], "12 blocks in the list, 3 in the model"),
+        (["{w}", "--scale", "inf"], "a positive number"),
+        (["x" * 5000 + ".pth"], "(5004 characters)"),
+        ([""], "an empty text"),
         (["{w}", "--min-rank", "9", "--max-rank", "3"], "9 and 3"),
     ],
 )

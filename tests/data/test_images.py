@@ -183,6 +183,45 @@ def test_npz_multi_label_and_one_hot(tmp_path: Path) -> None:
         read_images(path, task="single")
 
 
+def test_npz_with_values_that_are_not_numbers_names_the_images(tmp_path: Path) -> None:
+    images = np.ones((5, 4, 4), np.float32)
+    images[1, 2, 3], images[4, :2] = np.nan, np.inf
+    np.savez(tmp_path / "x.npz", images=images, labels=np.array([0, 1, 0, 1, 0]))
+    with pytest.raises(DataError, match="2 of 5 images hold NaN or infinity") as caught:
+        read_images(tmp_path / "x.npz")
+    assert caught.value.faults == ("image 1: 1 values", "image 4: 8 values")
+    np.savez(tmp_path / "x.npz", images=np.where(np.isfinite(images), images, 0), labels=np.array([0, 1, 0, 1, 0]))
+    assert len(read_images(tmp_path / "x.npz")) == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "came"),
+    [("paper.pdf", r"a file of type '\.pdf'"), ("blob", "a file without suffix"), ("cut.zip", "not a whole zip archive")],
+)
+def test_files_of_other_kinds_are_told_what_is_accepted(tmp_path: Path, name: str, came: str) -> None:
+    (tmp_path / name).write_bytes(bytes(range(256)))
+    with pytest.raises(DataError, match=came) as caught:
+        read_images(tmp_path / name)
+    assert all(word in caught.value.accepted for word in ("folder", ".zip", ".csv", ".npz", ".txt"))
+
+
+def test_a_text_that_is_called_npz_and_a_folder_that_is_not_there(tmp_path: Path, pets: Path) -> None:
+    (tmp_path / "x.npz").write_text("hello")
+    with pytest.raises(DataError, match="no archive of arrays"):
+        read_images(tmp_path / "x.npz")
+    with pytest.raises(InputError, match=r"images .*nowhere: no such folder"):
+        read_images(pets, images=tmp_path / "nowhere")
+
+
+def test_a_list_of_bytes_is_no_list(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_bytes(bytes(range(256)))
+    with pytest.raises(DataError, match="not UTF-8 text"):
+        read_images(tmp_path / "list.txt")
+    (tmp_path / "list.txt").write_text("some words\nand more\n")
+    with pytest.raises(DataError, match="a list of no known format"):
+        read_images(tmp_path / "list.txt")
+
+
 def test_npz_never_unpickles(tmp_path: Path) -> None:
     path = tmp_path / "evil.npz"
     np.savez(path, images=np.array([{"a": 1}], dtype=object), labels=np.zeros(1))

@@ -101,7 +101,7 @@ def test_trained_tensors_alone_bring_the_model_back(name: str, tmp_path: Path) -
     stored = load_file(tmp_path / "weights" / "trained.safetensors")
     other = network()
     before = logits(other)
-    load_trainable_state(other, stored)
+    load_trainable_state(other, stored, expected=trainable_state(tuning.model))
     assert torch.equal(logits(other), logits(tuning.model))
     assert not torch.allclose(before, logits(other))
     assert set(stored) == set(trainable_state(tuning.model))
@@ -239,9 +239,22 @@ def test_frozen_batch_norm_keeps_its_statistics() -> None:
 
 def test_foreign_state_is_refused_with_a_list() -> None:
     with pytest.raises(TargetError, match="2 do not fit") as caught:
-        load_trainable_state(network(), {"nose": torch.zeros(1), "classifier.bias": torch.zeros(7)})
+        load_trainable_state(network(), {"nose": torch.zeros(1), "classifier.bias": torch.zeros(7)}, expected=())
     assert "nose: not in the model" in str(caught.value)
     assert "classifier.bias: (7,) stored, (3,) in the model" in str(caught.value)
+
+
+def test_a_state_that_lacks_trained_tensors_is_refused_by_name() -> None:
+    model = network()
+    surgery.freeze(model)
+    surgery.thaw_head(model, "classifier")
+    before = model.classifier.bias.detach().clone()
+    with pytest.raises(TargetError, match="1 do not fit") as caught:
+        load_trainable_state(model, {"classifier.bias": before + 1})
+    assert "classifier.weight: missing" in str(caught.value)
+    assert torch.equal(model.classifier.bias, before)
+    load_trainable_state(model, {"classifier.bias": before + 1}, expected=["classifier.bias"])
+    assert torch.equal(model.classifier.bias, before + 1)
 
 
 def test_without_head_gives_its_input_and_puts_it_back() -> None:

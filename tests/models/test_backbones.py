@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -109,9 +110,37 @@ def test_statistics_come_from_the_checkpoint(folders: dict[str, Path], tmp_path:
     assert loaded.std == (0.4, 0.4, 0.4)
     assert loaded.interpolation == "bilinear"
     assert loaded.statistics_from == "checkpoint"
+    assert loaded.notes == ()
     (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.1, 0.2], "image_std": [1]}))
     with pytest.raises(CheckpointError, match="three numbers"):
         load_backbone(folder, classes=2)
+
+
+def test_statistics_that_are_assumed_are_told_with_the_way_to_change_them(tmp_path: Path) -> None:
+    save_file(restated.random_vit("timm"), tmp_path / "deit.safetensors")
+    assumed = load_backbone(tmp_path / "deit.safetensors", classes=2)
+    assert assumed.statistics_from == "published statistics of vit"
+    note = next(n for n in assumed.notes if "normalised" in n)
+    assert "published statistics of vit assumed (mean 0.5 0.5 0.5; std 0.5 0.5 0.5)" in note
+    assert "--mean and --std" in note
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    stated = load_backbone(tmp_path / "deit.safetensors", classes=2, mean=mean, std=std)
+    assert (stated.mean, stated.std, stated.statistics_from) == (mean, std, "settings")
+    assert not any("normalised" in n for n in stated.notes)
+    with pytest.raises(InputError, match="one without the other"):
+        load_backbone(tmp_path / "deit.safetensors", classes=2, mean=mean)
+
+
+def test_forms_that_only_ranks_reads_say_so(tmp_path: Path) -> None:
+    np.savez(tmp_path / "ViT-B_16.npz", **{"embedding/kernel": np.ones((4, 4, 3, 8), np.float32)})
+    with pytest.raises(CheckpointError, match=r"a JAX \.npz file.*transformers folder.*`medlore ranks` reads more forms"):
+        load_backbone(tmp_path / "ViT-B_16.npz", classes=2)
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(CheckpointError, match=r"a file of type '\.txt'"):
+        load_backbone(tmp_path / "notes.txt", classes=2)
+    save_file({"visual.transformer.resblocks.0.attn.in_proj_weight": torch.ones(24, 8)}, tmp_path / "open_clip.safetensors")
+    with pytest.raises(CheckpointError, match=r"the naming of open_clip.*`medlore ranks` reads this file"):
+        load_backbone(tmp_path / "open_clip.safetensors", classes=2)
 
 
 @pytest.mark.parametrize("scheme", ["timm", "mmpretrain"])
@@ -203,8 +232,8 @@ def broken_files() -> dict[str, tuple[Callable[[Path], None], str]]:
         file.write_bytes(file.read_bytes()[:-1000])
 
     return {
-        "truncated": (truncated, "cannot be read as weights"),
-        "text": (lambda f: f.write_text("hello") and None, "cannot be read as weights"),
+        "truncated": (truncated, "not a whole safetensors file"),
+        "text": (lambda f: f.write_text("hello") and None, "not a whole safetensors file"),
         "unknown key": (with_weights(lambda w: w.update({"blocks.0.attn.q_norm.weight": torch.ones(64)})), "q_norm"),
         "missing key": (with_weights(lambda w: w.pop("blocks.1.attn.proj.bias")), "missing: vit.layers.1.attention.o_proj.bias"),
         "nan": (with_weights(lambda w: w["blocks.1.mlp.fc1.weight"].fill_(float("nan"))), "mlp.fc1.weight: holds values"),
@@ -230,7 +259,7 @@ def test_a_pickle_is_never_executed(tmp_path: Path) -> None:
             return (Path.touch, (tmp_path / "executed",))
 
     (tmp_path / "trap.pth").write_bytes(pickle.dumps({"state_dict": Trap()}, protocol=2))
-    with pytest.raises(CheckpointError, match=r"trap\.pth: cannot be read"):
+    with pytest.raises(CheckpointError, match=r"trap\.pth: a pickle that would run code"):
         load_backbone(tmp_path / "trap.pth", classes=2)
     assert not (tmp_path / "executed").exists()
 

@@ -105,6 +105,20 @@ def test_sets_of_targets() -> None:
     assert names(shapes, r"blocks\.0\.attn\.qkv") == attention[:2]
 
 
+def test_targets_without_values_are_refused_by_name() -> None:
+    shapes = shapes_of_block() | {"blocks.0.attn.proj.weight": (8, 0), "neck.weight": (0, 8), "conv.weight": (4, 0, 3, 3)}
+    for wanted, fault in (
+        ("attention", "blocks.0.attn.proj.weight (o): 8 x 0"),
+        ("all-linear", "neck.weight (linear): 0 x 8"),
+        ("conv", "conv.weight (conv): 4 x 0"),
+        ("neck", "neck.weight (linear): 0 x 8"),
+    ):
+        with pytest.raises(TargetError, match="without values") as caught:
+            find_targets(shapes, wanted)
+        assert fault in caught.value.faults
+    assert names(shapes, r".*fc1") == [("blocks.0.mlp.fc1", "mlp")]
+
+
 def test_depth_order_is_numeric() -> None:
     shapes: dict[str, tuple[int, ...]] = {}
     for i in (10, 9, 1, 0):

@@ -35,9 +35,8 @@ FAST: dict[str, Any] = {
     "shots": 4,
     "degrees": 0.0,
     "crop": (0.9, 1.0),
-    "rank": 2,
-    "scale": 0.3,
 }
+SR_LORA = {**FAST, "scale": 0.3}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +48,7 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """One complete run of sr-lora, for all tests that only look."""
     out = tmp_path_factory.mktemp("run") / "out"
-    settings = FinetuneSettings(**{**FAST, "epochs": 12}, model=str(backbone), learning_rate=5e-3, track_stable_rank=True)
+    settings = FinetuneSettings(**{**SR_LORA, "epochs": 12}, model=str(backbone), learning_rate=5e-3, track_stable_rank=True)
     return out, finetune(settings, out, train=striped())
 
 
@@ -128,9 +127,13 @@ def test_stable_ranks_are_followed(run: tuple[Path, Any]) -> None:
     assert 1 <= epochs[-1]["stable_rank_update"][first.name] <= first.rank
 
 
-@pytest.mark.parametrize("method", ["linear-probe", "partial", "full"])
+BARE = {"epochs": 4, "batch_size": 6, "bootstrap": 50, "shots": 4}
+OTHER: dict[str, dict[str, Any]] = {"linear-probe": BARE, "partial": {**FAST, "last_blocks": 1}, "full": FAST}
+
+
+@pytest.mark.parametrize("method", list(OTHER))
 def test_other_forms_come_back_from_disk(method: Any, backbone: Path, tmp_path: Path) -> None:
-    settings = FinetuneSettings(**FAST, model=str(backbone), method=method, last_blocks=1)
+    settings = FinetuneSettings(**OTHER[method], model=str(backbone), method=method)
     result = finetune(settings, tmp_path / "out", train=striped())
     x = torch.randn(4, 3, 16, 16)
     loaded = load_tuned(tmp_path / "out")
@@ -154,7 +157,7 @@ def test_nothing_is_written_without_a_folder(backbone: Path, tmp_path: Path, mon
 
 
 def test_the_same_seed_gives_the_same_bits(backbone: Path) -> None:
-    settings = FinetuneSettings(**FAST, model=str(backbone), partial_update="nested")
+    settings = FinetuneSettings(**SR_LORA, model=str(backbone), partial_update="nested")
     first, again = (finetune(settings, train=striped()) for _ in range(2))
     other = finetune(settings.model_copy(update={"seed": 1}), train=striped())
     assert first.scores is not None
@@ -165,7 +168,7 @@ def test_the_same_seed_gives_the_same_bits(backbone: Path) -> None:
 def test_test_labels_change_nothing_but_the_report(backbone: Path) -> None:
     parts = split_images(striped(), SplitRules(shots=4))
     assert parts.test is not None
-    settings = FinetuneSettings(**{**FAST, "shots": None}, model=str(backbone))
+    settings = FinetuneSettings(**{**SR_LORA, "shots": None}, model=str(backbone))
     honest = finetune(settings, train=parts.train, validation=parts.validation, test=parts.test)
     shuffled = parts.test.subset(range(len(parts.test)))
     wrong = [type(i)(i.key, i.source, ((i.labels[0] + 1) % 3,), i.group) for i in shuffled.items]
@@ -181,7 +184,7 @@ def test_test_labels_change_nothing_but_the_report(backbone: Path) -> None:
 
 
 def test_multi_label_runs_select_by_auc(backbone: Path, tmp_path: Path) -> None:
-    settings = FinetuneSettings(**{**FAST, "epochs": 8}, model=str(backbone), method="rslora", learning_rate=3e-3)
+    settings = FinetuneSettings(**{**FAST, "epochs": 8}, model=str(backbone), method="rslora", rank=2, learning_rate=3e-3)
     result = finetune(settings, tmp_path, train=two_labels())
     assert result.report["selection"] == "macro_auc"
     assert result.metrics["macro_auc"] is not None
@@ -192,8 +195,8 @@ def test_multi_label_runs_select_by_auc(backbone: Path, tmp_path: Path) -> None:
 
 
 def test_equal_rank_has_about_the_parameters_of_the_stable_ranks(backbone: Path) -> None:
-    ours = finetune(FinetuneSettings(**{**FAST, "epochs": 1}, model=str(backbone)), train=striped())
-    equal = finetune(FinetuneSettings(**{**FAST, "epochs": 1, "rank": "equal"}, model=str(backbone), method="lora"), train=striped())
+    ours = finetune(FinetuneSettings(**{**SR_LORA, "epochs": 1}, model=str(backbone)), train=striped())
+    equal = finetune(FinetuneSettings(**{**SR_LORA, "epochs": 1, "rank": "equal"}, model=str(backbone), method="lora"), train=striped())
     assert ours.plan is not None
     assert equal.plan is not None
     one = sum(sum(layer.shape) for layer in equal.plan.layers)
@@ -221,7 +224,7 @@ finetune(settings, Path(sys.argv[2]), train=striped())
 
 
 def test_a_killed_run_resumes_to_the_same_bits(backbone: Path, tmp_path: Path) -> None:
-    settings = FinetuneSettings(**{**FAST, "epochs": 40}, model=str(backbone), partial_update="nested", dropout=0.1)
+    settings = FinetuneSettings(**{**SR_LORA, "epochs": 40}, model=str(backbone), partial_update="nested", dropout=0.1)
     out, root = tmp_path / "killed", Path(__file__).resolve().parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     child = subprocess.Popen([sys.executable, "-c", KILLED, settings.model_dump_json(), str(out)], env=environment, stderr=subprocess.PIPE)
@@ -245,7 +248,7 @@ def test_a_killed_run_resumes_to_the_same_bits(backbone: Path, tmp_path: Path) -
 
 def test_evaluate_finds_the_numbers_of_the_run(run: tuple[Path, Any], backbone: Path, tmp_path: Path) -> None:
     data = save_npz(tmp_path / "stripes.npz", striped())
-    settings = FinetuneSettings(**{**FAST, "epochs": 2}, model=str(backbone), data=data, classes=("rows", "columns", "diagonal"))
+    settings = FinetuneSettings(**{**SR_LORA, "epochs": 2}, model=str(backbone), data=data, classes=("rows", "columns", "diagonal"))
     tuned = finetune(settings, tmp_path / "run")
     found = evaluate(EvaluateSettings(tuned=tmp_path / "run", data=data, split="test", bootstrap=50), tmp_path / "evaluated")
     assert found.report["metrics"]["accuracy"]["value"] == tuned.metrics["accuracy"]
@@ -410,6 +413,90 @@ def test_damaged_adapters_are_refused(run: tuple[Path, Any], tmp_path: Path, dam
         load_tuned(folder)
     assert caught.value.exit_status == 2
     assert str(folder) in str(caught.value)
+
+
+def test_a_weights_file_that_lost_a_tensor_is_refused(backbone: Path, tmp_path: Path) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    finetune(FinetuneSettings(epochs=1, bootstrap=0, shots=4, model=str(backbone), method="bitfit"), tmp_path, train=striped())
+    file = tmp_path / "weights" / "trained.safetensors"
+    with safe_open(file, framework="pt") as opened:
+        header = opened.metadata()
+    save_file({k: v for k, v in load_file(file).items() if "layers.1.mlp.fc1" not in k}, file, header)
+    with pytest.raises(MedloreError, match=r"(?s)1 do not fit.*layers\.1\.mlp\.fc1\.bias: missing"):
+        load_tuned(tmp_path)
+
+
+def test_patients_that_nobody_names_cannot_be_drawn(backbone: Path) -> None:
+    settings = FinetuneSettings(**FAST, model=str(backbone), per="group")
+    with pytest.raises(InputError, match="no image has a patient or study"):
+        finetune(settings, train=striped())
+    assert finetune(settings.model_copy(update={"epochs": 1}), train=striped(groups=True)).report["data"]["train"]["images"] == 24
+
+
+@pytest.fixture
+def killed(backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[FinetuneSettings, Path]:
+    """A run that was stopped after its first epoch: its settings and folder."""
+    settings = FinetuneSettings(epochs=3, bootstrap=0, model=str(backbone), method="linear-probe")
+    parts = split_images(striped(), SplitRules())
+    taken = 0
+
+    def stop(records: Any) -> Any:
+        nonlocal taken
+        taken += 1
+        if taken > 1:
+            raise KeyboardInterrupt
+        return original(records)
+
+    from medlore.recipes import training
+
+    original = training._key
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_key", stop)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(settings, tmp_path, train=parts.train, validation=parts.validation, test=parts.test)
+    assert (tmp_path / "checkpoint.pt").is_file()
+    return settings, tmp_path
+
+
+def test_a_checkpoint_belongs_to_its_validation_images(killed: tuple[FinetuneSettings, Path]) -> None:
+    settings, out = killed
+    parts = split_images(striped(), SplitRules())
+    assert parts.validation is not None
+    fewer = parts.validation.subset(range(len(parts.validation) - 1))
+    with pytest.raises(CheckpointError, match="other settings, data or weights"):
+        finetune(settings, out, train=parts.train, validation=fewer, test=parts.test, resume=True)
+    done = finetune(settings, out, train=parts.train, validation=parts.validation, test=parts.test, resume=True)
+    assert [record["epoch"] for record in done.history.epochs] == [1.0, 2.0, 3.0]
+
+
+def test_a_checkpoint_belongs_to_its_number_of_processes(backbone: Path) -> None:
+    from medlore.recipes.finetune import _fingerprint, _prepare, make_accelerator
+
+    settings = FinetuneSettings(model=str(backbone), method="linear-probe")
+    prepared = _prepare(settings, split_images(striped(), SplitRules()), make_accelerator("cpu", "fp32", None))
+    assert _fingerprint(settings, prepared, 1) != _fingerprint(settings, prepared, 2)
+
+
+def test_resuming_says_so_when_there_is_nothing_to_resume(backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = FinetuneSettings(epochs=1, bootstrap=0, shots=4, model=str(backbone), method="linear-probe")
+    finetune(settings, tmp_path / "new", train=striped(), resume=True)
+    assert f"note: no checkpoint in {tmp_path / 'new'}: starting anew" in capsys.readouterr().err
+    with pytest.raises(InputError, match="--resume: no output folder"):
+        finetune(settings, train=striped(), resume=True)
+    with pytest.raises(InputError, match="--resume: given with --no-checkpoints"):
+        finetune(settings.model_copy(update={"checkpoints": False}), tmp_path, train=striped(), resume=True)
+
+
+def test_the_bar_goes_on_where_an_earlier_run_stopped() -> None:
+    from medlore.recipes.watching import ProgressBar, Watchers
+
+    bar = ProgressBar(12, 4, enabled=False)
+    watcher = Watchers([bar])
+    watcher.skip(9)
+    watcher.step(0.5)
+    assert bar._bar.tasks[0].completed == 10
 
 
 def test_dry_run_writes_and_trains_nothing(backbone: Path, tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 from tests.recipes.tiny_backbone import striped
 
-from medlore.data.imageset import ImageSet
+from medlore.data.imageset import ImageSet, from_arrays
 from medlore.errors import DataError
-from medlore.recipes.image_splits import ImageSplits, SplitRules, read_splits, split_images
+from medlore.recipes.image_splits import ImageSplits, SplitRules, hold_out, read_splits, split_images
 
 
 def images_of(part: ImageSet | None) -> set[str]:
@@ -72,6 +72,45 @@ def test_the_test_set_alone_cannot_be_trained_on(folder: Path, how: str) -> None
         (folder.parent / "again").symlink_to(folder / "val")
     with pytest.raises(DataError, match="every training image is a test image too"):
         read_splits(folder, SplitRules(shots=3), **arguments)  # type: ignore[arg-type]
+
+
+def uneven(counts: list[int]) -> ImageSet:
+    """Blank images, `counts` of them a class."""
+    labels = np.repeat(np.arange(len(counts)), counts)
+    return from_arrays(np.zeros((len(labels), 4, 4), np.uint8), labels, classes=[f"c{i}" for i in range(len(counts))], name="uneven")
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("fraction", [0.2, 0.5, 0.9])
+def test_no_class_gives_its_last_image_away(fraction: float, seed: int) -> None:
+    pool = uneven([1, 2, 1, 30, 1])
+    rest, held = hold_out(pool, fraction, seed=seed)
+    assert len(rest) + len(held) == len(pool)
+    assert all(count >= 1 for count in rest.counts().values())
+    assert [held.counts()[c] for c in ("c0", "c2", "c4")] == [0, 0, 0]
+    assert held.counts()["c3"] >= 30 * fraction - 1
+
+
+def test_the_last_patient_and_the_last_positive_stay_too() -> None:
+    pixels = np.zeros((6, 4, 4), np.uint8)
+    patients = ["a", "a", "b", "b", "c", "c"]
+    pool = from_arrays(pixels, [0, 0, 1, 1, 1, 1], classes=("one patient", "two"), name="p", groups=patients)
+    rest, held = hold_out(pool, 0.9, seed=0)
+    assert set(rest.groups) >= {"a"}
+    assert rest.counts() == {"one patient": 2, "two": 2}
+    assert len(set(held.groups)) == 1
+    rare = from_arrays(pixels, [[1, 0], [1, 0], [1, 0], [1, 0], [1, 1], [1, 0]], classes=("x", "rare"), name="m")
+    for seed in range(5):
+        assert hold_out(rare, 0.8, seed=seed)[0].counts()["rare"] == 1
+
+
+def test_classes_without_a_held_out_image_are_named_and_none_at_all_is_an_error() -> None:
+    parts = split_images(uneven([1, 40, 20]), SplitRules())
+    assert "no test image of: c0 (too few images to hold one out)" in parts.notes
+    assert "no validation image of: c0 (too few images to hold one out)" in parts.notes
+    assert not any("c1" in note for note in parts.notes)
+    with pytest.raises(DataError, match="no image or group that its classes can spare"):
+        hold_out(uneven([1, 1, 1]), 0.5, seed=0)
 
 
 def test_shared_patients_of_given_parts_are_counted() -> None:

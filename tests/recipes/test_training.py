@@ -52,8 +52,11 @@ class Recorder:
 
     def __init__(self, stop_after: int | None = None) -> None:
         self.epochs: list[dict[str, Any]] = []
-        self.steps = 0
+        self.steps = self.skipped = 0
         self.stop_after = stop_after
+
+    def skip(self, steps: int) -> None:
+        self.skipped += steps
 
     def step(self, loss: float) -> None:
         self.steps += 1
@@ -159,8 +162,29 @@ def test_resuming_gives_the_bits_of_an_unbroken_run(tmp_path: Path, stop_after: 
     watcher, net = Recorder(), Net()
     history = trainer(net, watcher, checkpoint=checkpoint, fingerprint="a").fit(examples(), examples(), resume=True)
     assert len(watcher.epochs) == 6 - stop_after
+    assert (watcher.skipped, watcher.skipped + watcher.steps) == (3 * stop_after, 18)  # 10 images in batches of 4
     assert torch.equal(net.linear.weight, whole.linear.weight)
     assert history == expected
+
+
+def half_precision(net: Net, watcher: Recorder, **changes: Any) -> Trainer:
+    """A trainer with the scaler that float16 brings; its scale doubles every four steps."""
+    made = trainer(net, watcher, **changes)
+    made.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=4)
+    return made
+
+
+def test_resuming_takes_the_scale_of_half_precision_along(tmp_path: Path) -> None:
+    whole = half_precision(Net(), Recorder())
+    whole.fit(examples(), None)
+    assert whole.accelerator.scaler.get_scale() == 2.0 * 2**4  # 18 steps
+    checkpoint = tmp_path / "checkpoint.pt"
+    with pytest.raises(KeyboardInterrupt):
+        half_precision(Net(), Recorder(3), checkpoint=checkpoint).fit(examples(), None)
+    resumed = half_precision(Net(), Recorder(), checkpoint=checkpoint)
+    resumed.fit(examples(), None, resume=True)
+    assert resumed.accelerator.scaler.state_dict() == whole.accelerator.scaler.state_dict()
+    assert torch.equal(resumed.tuning.model.linear.weight, whole.tuning.model.linear.weight)  # type: ignore[union-attr]
 
 
 def test_patience_that_ran_out_before_the_kill_still_holds(tmp_path: Path) -> None:
@@ -178,7 +202,10 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="other settings, data or weights"):
         trainer(Net(), Recorder(), checkpoint=checkpoint, fingerprint="b").fit(examples(), None, resume=True)
     checkpoint.write_bytes(checkpoint.read_bytes()[:100])
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="not a whole torch file"):
+        read_checkpoint(checkpoint)
+    torch.save({"a": torch.ones(2)}, checkpoint)
+    with pytest.raises(CheckpointError, match="another kind of file"):
         read_checkpoint(checkpoint)
 
 

@@ -46,6 +46,10 @@ def finetune(
         None, help="medlore:vit-mini, a transformers folder, a weights file or a hub name.", rich_help_panel=_MODEL
     ),
     image_size: int | None = typer.Option(None, help="Side of the input in pixels.", rich_help_panel=_MODEL),
+    mean: str | None = typer.Option(
+        None, help="Mean of the images the backbone was trained on, three numbers from 0 to 1.", rich_help_panel=_MODEL
+    ),
+    std: str | None = typer.Option(None, help="Their standard deviation, three numbers.", rich_help_panel=_MODEL),
     heads: int | None = typer.Option(None, help="Attention heads of a ViT weights file; default width / 64.", rich_help_panel=_MODEL),
     method: str | None = typer.Option(
         None, help="sr-lora, lora, rslora, dora, adalora, eva, pissa, linear-probe, bitfit, partial, full.", rich_help_panel=_METHOD
@@ -96,7 +100,8 @@ def finetune(
     from medlore.recipes.run import read_settings
     from medlore.recipes.tuning_screen import print_facts, print_json, print_notes, print_report
 
-    values["classes"] = None if classes is None else tuple(name.strip() for name in classes.split(","))
+    for name, text in (("classes", classes), ("mean", mean), ("std", std)):
+        values[name] = None if text is None else tuple(part.strip() for part in text.split(","))
     values |= {"augment": False if no_augment else None, "checkpoints": False if no_checkpoints else None}
     chosen = read_settings(FinetuneSettings, settings, **values)
     if dry_run:

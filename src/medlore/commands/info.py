@@ -19,7 +19,7 @@ def info(
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
     from medlore.errors import InputError
-    from medlore.recipes.info import describe, describe_labels, print_facts
+    from medlore.recipes.info import count_faults, describe, describe_labels, print_facts
 
     if not labels and (modality or region):
         raise InputError("--modality, --region", "given without --labels", "both choose among labels", "add --labels")
@@ -28,3 +28,6 @@ def info(
     place = path or Path()
     facts = describe_labels(modality=modality, region=region, pack=path) if labels else describe(place, lora_alpha=lora_alpha)
     print_facts(facts, as_json=as_json)
+    if faults := count_faults(facts):
+        typer.echo(f"{faults} of the above cannot be used as they are", err=True)
+        raise typer.Exit(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -47,8 +48,10 @@ def read_images(
         InputError: there is no such path, or an argument is wrong.
         DataError: the content cannot be used; all faults of one file are reported at once.
     """
-    path = Path(path)
-    found = _read(path, format_of(path, format), split, None if images is None else Path(images), task, classes)
+    path, place = Path(path), None if images is None else Path(images)
+    if place is not None and not place.exists():
+        raise InputError(f"images {place}", "no such folder", "the folder or zip of the images", "check the spelling")
+    found = _read(path, format_of(path, format), split, place, task, classes)
     return found if group_pattern is None else _grouped(found, group_pattern)
 
 
@@ -76,6 +79,9 @@ def format_of(path: Path, format: Format = "auto") -> Format:  # noqa: A002
         return kind
     if path.is_file() and suffix != ".zip" and is_image_name(path.name):
         raise InputError(str(path), "one image", "a folder, list, table, npz or zip", "name its folder, or use `medlore predict`")
+    if path.is_file() and not zipfile.is_zipfile(path):
+        what = "not a whole zip archive" if suffix == ".zip" else f"a file of type {suffix!r}" if suffix else "a file without suffix"
+        raise DataError(str(path), what, "a folder of images, a .zip of one, a .csv, .tsv or .txt list, or a .npz", "name one of these")
     tree = tree_of(path)
     return kind_of(tree) or ("csv" if table_of(tree) else "folder")
 

@@ -52,6 +52,8 @@ def read_npz(path: str | Path, *, split: str | None = None, task: Task | None = 
 
 
 def _load(path: Path) -> dict[str, NDArray[Any]]:
+    if not zipfile.is_zipfile(path):  # NumPy would take it for a pickle
+        raise DataError(str(path), "not an npz file of plain arrays (no archive of arrays)", "a file of numpy.savez", "copy it again, or name its format")
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:  # np.load leaks a broken file's handle
             return {name: archive[name] for name in archive.files}
@@ -86,6 +88,7 @@ def _read_part(
     arrays: Mapping[str, NDArray[Any]], part: str, path: Path, classes: tuple[str, ...], task: Task | None, *, prefix: bool
 ) -> ImageSet:
     images, labels = arrays[f"{part}images"], arrays.get(f"{part}labels")
+    _check_finite(images, f"{path}:{part}images")
     ids = arrays.get(f"{part}ids")
     keys = [str(key) for key in (range(len(images)) if ids is None else ids)]
     groups = next((arrays[f"{part}{n}"] for n in ("groups", "patients") if f"{part}{n}" in arrays), None)
@@ -95,6 +98,20 @@ def _read_part(
     if prefix:
         keys = [f"{part[:-1]}/{key}" for key in keys]
     return from_arrays(images, labels, classes=classes, name=path.stem, groups=known, keys=keys, source=f"{path}:{part}images")
+
+
+def _check_finite(images: NDArray[Any], where: str) -> None:
+    if images.dtype.kind != "f":
+        return
+    wrong = [i for i, image in enumerate(images) if not np.isfinite(image).all()]
+    if wrong:
+        raise DataError(
+            where,
+            f"{len(wrong)} of {len(images)} images hold NaN or infinity",
+            "finite numbers",
+            "mend these images or leave them out",
+            faults=[f"image {i}: {int((~np.isfinite(images[i])).sum())} values" for i in wrong],
+        )
 
 
 def _from_one_hot(labels: NDArray[Any], path: Path, part: str) -> NDArray[Any]:

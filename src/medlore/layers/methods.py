@@ -7,6 +7,7 @@ step, and how to write what was learnt. The training loop knows nothing else abo
 from __future__ import annotations
 
 import contextlib
+import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 PartialUpdate = Literal["off", "nested", "single"]
 Form = Literal["adapter", "weights", "model"]  # a PEFT folder; the trained tensors alone; the whole network
 WEIGHTS_FILE = "trained.safetensors"
+TRAINED_NAMES = "trained"  # in that file's header: a JSON list of all its tensors
 
 
 @dataclass(frozen=True)
@@ -354,7 +356,7 @@ def _weights_tuning(model: nn.Module, notes: tuple[str, ...] = ()) -> Tuning:
 
         state = {name: tensor.contiguous().cpu() for name, tensor in surgery.trainable_state(model).items()}
         with atomic_folder(folder) as temporary:
-            save_file(state, temporary / WEIGHTS_FILE)
+            save_file(state, temporary / WEIGHTS_FILE, metadata={TRAINED_NAMES: json.dumps(list(state))})
 
     return Tuning(model=model, form="weights", save=save, merged=lambda: model, notes=notes)
 

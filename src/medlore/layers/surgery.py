@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -120,14 +120,21 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def load_trainable_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+def load_trainable_state(model: nn.Module, state: dict[str, Tensor], *, expected: Iterable[str] | None = None) -> None:
     """Put tensors of `trainable_state` back, in place.
 
+    Args:
+        model: the model they were trained in.
+        state: names -> tensors.
+        expected: names that must be there; None for all that train in `model` now.
+
     Raises:
-        TargetError: names or shapes that the model does not have.
+        TargetError: names or shapes that the model does not have, or expected tensors that `state` lacks; all are listed.
     """
     own = dict(model.named_parameters()) | dict(model.named_buffers())
-    faults = [f"{name}: not in the model" for name in state if name not in own]
+    wanted = trainable_state(model) if expected is None else expected
+    faults = [f"{name}: missing" for name in wanted if name not in state]
+    faults += [f"{name}: not in the model" for name in state if name not in own]
     faults += [
         f"{name}: {tuple(t.shape)} stored, {tuple(own[name].shape)} in the model"
         for name, t in state.items()

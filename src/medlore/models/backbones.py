@@ -12,7 +12,7 @@ from medlore.assets import PREFIX, asset_path
 from medlore.errors import CheckpointError, InputError, UnknownNameError
 from medlore.files import sha256_of
 from medlore.models.keymaps import convert_state_dict, read_weights
-from medlore.models.statistics import Family, Interpolation, read_statistics
+from medlore.models.statistics import Family, Interpolation, Statistics, Triple, read_statistics
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +23,10 @@ _FAMILIES: dict[str, Family] = {
     "vit": "vit", "swin": "swin", "dinov2": "dinov2", "clip": "clip", "clip_vision_model": "clip", "resnet": "resnet",
     "medlore-shufflenet": "shufflenet", "medlore-resnet": "resnet",
 }  # fmt: skip
+
+
+_NETWORK_FILES = "a .safetensors, .bin, .pth, .pt, .th or .ckpt file of timm, DINOv2 or mmpretrain, or a transformers folder"
+_OTHER_FORM = "give the transformers folder of this model (`medlore ranks` reads more forms, but a network is built from these alone)"
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Backbone:
         source: where the weights came from, as it was asked for.
         sha256: hash of the weights file or folder; None for a name that was resolved on the hub.
         head_name: module name of the classification head.
-        statistics_from: `checkpoint`, or the family whose published statistics were taken in its place.
+        statistics_from: `checkpoint`, `settings`, or the family whose published statistics were taken in its place.
         notes: what was changed on the way in, e.g. resized position embeddings.
     """
 
@@ -74,6 +78,8 @@ def load_backbone(
     heads: int | None = None,
     seed: int = 0,
     keep_head: bool = False,
+    mean: Triple | None = None,
+    std: Triple | None = None,
 ) -> Backbone:
     """Load a pre-trained image network and put a fresh head of `classes` outputs on it.
 
@@ -85,6 +91,9 @@ def load_backbone(
         heads: attention heads of a ViT weights file without a configuration; by default width / 64.
         seed: seed of the new head (normal, 0.01; bias 0).
         keep_head: keep the stored head; it must have `classes` outputs.
+        mean: per channel, of images in [0, 1]; None takes what is stored with the weights, else the family's published values (a note
+            says so).
+        std: likewise; both or none.
 
     Raises:
         InputError: no such source, or an image size that the network cannot take.
@@ -97,6 +106,8 @@ def load_backbone(
     """
     if classes < 1:
         raise InputError("classes", f"got {classes}", "a whole number from 1", "give the number of classes")
+    if (mean is None) != (std is None):
+        raise InputError("mean and std", "one without the other", "both or none", "give both")
     from medlore.models.image_size import check_image_size, image_size_of, with_image_size
 
     path = asset_path(str(source)) if str(source).startswith(PREFIX) else Path(source)
@@ -115,7 +126,10 @@ def load_backbone(
     check_image_size(model)
     head_name = _place_head(model, classes, seed, keep=keep_head, where=str(source))
     model.config.name_or_path = str(source)
-    statistics = read_statistics(beside if beside.is_dir() else None, str(source), family)
+    if mean is None or std is None:
+        statistics = read_statistics(beside if beside.is_dir() else None, str(source), family)
+    else:
+        statistics = Statistics(mean, std, "bicubic", "settings")
     return Backbone(
         model=model.eval(),
         family=family,
@@ -127,7 +141,7 @@ def load_backbone(
         sha256=sha256_of(path) if path.exists() else None,
         head_name=head_name,
         statistics_from=statistics.origin,
-        notes=notes,
+        notes=(*notes, *statistics.notes()),
     )
 
 
@@ -150,6 +164,11 @@ def _quiet_transformers() -> Iterator[None]:
 def _from_file(path: Path, heads: int | None) -> tuple[Any, tuple[str, ...]]:
     import transformers
 
+    from medlore.weightfiles import TORCH_SUFFIXES
+
+    if path.suffix.lower() not in (".safetensors", *TORCH_SUFFIXES):
+        what = "a JAX .npz file" if path.suffix.lower() == ".npz" else f"a file of type {path.suffix or 'without suffix'!r}"
+        raise CheckpointError(str(path), what, _NETWORK_FILES, _OTHER_FORM)
     converted = convert_state_dict(read_weights(path), where=str(path), heads=heads)
     kinds: dict[str, tuple[Any, Any]] = {
         "vit": (transformers.ViTConfig, transformers.ViTForImageClassification),

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from medlore.errors import CheckpointError
-from medlore.files import existing_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 Naming = Literal["timm-vit", "mmpretrain-vit", "timm-dinov2", "timm-swin", "mmpretrain-swin"]
 Weights = dict[str, "Tensor"]
 
-_WRAPPERS = ("state_dict", "model", "model_state_dict", "teacher")
 _PREFIXES = ("module.", "backbone.", "encoder.", "model.")
 _LEAF = r"\.(weight|bias)"
 
@@ -131,36 +129,9 @@ def read_weights(path: str | Path) -> Weights:
         InputError: no such file.
         CheckpointError: the file is truncated, holds anything but tensors, or needs unsafe loading.
     """
-    path = existing_file(path)
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+    from medlore.weightfiles import read_tensors
 
-        try:
-            return _strip_prefixes(load_file(path))
-        except (SafetensorError, OSError) as error:
-            raise _unreadable(path, error) from error
-    return _strip_prefixes(_read_torch(path))
-
-
-def _read_torch(path: Path) -> Weights:
-    import pickle
-
-    import torch
-
-    try:
-        loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise _unreadable(path, error) from error
-    for word in _WRAPPERS:
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(word), Mapping):
-            loaded = loaded[word]
-    tensors = {str(k): v for k, v in loaded.items() if isinstance(v, torch.Tensor)} if isinstance(loaded, Mapping) else {}
-    if not tensors:
-        raise CheckpointError(
-            str(path), "no tensors inside", "a state dict, bare or under `state_dict` or `model`", "name the weights file"
-        )
-    return tensors
+    return _strip_prefixes(read_tensors(path))
 
 
 def convert_state_dict(weights: Weights, *, where: str, heads: int | None = None) -> Converted:
@@ -190,6 +161,13 @@ def _recognise(weights: Weights, where: str) -> Naming:
     for sign, naming in signs:
         if sign in weights:
             return naming
+    if any(".resblocks." in key for key in weights):
+        raise CheckpointError(
+            where,
+            "the naming of open_clip",
+            "a ViT or Swin state dict of timm, DINOv2 or mmpretrain, or a transformers folder",
+            "give the transformers folder of this CLIP (`medlore ranks` reads this file as it is)",
+        )
     some = ", ".join(list(weights)[:3])
     raise CheckpointError(
         where,
@@ -378,13 +356,3 @@ def _strip_prefixes(weights: Weights) -> Weights:
             if share and share >= len(weights) / 2:
                 weights = {k.removeprefix(prefix): v for k, v in weights.items()}
     return weights
-
-
-def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-    return CheckpointError(
-        str(path),
-        f"cannot be read as weights ({reason})",
-        "a whole .safetensors file, or a .pth that holds tensors only (read with weights_only=True)",
-        "fetch the file again, or convert it to safetensors where it was made",
-    )

@@ -22,6 +22,7 @@ FAMILY_STATISTICS: dict[Family, tuple[Triple, Triple]] = {
     "vit": (_HALF, _HALF), "swin": _IMAGENET, "dinov2": _IMAGENET, "clip": _CLIP, "resnet": _IMAGENET,
     "shufflenet": (_HALF, _HALF),
 }  # fmt: skip
+_PUBLISHED = "published statistics of"
 _PILLOW_MODES: dict[int, Interpolation] = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 
 
@@ -34,6 +35,13 @@ class Statistics:
     interpolation: Interpolation
     origin: str
 
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the results should know: nothing, unless the statistics are an assumption."""
+        if not self.origin.startswith(_PUBLISHED):
+            return ()
+        values = "; ".join(f"{word} {' '.join(f'{v:g}' for v in triple)}" for word, triple in (("mean", self.mean), ("std", self.std)))
+        return (f"nothing is stored about how images were normalised: {self.origin} assumed ({values}); --mean and --std say otherwise",)
+
 
 def read_statistics(folder: Path | None, name: str, family: Family) -> Statistics:
     """The statistics in `preprocessor_config.json` of a folder (or, without one, of a hub name); else the family's.
@@ -44,7 +52,7 @@ def read_statistics(folder: Path | None, name: str, family: Family) -> Statistic
     stated = _preprocessor(folder, name)
     if "image_mean" not in stated or "image_std" not in stated:
         mean, std = FAMILY_STATISTICS[family]
-        return Statistics(mean, std, "bicubic", f"published statistics of {family}")
+        return Statistics(mean, std, "bicubic", f"{_PUBLISHED} {family}")
     where = f"{name}, preprocessor_config.json"
     interpolation = _PILLOW_MODES.get(int(stated.get("resample", 3)), "bicubic")
     return Statistics(_triple(stated["image_mean"], where), _triple(stated["image_std"], where), interpolation, "checkpoint")

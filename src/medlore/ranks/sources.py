@@ -6,10 +6,8 @@ format allows it; `.npz` files through `numpy.load(allow_pickle=False)`; `.safet
 
 from __future__ import annotations
 
-import argparse
 import re
 import struct
-import warnings
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -23,21 +21,12 @@ from torch import Tensor, nn
 from medlore.assets import PREFIX, asset_path
 from medlore.errors import CheckpointError, InputError
 from medlore.files import existing_file, read_json
+from medlore.weightfiles import TORCH_SUFFIXES, broken_file, load_torch_file, unwrapped
 
 if TYPE_CHECKING:
     from medlore.ranks.targets import Kind
 
-WRAPPERS = ("state_dict", "model", "model_state_dict", "teacher", "student")
 _PREFIXES = ("module.", "backbone.", "encoder.", "model.", "base_encoder.", "_orig_mod.")
-_PICKLE_START = b"\x80"
-_HARMLESS: list[Any] = [  # plain data that training scripts put beside the weights
-    argparse.Namespace,
-    np.dtype,
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),  # type: ignore[attr-defined]
-    np._core.multiarray.scalar,  # type: ignore[attr-defined]
-    *(type(np.dtype(code)) for code in ("f2", "f4", "f8", "i4", "i8", "bool")),
-]
-_TORCH_SUFFIXES = (".bin", ".pth", ".pt", ".th", ".ckpt")
 _FOLDER_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _ACCEPTED = "a .safetensors, .bin, .pth, .pt or JAX .npz file, a transformers folder or hub name, or medlore:vit-mini"
 
@@ -109,7 +98,7 @@ class SafetensorsSource(WeightSource):
                         self._files[name] = path
                         shapes[name] = tuple(opened.get_slice(name).get_shape())
             except SafetensorError as error:
-                raise _broken(path, f"not a whole safetensors file ({error})") from error
+                raise broken_file(path, f"not a whole safetensors file ({error})") from error
         super().__init__(label, shapes)
 
     def _read(self, raw_name: str) -> Tensor:
@@ -125,7 +114,7 @@ class TorchFileSource(WeightSource):
     def __init__(self, label: str, files: Iterable[Path]) -> None:
         self._tensors: dict[str, Tensor] = {}
         for path in files:
-            self._tensors |= _unwrapped(_torch_load(path), path)
+            self._tensors |= unwrapped(load_torch_file(path), path)
         super().__init__(label, {k: tuple(t.shape) for k, t in self._tensors.items()})
 
     def _read(self, raw_name: str) -> Tensor:
@@ -158,7 +147,7 @@ class JaxSource(WeightSource):
             with _open_npz(self._path) as archive:
                 kernel = archive[self._members[raw_name]]
         except (ValueError, OSError, zipfile.BadZipFile) as error:
-            raise _broken(self.label, f"{self._members[raw_name]} cannot be read ({error})") from error
+            raise broken_file(self.label, f"{self._members[raw_name]} cannot be read ({error})", _ACCEPTED) from error
         kernel = kernel.view(np.float16) if kernel.dtype.kind == "V" and kernel.dtype.itemsize == 2 else kernel
         shape = self.shapes[raw_name]
         if not raw_name.endswith(".weight"):
@@ -193,7 +182,7 @@ def _open_file(label: str, path: Path) -> WeightSource:
         return SafetensorsSource(label, [path])
     if suffix == ".npz":
         return JaxSource(label, path)
-    if suffix in _TORCH_SUFFIXES:
+    if suffix in TORCH_SUFFIXES:
         return TorchFileSource(label, [path])
     if path.name.endswith(".index.json"):
         return _open_shards(label, path)
@@ -238,46 +227,13 @@ def _from_hub(name: str) -> Path:
         ) from error
 
 
-def _torch_load(path: Path) -> Any:
-    """The content of a `torch.save` file: tensors, numbers, containers; nothing that runs code."""
-    try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_HARMLESS):
-            warnings.simplefilter("ignore")  # about pickle protocols: what does not fit raises
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # unpicklers raise whatever the bytes make them raise
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if named or path.read_bytes()[:1] == _PICKLE_START:
-            what = f"a pickle that would run code ({named.group(1)})" if named else "a pickle that would run code or is broken"
-            fix = "ask for a file with tensors only, or convert it to safetensors where you trust it"
-            raise CheckpointError(str(path), what, "tensors, numbers and containers only", fix) from error
-        raise _broken(path, f"not a whole torch file ({type(error).__name__})") from error
-
-
-def _unwrapped(content: Any, path: Path) -> dict[str, Tensor]:
-    """The state dict inside what a training script saved."""
-    for _ in range(3):
-        if not isinstance(content, Mapping):
-            break
-        tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
-        inner = next((content[w] for w in WRAPPERS if isinstance(content.get(w), Mapping)), None)
-        if inner is None:
-            if tensors:
-                return tensors
-            break
-        content = inner
-    held = f"keys {', '.join(map(repr, list(content)[:5]))}" if isinstance(content, Mapping) else f"a {type(content).__name__}"
-    raise CheckpointError(
-        str(path), f"no state dict: {held}", f"a state dict, plain or under {', '.join(WRAPPERS[:3])}", "save model.state_dict()"
-    )
-
-
 def _open_npz(path: Path) -> Any:
     if not zipfile.is_zipfile(path):
-        raise _broken(path, "not a whole .npz archive")
+        raise broken_file(path, "not a whole .npz archive", _ACCEPTED)
     try:
         return np.load(path, allow_pickle=False)
     except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
-        raise _broken(path, f"not a whole .npz archive ({type(error).__name__})") from error
+        raise broken_file(path, f"not a whole .npz archive ({type(error).__name__})", _ACCEPTED) from error
 
 
 def _npz_shape(archive: Any, member: str, path: Path) -> tuple[int, ...]:
@@ -288,7 +244,7 @@ def _npz_shape(archive: Any, member: str, path: Path) -> tuple[int, ...]:
             reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             return reader(stream)[0]
     except (ValueError, KeyError, OSError, zipfile.BadZipFile, struct.error) as error:
-        raise _broken(path, f"{member} cannot be read ({error})") from error
+        raise broken_file(path, f"{member} cannot be read ({error})", _ACCEPTED) from error
 
 
 def _jax_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -336,7 +292,3 @@ def _module_kinds(model: nn.Module) -> dict[str, Kind]:
         elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1:
             kinds[f"{stem}weight"] = "conv"
     return kinds
-
-
-def _broken(path: Path | str, came: str) -> CheckpointError:
-    return CheckpointError(str(path), came, _ACCEPTED, "download or write the file anew")

@@ -110,11 +110,11 @@ def find_targets(
     model (name it with a regular expression); classification heads and embeddings never do.
 
     Raises:
-        TargetError: nothing answers.
+        TargetError: nothing answers, or a matrix that does has no values.
         UnknownNameError: `wanted` is a plain word that is neither a set nor a match.
         InputError: the regular expression is broken.
     """
-    matrices = {k: s for k, s in shapes.items() if len(s) == 2 and min(s) > 0 and (kinds is None or kinds.get(k) == "linear")}
+    matrices = {k: s for k, s in shapes.items() if len(s) == 2 and (kinds is None or kinds.get(k) == "linear")}
     attentions = _attentions(matrices)
     known = _known_parts(attentions, matrices)
     layout = _layout_of(attentions)
@@ -132,6 +132,15 @@ def find_targets(
         found = [t for t in found if t.part != "k" or (wanted not in TARGET_SETS and t.rows is None)]
     if not found:
         raise _nothing_found(wanted, shapes)
+    empty = [f"{t.key} ({t.part}): {t.shape[0]} x {t.shape[1]}" for t in found if min(t.shape) == 0]
+    if empty:
+        raise TargetError(
+            f"--targets {wanted}",
+            f"{len(empty)} matrices without values",
+            "matrices with at least one row and column",
+            "choose other targets, or take a whole checkpoint",
+            faults=empty,
+        )
     number = {a.path: i for i, a in enumerate(attentions)}
     placed = (replace(t, block=number.get(t.group, -1)) for t in sorted(found, key=_depth_order))
     return Found(tuple(placed), tuple(attentions), layout)

@@ -13,6 +13,7 @@ from medlore.errors import InputError, UnknownNameError
 from medlore.metrics.draws import DrawMean, mean_difference, mean_of_draws
 from medlore.recipes.finetune import finetune
 from medlore.recipes.finetune_settings import FinetuneSettings
+from medlore.recipes.idle_settings import without_idle
 
 # name in tables -> what it changes in the settings; `equal` is the one rank with about the parameters of the stable ranks
 CONTENDERS: dict[str, Mapping[str, Any]] = {
@@ -81,7 +82,7 @@ def run_cell(contender: str, settings: FinetuneSettings, *, pool: ImageSet, test
     begun = time.perf_counter()
     drawn = draw_shots(pool, shots=shots, draw=draw, seed=settings.data_seed).train
     changes = {**CONTENDERS[contender], "shots": None, "seed": draw, "bootstrap": 0, "checkpoints": False}
-    result = finetune(settings.model_copy(update=changes), train=drawn, test=test)
+    result = finetune(without_idle(settings.model_copy(update=changes)), train=drawn, test=test)
     report, measure = result.report, measure_of(test)
     return Cell(
         contender=contender,

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from medlore.data.imageset import ImageSet, from_arrays
 from medlore.errors import DataError
-from medlore.files import atomic_path, json_text
+from medlore.files import atomic_path, json_text, made_folder
 from medlore.ranks.allocate import plan_ranks
 from medlore.ranks.plan import RankPlan
 from medlore.recipes.comparison import Cell, Standing, compare, measure_of, standings
@@ -77,6 +77,7 @@ def run_demo(settings: DemoSettings, out: str | Path, *, quiet: bool = False) ->
     """
     out = Path(out)
     pool, test = digits(settings.test_images, seed=settings.seed)
+    made_folder(out)
     with Run("demo", out, settings=settings, seed=settings.seed, device="cpu") as run:
         plan = plan_ranks(settings.model)
         files = {"plan": plan.save(out / "plan.json"), "ranks": draw_profile(plan, out / "ranks.png")}

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pydantic
 from numpy.typing import NDArray
 
 from medlore.data.images import Format, read_images
 from medlore.data.imageset import ImageSet
 from medlore.errors import DataError
+from medlore.files import made_folder
 from medlore.metrics.classification import classification_report
 from medlore.recipes.accelerators import Precision, make_accelerator
 from medlore.recipes.examples import image_examples
@@ -35,8 +37,8 @@ class EvaluateSettings(Settings):
     model: str | None = None
     device: DeviceChoice = "auto"
     precision: Precision = "auto"
-    bootstrap: int = 1000
-    seed: int = 0
+    bootstrap: int = pydantic.Field(default=1000, ge=0)
+    seed: int = pydantic.Field(default=0, ge=0)
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ def evaluate(settings: EvaluateSettings, out: str | Path | None = None) -> Evalu
     accelerator = make_accelerator(settings.device, settings.precision, None)
     if out is None:
         return _measure(tuned, images, settings, accelerator)
+    made_folder(out)
     with Run("evaluate", out, settings=settings, seed=settings.seed, device=str(accelerator.device)) as run:
         run.add_input(tuned.folder)
         result = _measure(tuned, images, settings, accelerator)

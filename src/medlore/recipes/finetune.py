@@ -18,6 +18,7 @@ from torch import nn
 from medlore.data.imageset import ImageSet
 from medlore.data.transforms import TrainAugmentation
 from medlore.errors import InputError
+from medlore.files import made_folder
 from medlore.layers.methods import METHODS, Method, Request, Tuning, install_method
 from medlore.metrics.classification import classification_report
 from medlore.models.backbones import Backbone, load_backbone
@@ -26,12 +27,14 @@ from medlore.ranks.plan import RankPlan
 from medlore.recipes.accelerators import make_accelerator
 from medlore.recipes.examples import feature_examples, image_examples, preprocessing_of, steps_of
 from medlore.recipes.finetune_settings import FinetuneSettings
+from medlore.recipes.idle_settings import refuse_idle
 from medlore.recipes.image_splits import ImageSplits, read_splits, split_images
 from medlore.recipes.predictions import write_predictions
 from medlore.recipes.rank_tracking import RankTracking, plot_tracked
 from medlore.recipes.run import Run
 from medlore.recipes.training import Examples, History, Trainer, predict_logits, probabilities
 from medlore.recipes.tuned import save_tuned
+from medlore.recipes.tuning_screen import print_notes
 from medlore.recipes.watching import ProgressBar, Tracking, Watchers
 
 
@@ -109,9 +112,13 @@ def finetune(
     Source: recipe of Zhang, Wang and Gu, ICCV 2025, section 4.1 (AdamW, cosine, batch 4, 20 epochs), with selection on
     validation images alone.
     """
+    refuse_idle(settings)
     folder = None if out is None else Path(out)
+    _check_resume(settings, folder, resume=resume)
     accelerator = make_accelerator(settings.device, settings.precision, folder if settings.track != "none" else None, track=settings.track)
     splits = _splits(settings, train, validation, test)
+    if folder is not None:
+        made_folder(folder)
     with _run(settings, folder, accelerator) as run:
         prepared = _prepare(settings, splits, accelerator)
         history = _train(settings, prepared, folder, accelerator, resume=resume, quiet=quiet)
@@ -123,6 +130,7 @@ def finetune(
 
 def dry_run(settings: FinetuneSettings) -> dict[str, Any]:
     """What a run would do: settings, sizes of the parts, parameters, steps; nothing is trained or written."""
+    refuse_idle(settings)
     accelerator = make_accelerator(settings.device, settings.precision, None)
     prepared = _prepare(settings, _splits(settings, None, None, None), accelerator)
     schedule = settings.schedule()
@@ -131,6 +139,12 @@ def dry_run(settings: FinetuneSettings) -> dict[str, Any]:
         "learning_rate": schedule.learning_rate,
         **_facts(settings, prepared),
     }
+
+
+def _check_resume(settings: FinetuneSettings, folder: Path | None, *, resume: bool) -> None:
+    if resume and (folder is None or not settings.checkpoints):
+        came = "no output folder" if folder is None else "given with --no-checkpoints"
+        raise InputError("--resume", came, "a run that writes checkpoints into its folder", "give --out, and no --no-checkpoints")
 
 
 def _splits(settings: FinetuneSettings, train: ImageSet | None, validation: ImageSet | None, test: ImageSet | None) -> ImageSplits:
@@ -147,8 +161,10 @@ def _splits(settings: FinetuneSettings, train: ImageSet | None, validation: Imag
 
 def _prepare(settings: FinetuneSettings, splits: ImageSplits, accelerator: Any) -> _Prepared:
     _check_labels(splits)
+    _check_groups(settings, splits)
     classes = len(splits.train.classes)
-    backbone = load_backbone(settings.model, classes=classes, image_size=settings.image_size, heads=settings.heads, seed=settings.seed)
+    chosen = {name: getattr(settings, name) for name in ("image_size", "heads", "seed", "mean", "std")}
+    backbone = load_backbone(settings.model, classes=classes, **chosen)
     method = METHODS[settings.method]
     plan = choose_plan(settings, backbone, method)
     preprocessing = preprocessing_of(backbone)
@@ -193,8 +209,12 @@ def _prepare(settings: FinetuneSettings, splits: ImageSplits, accelerator: Any) 
         tracking,
         description,
         head_parameters,
-        [*splits.notes, *backbone.notes, *tuning.notes],
+        [*splits.notes, *backbone.notes, *tuning.notes, *_about_patience(settings, splits)],
     )
+
+
+def _about_patience(settings: FinetuneSettings, splits: ImageSplits) -> list[str]:
+    return ["no validation images: --patience cannot stop the run"] if settings.patience and splits.validation is None else []
 
 
 def _tracking(settings: FinetuneSettings, backbone: Backbone, plan: RankPlan | None) -> RankTracking | None:
@@ -253,6 +273,9 @@ def _train(settings: FinetuneSettings, prepared: _Prepared, folder: Path | None,
     if settings.track != "none":
         accelerator.init_trackers("finetune")
         watchers.append(Tracking(accelerator))
+    checkpoint = folder / "checkpoint.pt" if folder is not None and settings.checkpoints else None
+    if resume and checkpoint is not None and not checkpoint.is_file() and accelerator.is_main_process:
+        print_notes([f"no checkpoint in {folder}: starting anew"])
     trainer = Trainer(
         tuning=tuning,
         task=prepared.splits.train.task,
@@ -260,8 +283,8 @@ def _train(settings: FinetuneSettings, prepared: _Prepared, folder: Path | None,
         accelerator=accelerator,
         judge=_judge(prepared.splits.train),
         watcher=Watchers(watchers),
-        checkpoint=folder / "checkpoint.pt" if folder is not None and settings.checkpoints else None,
-        fingerprint=_fingerprint(settings, prepared),
+        checkpoint=checkpoint,
+        fingerprint=_fingerprint(settings, prepared, accelerator.num_processes),
     )
     with bar:
         history = trainer.fit(train, validation, resume=resume)
@@ -365,12 +388,14 @@ def _content_hash(part: ImageSet) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _fingerprint(settings: FinetuneSettings, prepared: _Prepared) -> str:
+def _fingerprint(settings: FinetuneSettings, prepared: _Prepared, processes: int) -> str:
     """What must be the same for a checkpoint to be continued."""
     free = {"bootstrap", "track", "checkpoints", "device"}
     facts = settings.model_dump(mode="json", exclude=free)
     facts["weights"] = prepared.backbone.sha256
     facts["train"] = _content_hash(prepared.splits.train)
+    facts["validation"] = None if prepared.splits.validation is None else _content_hash(prepared.splits.validation)
+    facts["processes"] = processes  # each takes its own draws
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -380,6 +405,14 @@ def _check_labels(splits: ImageSplits) -> None:
             part.targets()  # names every image without a label
     if len(splits.train.classes) < 2 and splits.train.task == "single":
         raise InputError("--data", f"{len(splits.train.classes)} class", "at least two classes", "add a class folder or a label column")
+
+
+def _check_groups(settings: FinetuneSettings, splits: ImageSplits) -> None:
+    parts = [part for part in (splits.train, splits.validation) if part is not None]
+    if settings.per == "group" and not any(group is not None for part in parts for group in part.groups):
+        raise InputError(
+            "--per", "'group', but no image has a patient or study", "data that names them", "give --group-pattern, or take --per image"
+        )
 
 
 def score_name(images: ImageSet) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import pydantic
 
 from medlore.data.images import Format
 from medlore.data.transforms import Flip
 from medlore.layers.methods import METHODS
+from medlore.models.statistics import Triple
 from medlore.recipes.accelerators import Precision
 from medlore.recipes.image_splits import SplitRules
 from medlore.recipes.run import DeviceChoice, Settings
@@ -35,7 +36,7 @@ class FinetuneSettings(Settings):
     group_pattern: str | None = None
     shots: int | None = pydantic.Field(default=None, ge=1)
     draw: int = pydantic.Field(default=1, ge=1)
-    data_seed: int = 0
+    data_seed: int = pydantic.Field(default=0, ge=0)
     per: Literal["image", "group"] = "image"
     official_draw: bool = False
     validation_shots: int | Literal["all"] | None = None
@@ -44,6 +45,8 @@ class FinetuneSettings(Settings):
 
     model: str = "medlore:vit-mini"
     image_size: int | None = pydantic.Field(default=None, ge=1)
+    mean: Triple | None = None
+    std: Triple | None = None
     heads: int | None = pydantic.Field(default=None, ge=1)
 
     method: MethodName = "sr-lora"
@@ -87,6 +90,26 @@ class FinetuneSettings(Settings):
         if isinstance(value, int) and value < 1:
             raise ValueError("a number from 1, or the word")
         return value
+
+    @pydantic.field_validator("data", "images", "test_data", "plan", "model", "ranks", mode="before")
+    @classmethod
+    def _named(cls, value: object) -> object:
+        if isinstance(value, str) and not value.strip():  # it would become the current folder
+            raise ValueError("an empty text names nothing")
+        return value
+
+    @pydantic.field_validator("std")
+    @classmethod
+    def _above_zero(cls, value: Triple | None) -> Triple | None:
+        if value is not None and min(value) <= 0:
+            raise ValueError("three numbers above 0")
+        return value
+
+    @pydantic.model_validator(mode="after")
+    def _both(self) -> Self:
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("mean and std: one without the other")
+        return self
 
     def split_rules(self) -> SplitRules:
         """How parts are made where the data set has none."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -121,6 +122,7 @@ def split_images(pool: ImageSet, rules: SplitRules, *, validation: ImageSet | No
     if test is None and rules.test_fraction > 0:
         pool, test = hold_out(pool, rules.test_fraction, seed=rules.seed)
         notes.append(f"no test part: {len(test)} images held out by seed {rules.seed}, before any shot was drawn")
+        notes += _absent("test", test, pool)
     if rules.shots is not None:
         wanted = None if rules.validation_shots == "all" else rules.validation_shots or rules.shots
         drawn = draw_shots(pool, shots=rules.shots, draw=rules.draw, seed=rules.seed, per=rules.per, validation_shots=wanted)
@@ -128,6 +130,7 @@ def split_images(pool: ImageSet, rules: SplitRules, *, validation: ImageSet | No
         train, validation = drawn.train, drawn.validation if validation is None else validation
     elif validation is None and rules.validation_fraction > 0:
         train, validation = hold_out(pool, rules.validation_fraction, seed=rules.seed + 1)
+        notes += _absent("validation", validation, train)
     else:
         train = pool
     if validation is not None and not len(validation):
@@ -139,9 +142,11 @@ def split_images(pool: ImageSet, rules: SplitRules, *, validation: ImageSet | No
 def hold_out(pool: ImageSet, fraction: float, *, seed: int) -> tuple[ImageSet, ImageSet]:
     """Split off a seeded share, whole groups at a time, class by class so that every class has its share.
 
+    The last image or group of a class is never split off: a class that has only one is in the first part alone.
+
     Raises:
         InputError: a fraction outside 0 to 1.
-        DataError: fewer than two images or groups.
+        DataError: fewer than two images or groups, or none that a class can spare.
     """
     if not 0 < fraction < 1:
         raise InputError("fraction", f"got {fraction}", "more than 0 and less than 1", "take 0.2")
@@ -154,6 +159,7 @@ def hold_out(pool: ImageSet, fraction: float, *, seed: int) -> tuple[ImageSet, I
     for name in sorted(units):
         by_label.setdefault(pool.items[units[name][0]].labels, []).append(name)
     draw = np.random.default_rng([seed, len(pool)])
+    spare = _Spare(pool)
     held: list[int] = []
     owed = 0.0  # shares of small classes add up until they are worth a whole unit
     for label in sorted(by_label):
@@ -161,10 +167,46 @@ def hold_out(pool: ImageSet, fraction: float, *, seed: int) -> tuple[ImageSet, I
         owed += fraction * len(names)
         count = min(int(owed + 0.5), len(names))
         owed -= count
-        held += [i for k in draw.permutation(len(names))[:count] for i in units[names[k]]]
+        for k in draw.permutation(len(names)):
+            if count and spare.take(units[names[k]]):
+                count -= 1
+                held += units[names[k]]
+    if not held:
+        raise DataError(
+            pool.source,
+            "no image or group that its classes can spare",
+            "classes with at least two images or groups",
+            "give more images, or a test and a validation part of their own",
+        )
     chosen = set(held)
     rest = [i for i in range(len(pool)) if i not in chosen]
     return pool.subset(rest), pool.subset(sorted(held), name=f"{pool.name} held out")
+
+
+class _Spare:
+    """How many images of each class are left; none gives its last ones away."""
+
+    def __init__(self, pool: ImageSet) -> None:
+        self._pool = pool
+        self._left: Counter[int] = Counter(c for item in pool.items for c in self._classes(item))
+
+    def take(self, unit: Sequence[int]) -> bool:
+        """Take the images of one unit, unless a class would have none left then."""
+        wanted = Counter(c for i in unit for c in self._classes(self._pool.items[i]))
+        if any(self._left[c] <= count for c, count in wanted.items()):
+            return False
+        self._left -= wanted
+        return True
+
+    def _classes(self, item: ImageItem) -> list[int]:
+        return list(item.labels) if self._pool.task == "single" else [c for c, present in enumerate(item.labels) if present]
+
+
+def _absent(word: str, part: ImageSet, rest: ImageSet) -> list[str]:
+    """A note on classes that were too small to give an image away."""
+    left = rest.counts()
+    names = [name for name, count in part.counts().items() if count == 0 and left[name]]
+    return [f"no {word} image of: {', '.join(names)} (too few images to hold one out)"] if names else []
 
 
 def _apart(word: str, part: ImageSet, other: str, judge: ImageSet | None) -> tuple[ImageSet, list[str]]:

@@ -44,6 +44,14 @@ def describe(path: str | Path, *, lora_alpha: float | None = None) -> Facts:
     raise InputError(str(path), "is of no kind that is known here", "weights, a pack, a plan, an adapter, images", "name another")
 
 
+def count_faults(facts: Facts) -> int:
+    """How many things of a description cannot be used: broken images, missing files, unknown labels, lists with problems."""
+    listed = sum(len(facts.get(name) or ()) for name in ("faults", "missing_images", "unknown_labels"))
+    lists = facts.get("lists") or {}
+    # A published list that one has not fetched is no fault of the folder; a list that is there and cannot be read is one.
+    return listed + sum(entry["problem"] not in (None, "not there") for entry in lists.values())
+
+
 def describe_labels(*, modality: str | None = None, region: str | None = None, pack: str | Path | None = None) -> Facts:
     """Labels of the vocabulary, or those that a pack has prompts for.
 

@@ -12,11 +12,12 @@ import pydantic
 from numpy.typing import NDArray
 
 from medlore.data.imageset import ImageItem, ImageSet
-from medlore.data.lists import MedfmcName
+from medlore.data.lists import MEDFMC_CLASSES, MedfmcName
 from medlore.data.pixels import check_pixels
 from medlore.data.submission import write_submission
 from medlore.data.trees import is_image, tree_of
 from medlore.errors import InputError, StepError
+from medlore.files import made_folder
 from medlore.recipes.accelerators import Precision, make_accelerator
 from medlore.recipes.evaluate import score_images
 from medlore.recipes.predictions import write_predictions
@@ -64,7 +65,11 @@ def predict(tuned: str | Path, sources: Sequence[str | Path], out: str | Path, s
         StepError: not one image could be read.
     """
     settings = settings or PredictSettings()
+    if Path(out).is_dir():
+        raise InputError(f"--out {out}", "is a folder", "the CSV that is to be written", "name a file in it")
+    made_folder(Path(out).parent)
     loaded = load_tuned(tuned, model=settings.model)
+    _check_challenge(settings, loaded.card)
     images = gather_images(sources, loaded.card)
     faults: tuple[str, ...] = ()
     if settings.keep_going:
@@ -72,6 +77,21 @@ def predict(tuned: str | Path, sources: Sequence[str | Path], out: str | Path, s
     scores = score_images(loaded, images, accelerator=make_accelerator(settings.device, settings.precision, None))
     write_predictions(out, images, scores)
     return Predicted(images, scores, faults)
+
+
+def _check_challenge(settings: PredictSettings, card: TunedCard) -> None:
+    """The challenge's file has one column a class; that is known before anything is scored."""
+    if settings.medfmc is None:
+        return
+    dataset = cast("MedfmcName", settings.medfmc.split(":")[0])
+    wanted = MEDFMC_CLASSES[dataset]
+    if len(card.classes) != len(wanted):
+        raise InputError(
+            "--medfmc",
+            f"{settings.medfmc!r} with a model of {len(card.classes)} classes",
+            f"a model of the {len(wanted)} of {dataset}",
+            "name the data set that it was tuned for",
+        )
 
 
 def gather_images(sources: Sequence[str | Path], card: TunedCard) -> ImageSet:
@@ -98,7 +118,7 @@ def gather_images(sources: Sequence[str | Path], card: TunedCard) -> ImageSet:
     if faults or not items:
         raise InputError(
             "IMAGES",
-            f"{len(faults)} faults" if faults else "nothing",
+            f"{len(faults)} fault{'s' * (len(faults) > 1)}" if faults else "nothing",
             "image files, folders, zips or a .txt list",
             "correct them",
             faults=faults,

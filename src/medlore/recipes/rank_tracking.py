@@ -35,6 +35,9 @@ class RankTracking:
         base = getattr(tuned, "base_model", None)
         self._tuned = base.model if base is not None and hasattr(base, "model") else tuned
 
+    def skip(self, steps: int) -> None:
+        """Epochs of an earlier run are in its checkpoint."""
+
     def step(self, loss: float) -> None:
         """Nothing changes between epochs that is worth its time."""
 

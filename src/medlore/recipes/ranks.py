@@ -20,6 +20,7 @@ from medlore.files import atomic_path, json_text
 from medlore.ranks.allocate import plan_ranks
 from medlore.ranks.export import write_peft_config
 from medlore.ranks.plan import PLAN_SCHEMA, RankPlan
+from medlore.ranks.planned import PlannedLayer
 
 _PART_NAMES = {"q": "query", "k": "key", "v": "value", "o": "output projection", "mlp": "MLP", "conv": "convolution", "linear": "linear"}
 _PART_COLOURS = {"q": "#0072b2", "k": "#999999", "v": "#d55e00", "o": "#009e73", "mlp": "#cc79a7", "conv": "#e69f00", "linear": "#56b4e9"}
@@ -66,8 +67,23 @@ def summary(plan: RankPlan) -> dict[str, Any]:
             "uniform_rank": plan.uniform_rank,
             "decided_by": dict(Counter(layer.decided_by for layer in plan.layers)),
             "ranks_by_block": plan.nested_ranks(),
+            "cut_to_the_smaller_side": cut_layers(plan),
         },
     }
+
+
+def cut_layers(plan: RankPlan) -> list[str]:
+    """Names of the layers whose rule asked for more than the smaller side of their matrix, which is what they got."""
+    kind, _, number = plan.rule.partition(":")
+
+    def wished(layer: PlannedLayer) -> float:
+        if layer.decided_by == "given" or plan.budget is not None:
+            return 0.0  # refused, or shared out, below the smaller side
+        if kind == "uniform":
+            return float(number)
+        return 0.0 if layer.stable_rank is None or plan.max_rank is not None else plan.scale * layer.stable_rank
+
+    return [layer.name for layer in plan.layers if wished(layer) >= min(layer.shape) + 1]
 
 
 def print_plan(plan: RankPlan, written: dict[str, str]) -> None:
@@ -87,6 +103,8 @@ def print_plan(plan: RankPlan, written: dict[str, str]) -> None:
     for line in _totals(plan):
         console.print(line, highlight=False)
     notes = Console(stderr=True, soft_wrap=True, highlight=False)
+    if cut := cut_layers(plan):
+        notes.print(f"note: {len(cut)} of {len(plan.layers)} layers have the smaller side of their matrix as rank: the rule asked for more")
     for kind, path in written.items():
         notes.print(f"{kind} written to {path}", markup=False)
     if "peft" in written and any(layer.rows is not None for layer in plan.layers):

@@ -22,6 +22,7 @@ from medlore.errors import CheckpointError, StepError
 from medlore.files import atomic_path
 from medlore.layers.methods import Tuning
 from medlore.layers.surgery import load_trainable_state, set_training, trainable_state
+from medlore.weightfiles import load_torch_file
 
 Task = Literal["single", "multi"]
 _WARMUP_START = 1e-3  # share of the rate at which the warm-up begins
@@ -94,6 +95,9 @@ Judge = Callable[[NDArray[Any], NDArray[np.float32]], float]
 class Watcher(Protocol):
     """Told about every step and epoch: progress bars, trackers, stable ranks."""
 
+    def skip(self, steps: int) -> None:
+        """A resumed run begins: an earlier one has done so many steps."""
+
     def step(self, loss: float) -> None:
         """One optimiser step is done."""
 
@@ -163,6 +167,7 @@ class Trainer:
         best: dict[str, Tensor] = {}
         if resume and self.checkpoint is not None and self.checkpoint.is_file():
             history, best, best_key, stale = self._restore(self.checkpoint, optimizer)
+            self.watcher.skip(len(history.epochs) * math.ceil(len(train) / self.schedule.batch_size))
         for epoch in range(len(history.epochs) + 1, self.schedule.epochs + 1):
             if self.schedule.patience is not None and stale >= self.schedule.patience:
                 history.stopped = "patience"
@@ -234,6 +239,7 @@ class Trainer:
             "fingerprint": self.fingerprint,
             "weights": trainable_state(self.tuning.model),
             "optimizer": optimizer.state_dict(),
+            "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
             "method": self.tuning.state(),
             "best": best,
             "best_key": best_key,
@@ -257,6 +263,8 @@ class Trainer:
             )
         load_trainable_state(self.tuning.model, saved["weights"])
         optimizer.load_state_dict(saved["optimizer"])
+        if self.accelerator.scaler is not None and saved["scaler"] is not None:  # None: that run was not in float16
+            self.accelerator.scaler.load_state_dict(saved["scaler"])
         self.tuning.restore(saved["method"])
         history = History(epochs=saved["epochs"], best_epoch=saved["best_epoch"])
         return history, saved["best"], tuple(saved["best_key"]), saved["stale"]
@@ -268,12 +276,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is broken.
     """
-    import pickle
-
-    try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise CheckpointError(str(path), f"cannot be read ({type(error).__name__})", "a checkpoint of this run", "start anew") from error
+    content = load_torch_file(path, mapped=False)  # the run replaces the file
+    if not isinstance(content, dict) or "fingerprint" not in content:
+        raise CheckpointError(str(path), "another kind of file", "a checkpoint of this run", "start anew without --resume")
     return content
 
 

@@ -13,6 +13,7 @@ Each holds `medlore.json`: backbone (source, hash, input size, statistics), clas
 
 from __future__ import annotations
 
+import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +25,10 @@ from torch import nn
 from medlore.data.transforms import Preprocessing
 from medlore.errors import CheckpointError, DataError, InputError, StepError
 from medlore.files import read_json, write_json
-from medlore.layers.methods import WEIGHTS_FILE, Form, Tuning, quiet_peft
+from medlore.layers.methods import TRAINED_NAMES, WEIGHTS_FILE, Form, Tuning, quiet_peft
 from medlore.layers.surgery import load_trainable_state
 from medlore.models.backbones import Backbone, load_backbone
-from medlore.models.keymaps import read_weights
+from medlore.weightfiles import read_tensors
 
 CARD_SCHEMA = "medlore/tuned/1"
 CARD_FILE = "medlore.json"
@@ -140,9 +141,23 @@ def _network(folder: Path, card: TunedCard, model: str | Path | None) -> nn.Modu
             "name that backbone with --model, or tune again on this one",
         )
     if card.form == "weights":
-        load_trainable_state(backbone.model, read_weights(folder / WEIGHTS_FILE))
+        file = folder / WEIGHTS_FILE
+        load_trainable_state(backbone.model, read_tensors(file), expected=_trained_names(file))
         return backbone.model
     return _with_adapter(backbone.model, folder)
+
+
+def _trained_names(file: Path) -> list[str]:
+    """The tensors that the header says were written; empty for a file of an earlier version, which does not say."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        stated = (opened.metadata() or {}).get(TRAINED_NAMES, "[]")
+    try:
+        names = json.loads(stated)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(str(file), "no list of names in its header", "the file as it was written", "copy it again") from error
+    return [str(name) for name in names] if isinstance(names, list) else []
 
 
 def _with_adapter(base: nn.Module, folder: Path) -> nn.Module:
@@ -159,7 +174,7 @@ def _with_adapter(base: nn.Module, folder: Path) -> nn.Module:
         raise CheckpointError(
             str(folder), f"does not fit its backbone ({reason})", "a whole PEFT folder", "copy the folder again"
         ) from error
-    stored = read_weights(folder / "adapter_model.safetensors")
+    stored = read_tensors(folder / "adapter_model.safetensors")
     unmerged = peft.get_peft_model_state_dict(tuned, save_embedding_layers=False)
     lost = sorted(set(stored) ^ set(unmerged))
     if lost:
@@ -170,7 +185,10 @@ def _with_adapter(base: nn.Module, folder: Path) -> nn.Module:
 def _tuned_folder(path: Path) -> Path:
     if not path.is_dir():
         raise InputError(
-            str(path), "no such folder", "the folder of a run of `medlore finetune`, or the adapter in it", "check the spelling"
+            str(path),
+            "a file" if path.exists() else "no such folder",
+            "the folder of a run of `medlore finetune`, or the adapter in it",
+            "check the spelling",
         )
     for folder in (path, *(path / form for form in ("adapter", "weights", "model"))):
         if (folder / CARD_FILE).is_file():

@@ -49,6 +49,9 @@ class Tracking:
     def __init__(self, accelerator: Any) -> None:
         self._accelerator = accelerator
 
+    def skip(self, steps: int) -> None:
+        """Epochs of an earlier run were logged by it."""
+
     def step(self, loss: float) -> None:
         """Single steps are not logged: few-shot epochs are a handful of steps."""
 
@@ -63,6 +66,11 @@ class Watchers:
 
     def __init__(self, watchers: Sequence[Watcher]) -> None:
         self._watchers = tuple(watchers)
+
+    def skip(self, steps: int) -> None:
+        """Tell all."""
+        for watcher in self._watchers:
+            watcher.skip(steps)
 
     def step(self, loss: float) -> None:
         """Tell all."""
