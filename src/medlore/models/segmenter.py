@@ -219,8 +219,9 @@ class Segmenter(nn.Module):
             InputError: a window of the wrong channels or sides.
         """
         grid = self._token_grid(x)
-        encoded, decoded = self.backbone(x)
+        encoded = self.backbone.encoder(x)
         pooled = torch.cat([F.adaptive_avg_pool3d(stage, grid) for stage in encoded], dim=1)  # b c gh gw gd
+        decoded = self.backbone.decoder(encoded)  # frees each map of the encoder once it was used
         tokens = self.projection_layer(pooled.flatten(2).transpose(1, 2))  # b t width
         lower = tuple(decoded[1 : 1 + len(self.config.deep_widths)]) if deep else ()
         return Features(decoded[0], tokens, grid, lower)
@@ -270,9 +271,14 @@ class Segmenter(nn.Module):
 
 
 def compare(embeddings: Tensor, pixels: Tensor) -> Tensor:
-    """Scalar products of mask embeddings (b, n, c) with pixels (b, c, h, w, d): logits (b, n, h, w, d)."""
-    # One matrix product; einsum would do the same after moving axes about.
-    logits: Tensor = embeddings.to(pixels.dtype) @ pixels.flatten(2)  # b n voxels
+    """Scalar products of mask embeddings (b, n, c) with pixels (b, c, h, w, d): logits (b, n, h, w, d), in 32 bits under autocast."""
+    device = pixels.device.type
+    kind = torch.float32 if torch.is_autocast_enabled(device) else pixels.dtype
+    # Under autocast too: logits deserve the bits, and oneDNN's bf16 product of so few rows with so many columns divides by zero
+    # in the backward pass on processors with AMX (6 x 16 by 16 x 64^3, oneDNN of torch 2.13).
+    with torch.autocast(device, enabled=False):
+        # One matrix product; einsum would do the same after moving axes about.
+        logits: Tensor = embeddings.to(kind) @ pixels.flatten(2).to(kind)  # b n voxels
     return logits.view(*logits.shape[:2], *pixels.shape[2:])
 
 

@@ -1,0 +1,131 @@
+"""The loop of a segmenter: a killed run ends where an unbroken one ends, bad batches stop it, data arrive in order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+import sys
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny_segmentation import write_study  # noqa: E402
+
+from medlore.errors import StepError
+from medlore.recipes.run import read_settings
+from medlore.recipes.segmentation.batches import Dealer, batches_ahead, make_dealer
+from medlore.recipes.segmentation.cohort import Cohort, read_cohort
+from medlore.recipes.segmentation.network import PromptedSegmenter, new_prompts
+from medlore.recipes.segmentation.settings import LossSettings, ScheduleSettings, SegmentationSettings, SizeSettings
+from medlore.recipes.segmentation.study import settings_rules
+from medlore.recipes.segmentation.training import Plan, learning_rate, train_segmenter
+from medlore.models.segmenter import Segmenter
+
+SCHEDULE = ScheduleSettings(steps=4, batch_size=2, accumulate=2, learning_rate=3e-3, ema=0.9)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[SegmentationSettings, Cohort]:
+    folder = tmp_path_factory.mktemp("study")
+    settings = read_settings(SegmentationSettings, write_study(folder))
+    return settings, read_cohort(settings, folder=folder, cache=folder / "cache")
+
+
+def dealer_of(study: tuple[SegmentationSettings, Cohort], *, mode: str = "mixed") -> Dealer:
+    settings, cohort = study
+    rules = settings_rules(settings)
+    return make_dealer(cohort, patch_size=(16, 16, 16), max_prompts=3, rules=rules, batch_size=2, mode=mode, seed=3)  # type: ignore[arg-type]
+
+
+def network_of(study: tuple[SegmentationSettings, Cohort], *, dropout: float = 0.2) -> PromptedSegmenter:
+    settings, cohort = study
+    torch.manual_seed(1)
+    model = Segmenter(settings.teacher.sizes.config(), dropout=dropout)
+    return PromptedSegmenter(model, new_prompts(len(cohort.keys), 16, seed=0), learn_prompts=True)
+
+
+def plan_of(schedule: ScheduleSettings = SCHEDULE, *, minutes: float = 0.0) -> Plan:
+    return Plan(schedule, LossSettings(), seed=5, precision="fp32", checkpoint_minutes=minutes, log_every=3)
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+def test_a_killed_run_ends_where_an_unbroken_one_ends(study: tuple[SegmentationSettings, Cohort], tmp_path: Path) -> None:
+    accelerator, checkpoint = Accelerator(cpu=True), tmp_path / "c.pt"
+    whole = network_of(study)
+    told = train_segmenter(whole, dealer_of(study), plan_of(), accelerator=accelerator, checkpoint=tmp_path / "w.pt")
+
+    def kill(step: int, _steps: int, _text: str) -> None:
+        if step == 3:  # the checkpoint of step 2 is there, that of step 3 is not
+            raise Killed
+
+    broken = network_of(study)
+    with pytest.raises(Killed):
+        train_segmenter(broken, dealer_of(study), plan_of(), accelerator=accelerator, checkpoint=checkpoint, progress=kill)
+    resumed = network_of(study)
+    seen: list[int] = []
+    history = train_segmenter(
+        resumed, dealer_of(study), plan_of(), accelerator=accelerator, checkpoint=checkpoint, progress=lambda s, _n, _t: seen.append(s)
+    )
+    assert seen == [3, 4]
+    for (name, one), other in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
+    assert history.losses == told.losses
+
+
+def test_the_loader_does_not_change_what_is_drawn(study: tuple[SegmentationSettings, Cohort]) -> None:
+    dealer, numbers = dealer_of(study), [5, 0, 2, 7]
+    direct = [dealer.batch(n) for n in numbers]
+    for workers in (0, 2):
+        for one, other in zip(direct, batches_ahead(dealer, numbers, workers=workers), strict=True):
+            assert one.names == other.names and torch.equal(one.images, other.images) and torch.equal(one.targets, other.targets)
+
+
+def test_a_region_batch_holds_one_region_and_mixed_ones_several(study: tuple[SegmentationSettings, Cohort]) -> None:
+    homogeneous = [set(dealer_of(study, mode="region").batch(n).regions) for n in range(6)]
+    assert all(len(found) == 1 for found in homogeneous) and len(set.union(*homogeneous)) == 2
+    assert any(len(set(dealer_of(study).batch(n).regions)) == 2 for n in range(6))
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(study: tuple[SegmentationSettings, Cohort], tmp_path: Path) -> None:
+    network, checkpoint = network_of(study), tmp_path / "c.pt"
+    states: list[dict[str, Tensor]] = []
+
+    class Poisoned(Dealer):
+        def batch(self, number: int) -> object:  # type: ignore[override]
+            found = super().batch(number)
+            if number == 2:
+                states.append({})
+                found.images[0, 0, 0, 0, 0] = math.nan
+            return found
+
+    dealer = Poisoned(**vars(dealer_of(study)))
+    schedule = SCHEDULE.model_copy(update={"accumulate": 1})
+    with pytest.raises(StepError, match=r"step 2, cases (brain|belly)\d") as caught:
+        train_segmenter(network, dealer, plan_of(schedule, minutes=9), accelerator=Accelerator(cpu=True), checkpoint=checkpoint)
+    assert str(checkpoint) in str(caught.value)
+    held = torch.load(checkpoint, weights_only=True)
+    assert held["step"] == 2 and all(torch.isfinite(v).all() for v in held["network"].values())
+
+
+def test_training_lowers_the_loss(study: tuple[SegmentationSettings, Cohort], tmp_path: Path) -> None:
+    schedule = ScheduleSettings(steps=40, batch_size=2, learning_rate=1e-2)
+    history = train_segmenter(
+        network_of(study, dropout=0.0), dealer_of(study), plan_of(schedule, minutes=9), accelerator=Accelerator(cpu=True), checkpoint=tmp_path / "c.pt"
+    )
+    assert history.losses[-1]["masks"] < 0.85 * history.losses[0]["masks"]
+    assert 0 <= history.waited <= history.seconds
+
+
+def test_the_rate_warms_up_and_falls_to_its_final_share() -> None:
+    schedule = ScheduleSettings(steps=100, learning_rate=2.0, warmup_fraction=0.1, final_share=0.25)
+    assert learning_rate(0, schedule) == pytest.approx(0.2)
+    assert learning_rate(9, schedule) == pytest.approx(2.0)
+    assert learning_rate(100, schedule) == pytest.approx(0.5)
