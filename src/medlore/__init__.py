@@ -21,10 +21,21 @@ _HOMES = {
     "finetune": "medlore.recipes.finetune",
     "get_peft_model": "medlore.layers.fused_qkv",
     "load_backbone": "medlore.models.backbones",
+    "load_segmenter": "medlore.recipes.segmenting",
     "plan_ranks": "medlore.ranks.allocate",
 }
 
-__all__ = ["FinetuneSettings", "MedloreError", "RankPlan", "__version__", "finetune", "get_peft_model", "load_backbone", "plan_ranks"]
+__all__ = [
+    "FinetuneSettings",
+    "MedloreError",
+    "RankPlan",
+    "__version__",
+    "finetune",
+    "get_peft_model",
+    "load_backbone",
+    "load_segmenter",
+    "plan_ranks",
+]
 
 if TYPE_CHECKING:
     from medlore.errors import MedloreError
@@ -34,6 +45,7 @@ if TYPE_CHECKING:
     from medlore.ranks.plan import RankPlan
     from medlore.recipes.finetune import finetune
     from medlore.recipes.finetune_settings import FinetuneSettings
+    from medlore.recipes.segmenting import load_segmenter
 
 
 def __getattr__(name: str) -> Any:

@@ -79,6 +79,37 @@ def test_the_plan_imports_no_torch(work: Path) -> None:
 
 
 def test_the_plan_exits_1_when_a_case_cannot_run(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ("--image", str(work / "ct.nii.gz"), "--labels", "livr", "--modality", "ct", "--dry-run")
-    assert call(work, *arguments) == 1
-    assert "'liver'" in capsys.readouterr().out
+    (work / "text.nii.gz").write_text("no image, just words " * 30)
+    assert call(work, "--image", str(work / "text.nii.gz"), "--labels", "liver", "--modality", "ct", "--dry-run") == 1
+    assert "a text file" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("plan", [(), ("--dry-run",)])
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--labels", "livr"), "'liver'"),
+        (("--modality", "x-ray"), "unknown name 'x-ray'"),
+        (("--orientation", "XYZ"), "unknown name 'XYZ'"),
+        (("--region", "elbow"), "unknown name 'elbow'"),
+        (("--roi-size", "33,32,16"), "give 32,32,16"),
+        (("--roi-size", "33,32"), "roi_size"),
+        (("--workers", "0", "--grid", "moon"), "2 faults"),
+    ],
+)
+def test_a_fault_in_the_flags_is_wrong_use(
+    work: Path, flags: tuple[str, ...], said: str, plan: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"--labels": "liver", "--modality": "ct", **dict(zip(flags[::2], flags[1::2], strict=True))}
+    arguments = [word for pair in given.items() for word in pair]
+    assert call(work, "--image", str(work / "ct.nii.gz"), *arguments, *plan, out="wrong") == 2
+    assert said in capsys.readouterr().err
+    assert not (work / "wrong").exists()
+
+
+def test_dicom_seg_of_another_file_fails_before_the_work(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--image", str(work / "ct.nii.gz"), "--labels", "liver", "--modality", "ct", "--dicom-seg")
+    assert call(work, *arguments, out="seg") == 1
+    said = capsys.readouterr().err
+    assert "not DICOM" in said
+    assert "windows" not in said  # not even planned

@@ -131,6 +131,23 @@ def test_masks_go_out_as_dicom_seg_and_come_back_in_place(tmp_path: Path) -> Non
         assert np.array_equal(pixels[..., index].transpose(2, 1, 0) > 0, mask)
 
 
+def test_labels_that_overlap_go_into_files_of_their_own(tmp_path: Path) -> None:
+    import highdicom
+
+    write_series(tmp_path / "s")
+    volume = read_volume(tmp_path / "s")
+    masks = {"a": volume.array > 500, "b": volume.array > 700, "c": volume.array < -900}
+    first = write_dicom_seg(tmp_path / "seg.dcm", volume, masks)
+    uids = [d.SOPInstanceUID for d in volume.slices]
+    for path, labels in ((first, ["a", "c"]), (tmp_path / "seg_2.dcm", ["b"])):
+        read = highdicom.seg.segread(path)
+        assert [s.SegmentLabel for s in read.SegmentSequence] == labels
+        pixels = read.get_pixels_by_source_instance(source_sop_instance_uids=uids, assert_missing_frames_are_empty=True)
+        for index, label in enumerate(labels):
+            assert np.array_equal(pixels[..., index].transpose(2, 1, 0) > 0, masks[label])
+    assert not (tmp_path / "seg_3.dcm").exists()
+
+
 def test_dicom_seg_needs_dicom(tmp_path: Path) -> None:
     from medlore.data.nifti import Volume, header_for
 

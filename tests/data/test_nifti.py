@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from medlore.data.nifti import check_same_grid, read_grid, read_label_table, read_nifti, write_nifti
+from medlore.data.nifti import check_same_grid, copy_image, read_grid, read_label_table, read_nifti, write_nifti
 from medlore.errors import DataError, StepError
 
 
@@ -172,6 +172,42 @@ def test_absurd_headers_are_refused(tmp_path: Path, array: np.ndarray) -> None:
         read_nifti(tmp_path / "b.nii")
     with pytest.raises(DataError, match="one real number"):
         read_nifti(save(tmp_path / "c.nii", array.astype(np.complex64)))
+
+
+def test_headers_that_promise_too_much_are_refused_before_memory_is_taken(tmp_path: Path, array: np.ndarray) -> None:
+    huge = [3, 32000, 32000, 32000, 1, 1, 1, 1]  # 65 TB
+    whole = save(tmp_path / "a.nii", array, dim=huge).read_bytes()
+    (tmp_path / "a.nii.gz").write_bytes(gzip.compress(whole))
+    for name, message in (("a.nii", "ends after"), ("a.nii.gz", "a header that promises 65,536,000,000,352 bytes")):
+        for read in (read_nifti, read_grid):
+            with pytest.raises(DataError, match=message):
+                read(tmp_path / name)
+    (tmp_path / "b.nii.gz").write_bytes(gzip.compress(save(tmp_path / "b.nii", array, vox_offset=1e12).read_bytes()))
+    with pytest.raises(DataError, match="begin at byte"):
+        read_nifti(tmp_path / "b.nii.gz")
+    (tmp_path / "c.nii.gz").write_bytes(b"\x1f\x8b" + b"\0" * 40)
+    with pytest.raises(DataError, match="damaged or cut-off"):
+        read_grid(tmp_path / "c.nii.gz")
+
+
+def test_a_copied_image_says_no_more_than_grid_and_voxels(tmp_path: Path, array: np.ndarray) -> None:
+    plain = read_nifti(save(tmp_path / "plain.nii.gz", array))
+    assert copy_image(plain, tmp_path / "copy.nii.gz").read_bytes() == (tmp_path / "plain.nii.gz").read_bytes()
+    image = nib.Nifti1Image(array, np.diag([-0.8, 0.8, 2.5, 1]))
+    image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"Jane Doe, 1.1.1970"))
+    image.header["descrip"] = b"kept"
+    nib.save(image, tmp_path / "extended.nii.gz")
+    image.header.extensions.clear()
+    image.header["db_name"] = b"Jane Doe"
+    nib.save(image, tmp_path / "named.nii.gz")
+    for name in ("extended", "named"):
+        copied = nib.load(copy_image(read_nifti(tmp_path / f"{name}.nii.gz"), tmp_path / "copy.nii.gz"))
+        assert b"Jane" not in gzip.decompress((tmp_path / "copy.nii.gz").read_bytes())
+        assert np.array_equal(np.asanyarray(copied.dataobj), array)
+        assert np.allclose(copied.affine, image.affine)
+        assert bytes(copied.header["descrip"]).strip(b"\0") == b"kept"
+        mask = write_nifti(tmp_path / "mask.nii.gz", array > 0, read_nifti(tmp_path / f"{name}.nii.gz"))
+        assert b"Jane" not in gzip.decompress(mask.read_bytes())
 
 
 ODD = {

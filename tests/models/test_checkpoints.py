@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from golden.formula import read_key_list
@@ -19,6 +20,7 @@ from golden.published import (
     write_published,
 )
 from medlore.errors import CheckpointError, InputError, UnknownNameError
+from medlore.files import sha256_of
 from medlore.models.bundle import UnboundPairWarning, load_segmenter, write_segmenter_pack
 from medlore.models.checkpoints import read_segmenter, recognise
 from medlore.models.prompts import PromptTable
@@ -293,6 +295,68 @@ def test_a_pack_without_one_expert_still_serves_the_others(lorkd_file: Path, tmp
     assert "head and neck" not in bundle.ranks
     with pytest.raises(CheckpointError, match=r"no expert for 'head and neck' \(experts/head-and-neck.safetensors is missing\)"):
         bundle.network("head and neck")
+
+
+def rewrite(pack: Path, name: str, change) -> None:
+    """Change the tensors of one file of a pack, with its hash."""
+    state = change(load_file(pack / name))
+    save_file(state, pack / name)
+    manifest = json.loads((pack / "manifest.json").read_text())
+    manifest["files"][name] = sha256_of(pack / name)
+    (pack / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_pack_that_does_not_fit_its_sizes_is_refused_in_one_report(lorkd_file: Path, tmp_path: Path) -> None:
+    pack = write_segmenter_pack(tmp_path / "pack", load_segmenter(lorkd_file).weights)
+
+    def spoil(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        del state["mask_embed_proj.0.bias"]
+        return {**state, "mask_embed_proj.2.bias": torch.zeros(3), "stranger": torch.zeros(1)}
+
+    rewrite(pack, "base.safetensors", spoil)
+    with pytest.raises(CheckpointError, match="1 missing, 1 unexpected, 1 misshapen") as caught:
+        load_segmenter(pack)
+    assert {fault.split(" (")[0] for fault in caught.value.faults} == {
+        "missing: mask_embed_proj.0.bias", "unexpected: stranger", "misshapen: mask_embed_proj.2.bias",
+    }  # fmt: skip
+
+
+def test_an_expert_that_does_not_fit_spoils_only_its_region(lorkd_file: Path, tmp_path: Path) -> None:
+    pack = write_segmenter_pack(tmp_path / "pack", load_segmenter(lorkd_file).weights)
+    target = "backbone.encoder.stages.0.0.convs.0.conv"
+
+    def spoil(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        state = {name: tensor for name, tensor in state.items() if name != "backbone.encoder.stages.1.0.convs.0.conv.lora_B"}
+        return {**state, f"{target}.lora_A": torch.zeros(2, 2)}
+
+    rewrite(pack, "experts/brain.safetensors", spoil)
+    bundle = load_segmenter(pack)
+    bundle.network("spine")
+    with pytest.raises(CheckpointError, match=r"1 missing, 1 misshapen"):
+        bundle.network("brain")
+
+
+def test_sizes_that_are_no_segmenter_are_refused(lorkd_file: Path, tmp_path: Path) -> None:
+    pack = write_segmenter_pack(tmp_path / "pack", load_segmenter(lorkd_file).weights)
+    manifest = json.loads((pack / "manifest.json").read_text())
+    for change in ({"width": 3}, {"strides": [2, 2]}):
+        (pack / "manifest.json").write_text(json.dumps({**manifest, "config": {**manifest["config"], **change}}))
+        with pytest.raises(CheckpointError, match=r"manifest\.json: config"):
+            load_segmenter(pack)
+
+
+def test_a_pack_in_half_precision_is_used_in_full(lorkd_file: Path, tmp_path: Path, table: PromptTable) -> None:
+    source = load_segmenter(lorkd_file)
+    pack = write_segmenter_pack(tmp_path / "pack", source.weights, prompts=table)
+    for name in json.loads((pack / "manifest.json").read_text())["files"]:
+        rewrite(pack, name, lambda state: {key: tensor.half() for key, tensor in state.items()})
+    bundle = load_segmenter(pack)
+    network = bundle.network("brain").state_dict()
+    assert {tensor.dtype for tensor in network.values()} == {torch.float32}
+    assert bundle.queries(["liver"], "ct").dtype == torch.float32
+    assert {a.dtype for a, _ in bundle.weights.experts["brain"].pairs.values()} == {torch.float32}
+    for name, tensor in source.network("brain").state_dict().items():
+        torch.testing.assert_close(network[name], tensor, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("name", ["base.safetensors", "experts/brain.safetensors"])

@@ -92,6 +92,30 @@ def test_wrong_use(cohort: Path) -> None:
         evaluate_masks(cohort / "pred", cohort / "bare.jsonl")
 
 
+def test_masks_by_label_and_the_tolerance(cohort: Path) -> None:
+    files = {"liver": "truth/b/liver.nii.gz", "spleen": "truth/b/spleen.nii.gz"}
+    line = {"image": "a.nii.gz", "label": ["liver", "spleen"], "modality": "ct", "mask": files}
+    (cohort / "by_label.jsonl").write_text(json.dumps(line))
+    rows = {}
+    for tolerance in (1.0, 2.0):
+        results = evaluate_masks(cohort / "pred", cohort / "by_label.jsonl", tolerance_mm=tolerance)
+        rows[tolerance] = {row["label"]: row["surface_dice"] for row in results["by_label"]}
+    assert rows[1.0]["liver"] == pytest.approx(0.6534973, abs=1e-6)
+    assert rows[2.0] == {"liver": 1.0, "spleen": 1.0}
+    (cohort / "short.jsonl").write_text(json.dumps({**line, "mask": {"liver": files["liver"]}}))
+    with pytest.raises(StepError, match="no mask for spleen"):
+        evaluate_masks(cohort / "pred", cohort / "short.jsonl")
+    for wrong in (-1.0, float("nan")):
+        with pytest.raises(InputError, match="--tolerance"):
+            evaluate_masks(cohort / "pred", cohort / "by_label.jsonl", tolerance_mm=wrong)
+
+
+def test_one_reference_file_of_another_grid_is_refused(cohort: Path) -> None:
+    save(cohort / "truth" / "b" / "spleen.nii.gz", SPLEEN[:-1])
+    with pytest.raises(StepError, match=r"b/spleen\.nii\.gz: a grid of"):
+        evaluate_masks(cohort / "pred", cohort / "cases.jsonl")
+
+
 def test_json_is_one_object(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evaluate_masks(cohort / "pred", cohort / "cases.jsonl", as_json=True)
     assert json.loads(capsys.readouterr().out)["mean"]["dice"] == pytest.approx(0.725)

@@ -22,6 +22,7 @@ from medlore.errors import DataError, InputError, UnknownNameError
 from medlore.recipes.run import read_settings
 from medlore.recipes.segment import SegmentSettings, load_model, plan_cases, segment_cases
 from medlore.recipes.segment_labels import facts_of_bundle, facts_of_pack, route_labels
+from medlore.recipes.segment_plan import CasePlan, NetworkSize, WindowRules, plan_case
 
 
 def _small() -> ModuleType:
@@ -223,7 +224,8 @@ def test_a_cohort_goes_on_after_bad_cases_and_resumes(pack: Path, tmp_path: Path
     assert not list(out.glob(".part-*"))
 
 
-def test_a_killed_run_leaves_whole_files_only(pack: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_run_leaves_whole_files_only(pack: Path, tmp_path: Path, kind: signal.Signals) -> None:
     for name in "abc":
         save(tmp_path / f"{name}.nii.gz", shape=(60, 60, 20), seed=ord(name))
     cases = write_list(tmp_path / "c.jsonl", *({"image": f"{n}.nii.gz", "label": ["liver"], "modality": "ct"} for n in "abc"))
@@ -233,8 +235,12 @@ def test_a_killed_run_leaves_whole_files_only(pack: Path, tmp_path: Path) -> Non
     deadline = time.monotonic() + 120
     while run.poll() is None and not list(out.glob("*/case.json")) and time.monotonic() < deadline:
         time.sleep(0.02)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
+    run.send_signal(kind)
+    status = run.wait(60)
+    if kind is signal.SIGINT:
+        assert status in (0, 1)  # 0 if it was done by then
+        assert json.loads((out / "report.json").read_text())["state"] == ("interrupted" if status else "done")
+        assert not list(out.glob(".*"))
     for folder in (p for p in out.iterdir() if p.is_dir() and not p.name.startswith(".")):
         assert {"case.json", "liver.nii.gz", "prediction.nii.gz", "image.nii.gz"} <= {p.name for p in folder.iterdir()}
         nib.load(folder / "liver.nii.gz").get_fdata()
@@ -339,6 +345,44 @@ def test_dicom_in_and_dicom_seg_out(pack: Path, tmp_path: Path) -> None:
     assert nib.load(folder / "liver.nii.gz").shape == made.SHAPE
 
 
+def test_results_of_older_rules_are_made_anew(pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = settings(pack, tmp_path / "o", image=save(tmp_path / "ct.nii.gz"), labels=["liver"], modality="ct")
+    assert segment_cases(chosen)["counts"]["done"] == 1
+    assert segment_cases(chosen)["counts"]["skipped"] == 1
+    monkeypatch.setattr("medlore.recipes.segment.RULES_VERSION", 10**6)
+    assert segment_cases(chosen)["counts"]["done"] == 1
+
+
+def test_workers_share_the_memory(pack: Path, tmp_path: Path) -> None:
+    common = {"image": save(tmp_path / "ct.nii.gz"), "labels": ["liver"], "modality": "ct", "memory": "8GiB"}
+    for workers in (1, 4):
+        chosen = settings(pack, tmp_path / "o", workers=workers, **common)
+        assert plan_cases(chosen)["cases"][0]["plan"]["memory_bytes"] == (8 << 30) // workers
+        assert load_model(chosen).memory_bytes == (8 << 30) // workers
+
+
+def test_the_plan_counts_a_gpu_by_its_own_memory() -> None:
+    routes = {"abdomen": [f"label {i}" for i in range(40)]}
+    size, rules = NetworkSize(32, 57_000_000, 40_000_000), WindowRules((288, 288, 96), 0.5, (1.0, 1.0, 3.0), bytes_per_number=2)
+
+    def plan(host: int, device: int | None) -> CasePlan:
+        shape, affine = (512, 512, 300), np.diag([0.8, 0.8, 1.5, 1])
+        return plan_case(shape, affine, routes, size, rules, memory_bytes=host << 30, where="ct", device_memory_bytes=device)
+
+    on_host, both = plan(64, None), plan(64, 16 << 30)
+    assert on_host.device is None
+    assert both.device is not None
+    assert both.passes == 1
+    assert both.fixed_bytes < on_host.fixed_bytes  # the maps lie on the device
+    assert "on the device" in both.in_words()
+    narrow = plan(64, both.device.fixed_bytes + 10 * both.device.bytes_per_label)
+    assert narrow.passes == 4
+    with pytest.raises(InputError, match="memory of the device"):
+        plan(64, 1 << 30)
+    with pytest.raises(InputError, match="--memory"):
+        plan(1, 16 << 30)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("engine", ["local", "ray"])
 def test_workers_give_the_same_masks(pack: Path, tmp_path: Path, engine: str) -> None:
@@ -353,3 +397,43 @@ def test_workers_give_the_same_masks(pack: Path, tmp_path: Path, engine: str) ->
     for name in "ab":
         one, two = (nib.load(tmp_path / out / name / "liver.nii.gz").get_fdata() for out in ("one", "two"))
         assert np.array_equal(one, two)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT])
+def test_workers_end_with_their_run(pack: Path, tmp_path: Path, kind: signal.Signals) -> None:
+    names = [f"{n}.nii.gz" for n in range(8)]
+    for number, name in enumerate(names):
+        save(tmp_path / name, shape=(60, 60, 20), seed=number)
+    cases = write_list(tmp_path / "c.jsonl", *({"image": name, "label": ["liver"], "modality": "ct"} for name in names))
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "medlore", "segment", str(cases), "--model", str(pack), "--out", str(out), "--workers", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while run.poll() is None and not list(out.glob("*/case.json")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert run.poll() is None, "it was done before it could be stopped"
+    run.send_signal(kind)
+    assert run.wait(30) != 0
+    deadline = time.monotonic() + 10
+    while _alive(run.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not _alive(run.pid)  # no worker outlives its run
+    for folder in (p for p in out.iterdir() if p.is_dir() and not p.name.startswith(".")):
+        assert {"case.json", "liver.nii.gz", "prediction.nii.gz", "image.nii.gz"} <= {p.name for p in folder.iterdir()}
+    if kind is signal.SIGINT:
+        assert not list(out.glob(".*"))
+
+
+def _alive(session: int) -> bool:
+    """Whether a process of a session is left; the resource tracker of Python ends by itself."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+            command = (stat.parent / "cmdline").read_text()
+        except OSError:
+            continue
+        if int(fields[3]) == session and fields[0] != "Z" and "resource_tracker" not in command:
+            return True
+    return False

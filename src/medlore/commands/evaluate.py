@@ -23,6 +23,7 @@ def evaluate(
     device: str | None = typer.Option(None, help="auto, cpu, cuda or mps."),
     pred: Path | None = typer.Option(None, help="Folder of predicted masks."),
     truth: Path | None = typer.Option(None, help="Case list (jsonl) with the true masks."),
+    tolerance: float = typer.Option(1.0, "--tolerance", help="With --pred: distance in mm that counts as agreement of surfaces."),
     out: Path | None = typer.Option(None, help="Folder for report.json and predictions.csv."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
@@ -33,7 +34,7 @@ def evaluate(
             raise InputError("evaluate", "only one of --pred and --truth, or images too", "both of them alone", "give --pred and --truth")
         from medlore.recipes.evaluate_masks import evaluate_masks
 
-        evaluate_masks(pred, truth, out=out, as_json=as_json)
+        evaluate_masks(pred, truth, out=out, as_json=as_json, tolerance_mm=tolerance)
         return
     if tuned is None or data is None:
         raise InputError("evaluate", "no model or no --data", "RUN --data SET, or --pred DIR --truth cases.jsonl", "name both")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -118,8 +117,10 @@ def _sizes(text: str) -> list[str]:
 
 
 def _print_plan(plan: dict[str, Any], *, as_json: bool) -> None:
+    from medlore.files import json_text
+
     if as_json:
-        sys.stdout.write(json.dumps(plan, indent=2) + "\n")
+        sys.stdout.write(json_text(plan) + "\n")
     else:
         sys.stdout.write(f"model: {plan['model']}\n")
         for case in plan["cases"]:
@@ -129,8 +130,10 @@ def _print_plan(plan: dict[str, Any], *, as_json: bool) -> None:
 
 
 def _print_results(results: dict[str, Any], out: Path, *, as_json: bool) -> None:
+    from medlore.files import json_text
+
     if as_json:
-        sys.stdout.write(json.dumps(results, indent=2) + "\n")
+        sys.stdout.write(json_text(results) + "\n")
         return
     counts = results["counts"]
     sys.stdout.write(f"{counts['done']} done, {counts['skipped']} skipped, {counts['failed']} failed: {out / 'report.json'}\n")

@@ -51,20 +51,52 @@ def dicom_modality(path: str | Path) -> str | None:
 
 
 def write_dicom_seg(path: str | Path, volume: Volume, masks: Mapping[str, Array]) -> Path:
-    """Write a DICOM-SEG object with one binary segment a label, that refers to the slices of `volume`.
+    """Write DICOM-SEG objects with one binary segment a label, that refer to the slices of `volume`.
+
+    One object holds labels that share no voxel, so that one label map is all that is held in memory; labels that overlap with
+    them go into further files, `NAME_2.dcm` and so on. Masks are asked for one at a time.
 
     Args:
-        path: the file.
+        path: the (first) file.
         volume: read from DICOM.
         masks: label -> Boolean x y z on the grid of `volume`; empty ones are left out by the caller.
+
+    Returns:
+        The first file.
 
     Raises:
         MissingExtraError: highdicom is not installed.
         InputError: the volume did not come from DICOM, or there is no mask.
     """
-    if not volume.slices or not masks:
+    path = Path(path)
+    left = list(masks)
+    if not volume.slices or not left:
         came = "an image that is not DICOM" if not volume.slices else "no label with a voxel"
         raise InputError("--dicom-seg", came, "a DICOM series and at least one mask that is not empty", "leave --dicom-seg out")
+    number = 1
+    while left:
+        chosen, pixels, left = _layer(left, masks, volume.shape)
+        _write_layer(path if number == 1 else path.with_stem(f"{path.stem}_{number}"), volume, chosen, pixels, 899 + number)
+        number += 1
+    return path
+
+
+def _layer(labels: Sequence[str], masks: Mapping[str, Array], shape: Sequence[int]) -> tuple[list[str], Array, list[str]]:
+    """Labels that share no voxel, their label map (slices, rows, columns), and the labels that overlap with them."""
+    pixels: Array = np.zeros((shape[2], shape[1], shape[0]), np.uint8 if len(labels) < 256 else np.uint16)
+    chosen: list[str] = []
+    left = []
+    for label in labels:
+        mask = np.transpose(masks[label], (2, 1, 0))
+        if chosen and pixels[mask].any():
+            left.append(label)
+        else:
+            chosen.append(label)
+            pixels[mask] = len(chosen)
+    return chosen, pixels, left
+
+
+def _write_layer(path: Path, volume: Volume, labels: Sequence[str], pixels: Array, series_number: int) -> None:
     try:
         import highdicom
         from highdicom.sr.coding import CodedConcept
@@ -84,17 +116,15 @@ def write_dicom_seg(path: str | Path, volume: Volume, masks: Mapping[str, Array]
             algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
             algorithm_identification=algorithm,
         )
-        for number, label in enumerate(masks, start=1)
+        for number, label in enumerate(labels, start=1)
     ]
-    # frames, rows (y), columns (x), segments
-    pixels = np.stack([np.transpose(mask, (2, 1, 0)) for mask in masks.values()], axis=-1).astype(np.uint8)
     segmentation = highdicom.seg.Segmentation(
         source_images=list(volume.slices),
         pixel_array=pixels,
         segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
         segment_descriptions=segments,
         series_instance_uid=highdicom.UID(),
-        series_number=900,
+        series_number=series_number,
         sop_instance_uid=highdicom.UID(),
         instance_number=1,
         manufacturer="MedLoRE",
@@ -106,7 +136,6 @@ def write_dicom_seg(path: str | Path, volume: Volume, masks: Mapping[str, Array]
     )
     with atomic_path(path) as temporary:
         segmentation.save_as(temporary)
-    return Path(path)
 
 
 def _datasets(path: Path, *, pixels: bool = True) -> Iterator[Any]:

@@ -122,14 +122,23 @@ class Reorientation:
         return _shape(self.shape[a] for a in self.axes)
 
 
+def check_orientation(code: str) -> None:
+    """Refuse what is none of the 48 orientations.
+
+    Raises:
+        UnknownNameError: such a word; the nearest three are named.
+    """
+    if code.upper() not in ORIENTATION_CODES:
+        raise UnknownNameError("orientation_code", code, ORIENTATION_CODES)
+
+
 def reorientation_to(code: str, affine: Array, shape: Sequence[int]) -> Reorientation:
     """The way from a grid to the orientation `code` (any of the 48, e.g. `RAS`, `ASR`).
 
     Raises:
         UnknownNameError: `code` is none of the 48.
     """
-    if code.upper() not in ORIENTATION_CODES:
-        raise UnknownNameError("orientation_code", code, ORIENTATION_CODES)
+    check_orientation(code)
     have = nib.io_orientation(np.asarray(affine, float))
     want = nib.orientations.axcodes2ornt(code.upper())
     change = nib.orientations.ornt_transform(have, want)  # row i: where input axis i goes, and its sign

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import io
 import json
+import math
+import os
+import shutil
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -30,6 +33,9 @@ LABEL_SCHEMA = "medlore/labels/1"
 GZIP_FAULTS: tuple[type[Exception], ...] = (EOFError, OSError, zlib.error, cast("type[Exception]", isal_zlib.error))
 
 _GZIP = b"\x1f\x8b"
+_HEAD = 544  # the longer of the two headers, with the mark of extensions
+_NAMES = ("db_name", "aux_file")  # text fields that may name the patient; the free text `descrip` is kept
+_MOST_PACKED = 1032  # deflate packs no more than this into one byte
 _COMMENT = 6  # NIfTI extension code for plain text
 _VOXELS_ALIKE = 0.1  # sform and qform may lie this far apart (in voxels, at any corner) and count as equal
 
@@ -82,7 +88,6 @@ def read_nifti(path: str | Path, *, affine_from: AffineChoice = "auto", frame: i
     """
     path = existing_file(path)
     header, start, content = _read_header(path)
-    _check_sizes(header, path)
     affine, notes = _affine_of(header, affine_from, path)
     check_affine(affine, str(path))
     array = _voxels(header, start, content, path)
@@ -99,8 +104,10 @@ def read_grid(path: str | Path) -> tuple[Shape, Array]:
     path = existing_file(path)
     with path.open("rb") as stream:
         head = stream.read(1 << 16)
-    if head[:2] == _GZIP:
-        head = zlib.decompressobj(31).decompress(head, 540)
+    try:
+        head = zlib.decompressobj(31).decompress(head, _HEAD) if head[:2] == _GZIP else head
+    except zlib.error as error:
+        raise DataError(str(path), f"a damaged or cut-off file ({error})", "a whole NIfTI file", "copy or export it again") from error
     header = _parse_header(head, path)
     _check_sizes(header, path)
     affine, _ = _affine_of(header, "auto", path)
@@ -131,10 +138,27 @@ def write_nifti(
     with atomic_path(path) as temporary, _writer(temporary, compress=str(path).endswith(".gz")) as stream:
         stream.write(_head_bytes(header, extension))
         for z in range(array.shape[2]):
-            stream.write(array[:, :, z].tobytes(order="F"))
+            stream.write(np.ascontiguousarray(array[:, :, z].T).data)  # no copy of an array in the order of the file
     if affine is None:
         check_same_grid(path, like)
     return Path(path)
+
+
+def copy_image(volume: Volume, path: str | Path) -> Path:
+    """The image itself on the same grid: the bytes of its file, unless they hold more than a grid and voxels.
+
+    Header extensions and the fields `db_name` and `aux_file` may name the patient, or hold the label table of something else:
+    where there are any the file is written anew without them. One volume of a series, DICOM and NRRD are written too.
+
+    Raises:
+        StepError: the file cannot be written.
+    """
+    same = tuple(volume.header.get_data_shape()) == volume.shape == volume.file_shape
+    if same and volume.path.name.endswith(".nii.gz") and not _says_more(volume.path):
+        with atomic_path(path) as temporary:
+            shutil.copyfile(volume.path, temporary)
+        return Path(path)
+    return write_nifti(path, volume.array, volume)
 
 
 def label_table(labels: Mapping[int, str]) -> dict[str, Any]:
@@ -198,10 +222,10 @@ def _read_header(path: Path) -> tuple[Any, int, bytearray]:
         packed = stream.read(2) == _GZIP
     try:
         with igzip.open(path, "rb") if packed else path.open("rb") as stream:
-            head = stream.read(540)
+            head = stream.read(_HEAD)
             header = _parse_header(head, path)
-            start = int(header["vox_offset"])
-            size = start + int(np.prod(header.get_data_shape(), dtype=np.int64)) * header.get_data_dtype().itemsize
+            size = _check_sizes(header, path)
+            start = int(header.get_data_offset())
             content = bytearray(size)
             content[: len(head)] = head[:size]
             filled = len(head)
@@ -212,6 +236,15 @@ def _read_header(path: Path) -> tuple[Any, int, bytearray]:
     if filled < size:
         raise DataError(str(path), f"ends after {filled:,} of {size:,} bytes", "a whole NIfTI file", "copy or export it again")
     return header, start, content
+
+
+def _says_more(path: Path) -> bool:
+    """Whether a .nii.gz file has extensions or names something in the text fields of its header."""
+    with igzip.open(path, "rb") as stream:
+        head = stream.read(_HEAD)
+    header = _parse_header(head, path)
+    flag = head[header.sizeof_hdr : header.sizeof_hdr + 1]
+    return flag not in (b"", b"\0") or any(bytes(header[name]).strip(b"\0 ") for name in _NAMES)
 
 
 def _parse_header(head: bytes, path: Path) -> Any:
@@ -231,13 +264,35 @@ def _parse_header(head: bytes, path: Path) -> Any:
     )
 
 
-def _check_sizes(header: Any, path: Path) -> None:
+def _check_sizes(header: Any, path: Path) -> int:
+    """Refuse what cannot be a volume before any memory is taken; the bytes of the unpacked file."""
     shape = header.get_data_shape()
     if len(shape) < 2 or min(shape, default=0) < 1:
         raise DataError(str(path), f"an empty volume (shape {tuple(shape)})", "at least one voxel along every axis", "export it again")
     kind = header.get_data_dtype()
     if kind.names is not None or kind.kind not in "iuf":
         raise DataError(str(path), f"voxels of type {kind}", "one real number per voxel", "convert it to a grey volume")
+    offset = float(header["vox_offset"])
+    if not (offset == 0 or header.sizeof_hdr <= offset < 1 << 31):
+        raise DataError(str(path), f"voxels that begin at byte {offset:g}", "an offset behind the header", "export the file again")
+    size = int(header.get_data_offset()) + math.prod(int(n) for n in shape) * int(kind.itemsize)
+    _check_bytes(size, f"shape {tuple(int(n) for n in shape)}, {kind}", path)
+    return size
+
+
+def _check_bytes(size: int, of_what: str, path: Path) -> None:
+    there = path.stat().st_size
+    with path.open("rb") as stream:
+        packed = stream.read(2) == _GZIP
+    if not packed and size > there:
+        raise DataError(str(path), f"ends after {there:,} of {size:,} bytes", "a whole NIfTI file", "copy or export it again")
+    came = f"a header that promises {size:,} bytes ({of_what})"
+    if size > there * _MOST_PACKED:
+        raise DataError(str(path), f"{came}, more than a file of {there:,} bytes can hold", "a sound header", "copy or export it again")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > memory:
+        accepted, fix = f"a volume that fits the memory of {memory:,} bytes", "crop it, or store it in a smaller type"
+        raise DataError(str(path), came, accepted, fix)
 
 
 def _affine_of(header: Any, choice: AffineChoice, path: Path) -> tuple[Array, list[str]]:
@@ -312,6 +367,9 @@ def _output_header(like: Volume, array: Array, affine: Array | None) -> Any:
     header.set_data_dtype(np.uint8 if array.dtype == np.bool_ else array.dtype)
     header.set_slope_inter(1, 0)
     header["cal_max"], header["cal_min"] = 0, 0
+    for name in _NAMES:
+        if name in header:
+            header[name] = b""
     if affine is not None:
         header.set_data_shape(array.shape)
         header.set_zooms(spacing_of(affine))

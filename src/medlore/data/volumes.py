@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -175,12 +175,20 @@ class PackedMasks:
         return np.zeros(self.shape, np.bool_) if found is None else found[0].undo(found[1], self.shape)
 
 
+class _Box(NamedTuple):
+    """Rows `y0:y1` and columns `z0:z1` of a plane."""
+
+    y0: int
+    y1: int
+    z0: int
+    z1: int
+
+
 class _Row(NamedTuple):
-    """One row of the network's grid (q y z): values, where they pass the threshold, and in which labels any does."""
+    """One row of the network's grid: values (q y z), and for each label the box of what passes the threshold."""
 
     values: Tensor
-    hot: Array
-    any_hot: list[bool]
+    hot: list[_Box | None]
 
 
 class MaskRestorer:
@@ -207,51 +215,74 @@ class MaskRestorer:
 
     def add(self, start: int, probability: Tensor) -> None:
         """Take the finished rows from `start` on (q rows y z); slabs come in the order of x."""
+        probability = probability.cpu()
         rows = probability.shape[1]
+        hot = _rows_above(probability, self._threshold)
         x = self._taps[0]
         held: dict[int, _Row] = {} if self._last is None else {self._last[0]: self._last[1]}
         while self._next < len(x.lower) and max(x.lower[self._next], x.upper[self._next]) < start + rows:
             k = self._next
-            self._plane(k, [(self._row(i, start, probability, held), w) for i, w in _pairs(x, k)])
-            self._next += 1
-        self._last = (start + rows - 1, self._row(start + rows - 1, start, probability, held))
-
-    def _row(self, index: int, start: int, probability: Tensor, held: dict[int, _Row]) -> _Row:
-        if index not in held:
-            for old in [i for i in held if i < index - 1]:
+            for i, _ in _pairs(x, k):
+                if i not in held:
+                    held[i] = self._row(probability[:, i - start], hot[:, i - start])
+            self._plane(k, [(held[i], w) for i, w in _pairs(x, k)])
+            for old in [i for i in held if i < x.lower[k]]:
                 del held[old]
-            row = probability[:, index - start].cpu()
-            hot = _above(row, self._threshold)
-            values = torch.from_numpy(hot) if self._nearest else row.clone()
-            held[index] = _Row(values, hot, [bool(label.any()) for label in hot])
-        return held[index]
+            self._next += 1
+        last = held.get(start + rows - 1) or self._row(probability[:, -1], hot[:, -1])
+        self._last = (start + rows - 1, last._replace(values=last.values.clone()))  # the slab's memory is used again
+
+    def _row(self, values: Tensor, hot: Array) -> _Row:
+        return _Row(values, [_box_above(values[label], self._threshold) if hot[label] else None for label in range(len(values))])
 
     def _plane(self, k: int, rows: list[tuple[_Row, float]]) -> None:
         for label in range(len(self.masks.counts)):
-            near = [row.hot[label] for row, _ in rows if row.any_hot[label]]
-            if near:
-                planes = [(row.values[label].float().numpy(), weight) for row, weight in rows]
-                self._restore(label, k, planes, near[0] if len(near) == 1 else near[0] | near[1])
+            boxes = [box for row, _ in rows if (box := row.hot[label]) is not None]
+            if boxes:
+                around = _Box(*(fold(sides) for fold, sides in zip((min, max, min, max), zip(*boxes, strict=True), strict=True)))
+                self._restore(label, k, [(row.values[label], weight) for row, weight in rows], around)
 
-    def _restore(self, label: int, k: int, planes: list[tuple[Array, float]], hot: Array) -> None:
+    def _restore(self, label: int, k: int, planes: list[tuple[Tensor, float]], hot: _Box) -> None:
         """Interpolate the part of one plane whose neighbours include a voxel above the threshold."""
-        y, z = (_reached(self._taps[axis], np.asarray(hot.any(axis=2 - axis))) for axis in (1, 2))
+        y, z = _reached(self._taps[1], hot.y0, hot.y1), _reached(self._taps[2], hot.z0, hot.z1)
         z = slice(z.start // 8 * 8, z.stop)
         if y.stop <= y.start or z.stop <= z.start:
             return
-        mixed = np.sum([plane * np.float32(weight) for plane, weight in planes], axis=0)
-        mixed = _gather(mixed, self._taps[1], y, axis=0)
+        seen = _read(self._taps[1], y), _read(self._taps[2], z)
+        mixed = sum(self._values(plane[seen]) * weight for plane, weight in planes)
+        mixed = _gather(np.asarray(mixed), self._taps[1], y, axis=0)
         mixed = _gather(mixed, self._taps[2], z, axis=1)
         self.masks.set_plane(label, k, (y, z), mixed > self._threshold)
 
+    def _values(self, part: Tensor) -> Array:
+        values = (part > self._threshold).float() if self._nearest else part.float()
+        return values.numpy()
 
-def _above(row: Tensor, threshold: float) -> Array:
-    """Where a row passes the threshold. Half-precision numbers from 0 up are ordered like their bits, which compare faster."""
-    if row.dtype != torch.float16:
-        return np.asarray((row > threshold).numpy())
+
+def _bits(values: Tensor, threshold: float) -> tuple[Array, Any]:
+    """Numbers and a limit that compare as `values > threshold` does, but faster.
+
+    Half-precision numbers from 0 up are ordered like their bits.
+    """
+    if values.dtype != torch.float16:
+        return values.numpy(), threshold
     limit = np.float16(threshold)
     limit = np.nextafter(limit, np.float16(0)) if float(limit) > threshold else limit
-    return np.asarray(row.numpy().view(np.int16) > limit.view(np.int16))
+    return values.numpy().view(np.int16), limit.view(np.int16)
+
+
+def _rows_above(values: Tensor, threshold: float) -> Array:
+    """Whether a row of a label passes the threshold anywhere: (q rows y z) -> (q rows)."""
+    numbers, limit = _bits(values, threshold)
+    return np.asarray(numbers.reshape(*numbers.shape[:2], -1).max(axis=2) > limit)
+
+
+def _box_above(values: Tensor, threshold: float) -> _Box:
+    """The box of what passes the threshold in a plane (y z) in which something does."""
+    numbers, limit = _bits(values, threshold)
+    ys = np.flatnonzero(numbers.max(axis=1) > limit)
+    zs = np.flatnonzero(numbers[ys[0] : ys[-1] + 1].max(axis=0) > limit)
+    return _Box(int(ys[0]), int(ys[-1]) + 1, int(zs[0]), int(zs[-1]) + 1)
 
 
 def _pairs(taps: Taps, k: int) -> list[tuple[int, float]]:
@@ -265,17 +296,26 @@ def _nearest(taps: Taps) -> Taps:
     return Taps(found, found, (index >= 0).astype(float), np.zeros(len(index)))
 
 
-def _reached(taps: Taps, hot: Array) -> slice:
-    """The positions one of whose neighbours is hot."""
-    found = np.flatnonzero((hot[taps.lower] & (taps.lower_weight > 0)) | (hot[taps.upper] & (taps.upper_weight > 0)))
+def _reached(taps: Taps, first: int, last: int) -> slice:
+    """The positions one of whose neighbours lies in `first:last`."""
+    low = (taps.lower >= first) & (taps.lower < last) & (taps.lower_weight > 0)
+    found = np.flatnonzero(low | ((taps.upper >= first) & (taps.upper < last) & (taps.upper_weight > 0)))
     return slice(int(found[0]), int(found[-1]) + 1) if len(found) else slice(0, 0)
 
 
+def _read(taps: Taps, part: slice) -> slice:
+    """What is read for some positions."""
+    return slice(int(taps.lower[part].min()), int(taps.upper[part].max()) + 1)
+
+
 def _gather(plane: Array, taps: Taps, part: slice, *, axis: int) -> Array:
+    """Interpolate along one axis of a plane that begins with what is read first."""
     shape = (-1, 1) if axis == 0 else (1, -1)
-    lower = np.take(plane, taps.lower[part], axis=axis) * taps.lower_weight[part].astype(np.float32).reshape(shape)
-    upper = np.take(plane, taps.upper[part], axis=axis) * taps.upper_weight[part].astype(np.float32).reshape(shape)
-    return np.asarray(lower + upper)
+    first = _read(taps, part).start
+    lower = np.take(plane, taps.lower[part] - first, axis=axis) * taps.lower_weight[part].astype(np.float32).reshape(shape)
+    upper = np.take(plane, taps.upper[part] - first, axis=axis) * taps.upper_weight[part].astype(np.float32).reshape(shape)
+    lower += upper
+    return np.asarray(lower)
 
 
 def _is_dicom_or_zip(path: Path) -> bool:

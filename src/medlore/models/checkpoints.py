@@ -177,7 +177,7 @@ def segmenter_weights(state: State, *, lora_alpha: float | None = None) -> Segme
     weights = _canonical(state)
     factors = {name: weights.pop(name) for name in list(weights) if _FACTOR.match(name)}
     config = _best_config(weights)
-    faults = [*_misfits(weights, expected_shapes(config)), *_factor_faults(factors, weights)]
+    faults = [*misfits(weights, expected_shapes(config)), *_factor_faults(factors, weights)]
     if faults:
         raise _partial(config.name, faults)
     base = {name: tensor.float() for name, tensor in weights.items()}
@@ -308,7 +308,8 @@ def _highest(weights: State, pattern: str) -> int:
     return max((int(found[1]) for name in weights if (found := re.fullmatch(pattern, name))), default=-1)
 
 
-def _misfits(weights: State, expected: dict[str, tuple[int, ...]]) -> list[str]:
+def misfits(weights: State, expected: dict[str, tuple[int, ...]]) -> list[str]:
+    """What is missing, unexpected or of the wrong shape: one line a weight."""
     missing = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in weights]
     unexpected = [f"unexpected: {name} {tuple(tensor.shape)}" for name, tensor in weights.items() if name not in expected]
     misshapen = [
@@ -339,13 +340,15 @@ def _factor_faults(factors: State, weights: State) -> list[str]:
     return faults
 
 
-def _pair_faults(place: str, pair: dict[str, Tensor], shape: tuple[int, ...]) -> list[str]:
+def _pair_faults(place: str, pair: dict[str, Tensor], shape: tuple[int, ...], layout: Layout = "interleaved") -> list[str]:
     """Faults under the rank that either factor tells, whichever has fewer."""
-    side = shape[2] if len(shape) > 2 else 1
-    told = (pair["A"].shape[0] if pair["A"].dim() else 0, pair["B"].shape[-1] if pair["B"].dim() else 0)
+    interleaved = layout == "interleaved"
+    side = shape[2] if len(shape) > 2 and interleaved else 1
+    axis = -1 if interleaved else 1  # of lora_B, that holds the rank
+    told = (pair["A"].shape[0] if pair["A"].dim() else 0, pair["B"].shape[axis] if pair["B"].dim() > 1 else 0)
     reports = []
     for inner in told:
-        wanted = dict(zip("AB", factor_shapes(shape, max(1, inner // side), "interleaved"), strict=True))
+        wanted = dict(zip("AB", factor_shapes(shape, max(1, inner // side), layout), strict=True))
         reports.append(
             [
                 f"misshapen: lora_{name} of {place} {tuple(factor.shape)}, should be {wanted[name]}"
@@ -354,6 +357,20 @@ def _pair_faults(place: str, pair: dict[str, Tensor], shape: tuple[int, ...]) ->
             ]
         )
     return min(reports, key=len)
+
+
+def expert_faults(expert: Expert, base: Mapping[str, Tensor]) -> list[str]:
+    """What is wrong with an expert on this base: one line a convolution."""
+    faults = []
+    for target, (lora_A, lora_B) in expert.pairs.items():
+        weight = base.get(f"{target}.weight")
+        if weight is None:
+            faults.append(f"unexpected: factors of {target}, which is no weight")
+        elif target not in expert.scaling:
+            faults.append(f"missing: the scaling of {target}")
+        else:
+            faults.extend(_pair_faults(target, {"A": lora_A, "B": lora_B}, tuple(weight.shape), expert.layout))
+    return [*faults, *(f"missing: factors of {target}" for target in expert.scaling if target not in expert.pairs)]
 
 
 def _pairs(factors: State) -> list[dict[str, tuple[Tensor, Tensor]]]:

@@ -1,6 +1,6 @@
 """`medlore evaluate --pred DIR --truth cases.jsonl`: Dice and surface Dice of segmented cases against reference masks.
 
-Reference masks are named by the key `mask` of a case: a label map (values by its label table, by the key `label_values`
+Reference masks are named by the key `mask` of a case: a label map (values by its label table, by the key `mask_values`
 {"liver": 1, ...}, or else by the order of `label`), or a folder with one file a label. Predictions are the folders that
 `medlore segment` wrote for the same list. Each case is measured on its own grid with the spacing of its header.
 
@@ -10,9 +10,9 @@ data sets for a label, over labels for a region.
 
 from __future__ import annotations
 
-import json
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from medlore.data.cases import Case, folder_names, read_cases
 from medlore.data.geometry import Array, spacing_of
 from medlore.data.nifti import Volume, read_label_table, read_nifti
 from medlore.errors import DataError, InputError, MedloreError, StepError
-from medlore.files import atomic_path, read_json, write_text
+from medlore.files import atomic_path, json_text, read_json, write_text
 from medlore.metrics.masks import EMPTY_RULE, dice, surface_dice
 from medlore.models.vocabulary import canonical_modality, default_vocabulary
 from medlore.recipes.run import Run
@@ -49,11 +49,13 @@ def evaluate_masks(
         InputError: no such folder, or no case has a mask.
         StepError: some cases could not be measured; the others were, and are written.
     """
+    if not (math.isfinite(tolerance_mm) and tolerance_mm >= 0):
+        raise InputError("--tolerance", f"got {tolerance_mm:g}", "millimetres from 0", "give --tolerance 1")
     pred = Path(pred)
     if not pred.is_dir():
         raise InputError(f"--pred {pred}", "is not a folder", "the --out folder of medlore segment", "check the spelling")
     cases = read_cases(truth)
-    if not any(case.mask is not None for case in cases):
+    if not any(_has_mask(case) for case in cases):
         raise InputError(f"--truth {truth}", 'no case has a "mask"', "cases with reference masks", 'add "mask": "FILE" to the lines')
     out = Path(out) if out is not None else pred / "evaluation"
     with Run("evaluate", out, settings={"pred": str(pred), "truth": str(truth), "tolerance_mm": tolerance_mm}) as run:
@@ -81,14 +83,15 @@ def measure_case(folder: Path, case: Case, tolerance_mm: float) -> list[dict[str
     """
     modality = canonical_modality(case.modality)
     words = default_vocabulary()
-    truths, reference = _truth_of(case)
+    truth = _truth_of(case)
+    reference = truth.reference
     files = _predicted_files(folder, case.labels)
     spacing = spacing_of(reference.affine)
     rows = []
     for label in case.labels:
         predicted = read_nifti(folder / files[label])
         _check_grid(predicted, reference, folder / files[label])
-        mine, theirs = predicted.array > 0, truths[label]
+        mine, theirs = predicted.array > 0, truth.mask(label)
         rows.append(
             {
                 "case": folder.name,
@@ -123,7 +126,7 @@ def _measure_all(pred: Path, cases: Sequence[Case], tolerance_mm: float) -> tupl
     rows: list[dict[str, Any]] = []
     faults: list[str] = []
     for case, name in zip(cases, folder_names(cases), strict=True):
-        if case.mask is None:
+        if not _has_mask(case):
             faults.append(f"line {case.line}: no mask")
             continue
         try:
@@ -133,28 +136,56 @@ def _measure_all(pred: Path, cases: Sequence[Case], tolerance_mm: float) -> tupl
     return rows, faults
 
 
-def _truth_of(case: Case) -> tuple[dict[str, Array], Volume]:
-    """Label -> Boolean mask, and a volume that has their grid."""
+class _Truth:
+    """The reference masks of a case; one label's mask is made, or its file read, at a time."""
+
+    def __init__(self, reference: Volume, files: Mapping[str, Path], values: Mapping[str, int]) -> None:
+        self.reference = reference
+        self._files, self._values = files, values
+
+    def mask(self, label: str) -> Array:
+        """Boolean x y z."""
+        if label in self._values:
+            return np.asarray(self.reference.array == self._values[label])
+        file = self._files[label]
+        if file == self.reference.path:
+            return np.asarray(self.reference.array > 0)
+        volume = read_nifti(file)
+        _check_grid(volume, self.reference, file)
+        return np.asarray(volume.array > 0)
+
+
+def _truth_of(case: Case) -> _Truth:
+    by_label = case.other.get("mask")
     mask = case.mask
-    if mask is None:
+    if isinstance(by_label, dict):
+        missing = [label for label in case.labels if label not in by_label]
+        if missing:
+            fix = "name a file for each label of the line"
+            raise DataError(str(case.image), f"no mask for {', '.join(missing)}", "a file for every label", fix)
+        files = {label: Path(by_label[label]) for label in case.labels}
+    elif mask is None:
         raise InputError(str(case.image), "no mask", "a reference mask", 'add "mask" to the line')
-    if mask.is_dir():
-        names = file_names(case.labels)
-        volumes = {label: read_nifti(mask / names[label]) for label in case.labels}
-        return {label: volume.array > 0 for label, volume in volumes.items()}, next(iter(volumes.values()))
-    volume = read_nifti(mask)
-    values = _values_of(case, mask)
-    return {label: volume.array == values[label] for label in case.labels}, volume
+    elif mask.is_dir():
+        files = {label: mask / name for label, name in file_names(case.labels).items()}
+    else:
+        return _Truth(read_nifti(mask), {}, _values_of(case, mask))
+    return _Truth(read_nifti(files[case.labels[0]]), files, {})
+
+
+def _has_mask(case: Case) -> bool:
+    return case.mask is not None or "mask" in case.other
 
 
 def _values_of(case: Case, mask: Path) -> dict[str, int]:
-    told = case.other.get("label_values")
+    told = case.other.get("mask_values", case.other.get("label_values"))
+    told = read_json(told) if isinstance(told, str) else told
     table = read_label_table(mask)
     values = dict(told) if isinstance(told, dict) else {name: value for value, name in (table or {}).items()}
     values = values or {label: index + 1 for index, label in enumerate(case.labels)}
     missing = [label for label in case.labels if not isinstance(values.get(label), int)]
     if missing:
-        fix = 'add "label_values": {"liver": 1, ...} to the line'
+        fix = 'add "mask_values": {"liver": 1, ...} to the line'
         raise DataError(str(mask), f"no value for {', '.join(missing)}", "a whole number for every label", fix)
     return values
 
@@ -211,7 +242,7 @@ def _box_plots(path: Path, table: pd.DataFrame) -> None:
 
 def _print(results: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
-        sys.stdout.write(json.dumps(results, indent=2) + "\n")
+        sys.stdout.write(json_text(results) + "\n")
         return
     from rich.console import Console
     from rich.table import Table

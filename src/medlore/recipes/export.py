@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from medlore.errors import InputError, UnknownNameError
-from medlore.files import sha256_of
+from medlore.files import json_text, sha256_of
 from medlore.models import packs
 from medlore.models.bundle import SegmenterBundle, UnboundPairWarning, load_segmenter, write_segmenter_pack
 from medlore.models.checkpoints import recognise
@@ -85,7 +84,7 @@ def embed_vocabulary(encoder: TextEncoder, vocabulary: Vocabulary | None = None)
 def print_export(summary: dict[str, Any], *, as_json: bool) -> None:
     """The summary for people on stdout and the notes on stderr, or one JSON object."""
     if as_json:
-        sys.stdout.write(json.dumps(summary, indent=2) + "\n")
+        sys.stdout.write(json_text(summary) + "\n")
         return
     for note in summary["notes"]:
         sys.stderr.write(f"note: {note}\n")

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from medlore.data.cases import Case, find_images, folder_names, read_cases
+from medlore.data.geometry import check_orientation
 from medlore.errors import DataError, InputError, MedloreError, StepError
 from medlore.files import read_json, sha256_of
+from medlore.models.vocabulary import canonical_modality, default_vocabulary
 from medlore.recipes.run import Run, choose_device
 from medlore.recipes.segment_labels import ModelFacts, Routes, facts_of_bundle, facts_of_pack, route_labels
 from medlore.recipes.segment_plan import CasePlan, available_memory, plan_case, read_bytes
@@ -92,6 +94,7 @@ def segment_cases(settings: SegmentSettings, *, watcher: Watcher | None = None) 
     cases = collect_cases(settings)
     names = folder_names(cases)
     model: SegmentingModel | None = load_model(settings)  # a fault of the model ends the run before it starts
+    _check_flags(settings, model.facts, cases)
     told, notes, device = _told_of(model)
     alone = settings.engine == "local" and settings.workers == 1
     if not alone:
@@ -107,6 +110,21 @@ def segment_cases(settings: SegmentSettings, *, watcher: Watcher | None = None) 
         entries.sort(key=lambda entry: entry["index"])
         run.results["counts"] = {state: sum(e["state"] == state for e in entries) for state in ("done", "skipped", "failed")}
     return run.results
+
+
+def _check_flags(settings: SegmentSettings, facts: ModelFacts, cases: Sequence[Case]) -> None:
+    """What was asked for by flags holds for every case: a fault in it is wrong use, not the fault of a case."""
+    from medlore.recipes.segment_rules import window_rules
+
+    modalities = dict.fromkeys(case.modality for case in cases)
+    if settings.orientation_code is not None:
+        check_orientation(settings.orientation_code)
+    for modality in modalities if settings.modality is not None or settings.image is not None else ():
+        if settings.labels:
+            route_labels(facts, settings.labels, modality, region=settings.region, allow_unknown=settings.allow_unknown)
+        window_rules(facts, canonical_modality(modality), roi_size=settings.roi_size, overlap=settings.overlap)
+    if settings.region is not None and settings.region not in facts.experts:
+        default_vocabulary().checked_region(settings.region)
 
 
 def _told_of(model: SegmentingModel) -> tuple[dict[str, Any], list[str], str]:
@@ -126,6 +144,7 @@ def plan_cases(settings: SegmentSettings) -> dict[str, Any]:
         facts = facts_of_bundle(_load_bundle(settings))
     device = choose_device("cuda") if settings.device == "cuda" else "cpu"  # nothing else is asked of torch
     cases = collect_cases(settings)
+    _check_flags(settings, facts, cases)
     plans: list[dict[str, Any]] = []
     for case, name in zip(cases, folder_names(cases), strict=True):
         try:
@@ -180,6 +199,8 @@ def _segment_case(settings: SegmentSettings, model: SegmentingModel, case: Case,
     start = time.perf_counter()
     volume = read_volume(case.image, affine_from=settings.affine_from, frame=case.frame, series=case.series)
     read = time.perf_counter() - start
+    if settings.dicom_seg and not volume.slices:  # before hours of work, not after them
+        raise InputError(f"--dicom-seg: {case.image}", "an image that is not DICOM", "a DICOM series", "leave --dicom-seg out")
     grid = (volume.shape, volume.affine)
     watcher.plan(name, _plan(settings, model.facts, case, routes=routes, volume=grid, device=model.device))
     result = model.segment(

@@ -32,6 +32,7 @@ class ModelFacts:
         preprocessing: constants of the training.
         prompts: keys `modality/label` of the stored embeddings; None where a text encoder answers anything.
         label_regions: `modality/label` -> region, for labels that the vocabulary does not know.
+        patch: a window's sides are multiples of it.
     """
 
     name: str
@@ -41,6 +42,7 @@ class ModelFacts:
     preprocessing: Mapping[str, Any]
     prompts: frozenset[str] | None
     label_regions: Mapping[str, str] = field(default_factory=dict)
+    patch: int = 1
 
 
 def facts_of_bundle(bundle: SegmenterBundle) -> ModelFacts:
@@ -51,7 +53,7 @@ def facts_of_bundle(bundle: SegmenterBundle) -> ModelFacts:
     size = NetworkSize(bundle.config.features[0], sum(t.numel() for t in weights.base.values()), merged)
     keys = None if bundle.text is not None or bundle.prompts is None else frozenset(bundle.prompts.keys)
     own = bundle.preprocessing.get("label_regions", {})
-    return ModelFacts(bundle.name, tuple(weights.experts), bundle.region, size, bundle.preprocessing, keys, own)
+    return ModelFacts(bundle.name, tuple(weights.experts), bundle.region, size, bundle.preprocessing, keys, own, bundle.config.patch)
 
 
 def facts_of_pack(path: str | Path) -> ModelFacts | None:
@@ -76,7 +78,8 @@ def _facts_of_manifest(manifest: Mapping[str, Any]) -> ModelFacts:
     size = NetworkSize(manifest["config"]["features"][0], count, count if manifest["experts"] else 0)
     rules = manifest["preprocessing"]
     region = manifest.get("region")
-    return ModelFacts(manifest["name"], tuple(manifest["experts"]), region, size, rules, keys, rules.get("label_regions", {}))
+    own, patch = rules.get("label_regions", {}), int(manifest["config"].get("patch", 32))
+    return ModelFacts(manifest["name"], tuple(manifest["experts"]), region, size, rules, keys, own, patch)
 
 
 @dataclass(frozen=True)

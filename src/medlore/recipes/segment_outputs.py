@@ -9,23 +9,22 @@
     ├── labels.json             value -> label
     ├── labels_itksnap.txt      the same for ITK-SNAP
     ├── quality_control.png     three planes with outlines
-    ├── segmentation.dcm        DICOM-SEG, on request, where the input was DICOM
+    ├── segmentation.dcm        DICOM-SEG, on request, where the input was DICOM; overlapping labels in segmentation_2.dcm, ...
     └── case.json               volumes, experts, windows, seconds, memory, what was odd
 """
 
 from __future__ import annotations
 
 import re
-import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from medlore.data.geometry import Array
-from medlore.data.nifti import label_table, write_nifti
+from medlore.data.nifti import copy_image, label_table, write_nifti
 from medlore.files import atomic_folder, write_json, write_text
 from medlore.recipes.quality_control import label_colour, write_quality_control
 from medlore.recipes.run import peak_memory_bytes
@@ -80,8 +79,7 @@ def write_outputs(
         if dicom_seg:
             from medlore.data.dicom import write_dicom_seg
 
-            masks = {label: result.mask(label) for label in result.routes.labels if result.voxels(label)}
-            write_dicom_seg(temporary / "segmentation.dcm", result.volume, masks)
+            write_dicom_seg(temporary / "segmentation.dcm", result.volume, _OneByOne(result))
         result.seconds["write"] = time.perf_counter() - start
         record = {**case_record(result, files), "overlap_rule": _RULE_WORDS[overlap_rule], **about}
         write_json(temporary / "case.json", record)
@@ -163,6 +161,23 @@ def itksnap_labels(labels: Sequence[str]) -> str:
     return head + "\n".join(lines) + "\n"
 
 
+class _OneByOne(Mapping[str, Array]):
+    """The masks that have voxels, each made when it is asked for."""
+
+    def __init__(self, result: Segmentation) -> None:
+        self._result = result
+        self._labels = [label for label in result.routes.labels if result.voxels(label)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._labels)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, label: str) -> Array:
+        return self._result.mask(label)
+
+
 def _canvas(result: Segmentation, kind: type) -> tuple[Array, Array]:
     """Zeros on the output grid, in the memory order of the file, and the view of them in which the masks are held."""
     shape = result.reorientation.shape
@@ -185,7 +200,5 @@ def _write_image(path: Path, result: Segmentation) -> None:
     volume = result.volume
     if result.affine is not None:
         write_nifti(path, result.prepared.pixels[0].numpy(), volume, affine=result.affine)
-    elif volume.path.name.endswith(".nii.gz") and tuple(volume.header.get_data_shape()) == volume.shape == volume.file_shape:
-        shutil.copyfile(volume.path, path)
     else:
-        write_nifti(path, volume.array, volume)
+        copy_image(volume, path)

@@ -9,7 +9,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from medlore.errors import InputError
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _INTERPRETER_BYTES = 350 << 20  # Python, torch, NumPy and the rest, before any weight
 _AVAILABLE_SHARE = 0.8
+_DEVICE_BYTES = 500 << 20  # a CUDA context and the work space of its libraries
 # Full-resolution maps that are alive at the widest point of the U-Net (skip, upsampled, both concatenated, convolved,
 # normalised, and the convolution's own copy), counted in the channels of the first stage; measured, see docs/segment.md.
 _LIVE_MAPS = {4: 8.0, 2: 11.0}  # by bytes per number; half precision holds converted weights too
@@ -64,6 +65,25 @@ class WindowRules:
 
 
 @dataclass(frozen=True)
+class DeviceShare:
+    """What a case takes on a GPU.
+
+    Args:
+        fixed_bytes: one network and its maps.
+        bytes_per_label: the band of sums of one label.
+        memory_bytes: what may be used there.
+    """
+
+    fixed_bytes: int
+    bytes_per_label: int
+    memory_bytes: int
+
+    def needed(self, labels: int) -> int:
+        """Bytes for so many labels at a time."""
+        return self.fixed_bytes + labels * self.bytes_per_label
+
+
+@dataclass(frozen=True)
 class CasePlan:
     """What one case will cost.
 
@@ -74,6 +94,7 @@ class CasePlan:
         fixed_bytes: weights, volume and the network's maps.
         bytes_per_label: band and masks of one label.
         memory_bytes: what may be used.
+        device: the same three numbers for a GPU, which holds weights, maps and bands; the host then holds the rest.
     """
 
     shape: Shape
@@ -82,6 +103,7 @@ class CasePlan:
     fixed_bytes: int
     bytes_per_label: int
     memory_bytes: int
+    device: DeviceShare | None = None
 
     @property
     def labels(self) -> int:
@@ -112,15 +134,19 @@ class CasePlan:
             "bytes_per_label": self.bytes_per_label,
             "expected_peak_bytes": self.peak_bytes,
             "memory_bytes": self.memory_bytes,
+            "device": None if self.device is None else asdict(self.device),
         }
 
     def in_words(self) -> str:
         """One line for people."""
         experts = ", ".join(f"{region} ({sum(map(len, groups))})" for region, groups in self.groups.items())
         size = " x ".join(map(str, self.shape))
+        largest = max((len(group) for groups in self.groups.values() for group in groups), default=0)
+        device = self.device
+        on_device = "" if device is None else f", and {gib(device.needed(largest))} of {gib(device.memory_bytes)} on the device"
         return (
             f"{size} on the network's grid, at most {self.windows} windows x {self.passes} pass(es); labels by expert: {experts}; "
-            f"about {gib(self.peak_bytes)} of {gib(self.memory_bytes)}"
+            f"about {gib(self.peak_bytes)} of {gib(self.memory_bytes)}{on_device}"
         )
 
 
@@ -133,6 +159,7 @@ def plan_case(
     *,
     memory_bytes: int,
     where: str,
+    device_memory_bytes: int | None = None,
 ) -> CasePlan:
     """The plan of one case.
 
@@ -144,6 +171,7 @@ def plan_case(
         rules: windows and grid.
         memory_bytes: what may be used.
         where: name of the image, for the error.
+        device_memory_bytes: what may be used on the GPU that runs the network; None where the processor does.
 
     Raises:
         InputError: not even one label fits; the message says what would.
@@ -156,16 +184,32 @@ def plan_case(
         rules.sw_batch_size * math.prod(rules.roi_size) * rules.bytes_per_number * (_LIVE_MAPS[rules.bytes_per_number] * size.channels)
     )
     weights = 4 * (size.parameters + size.merged_parameters * max(len(routes), 1))
-    fixed = int(_INTERPRETER_BYTES + weights + network + voxels * 4 + processed * 6 + 2 * voxels)
+    ready = rules.bytes_per_number * size.parameters  # the network in the layout or on the device that runs it
     band = min(rules.roi_size[0], change.new_shape[0]) * change.new_shape[1] * change.new_shape[2]
-    per_label = int(band * (8 if rules.published else 2) * 1.5 + voxels / 8)
-    fitting = int((memory_bytes - fixed) // per_label)
-    if fitting < 1:
-        least = gib(math.ceil((fixed + per_label) * 1.05))
-        fix = f"give --memory {least.replace(' ', '')} or more, or smaller windows (--roi-size, --sw-batch-size)"
-        raise InputError(f"{where}: --memory", f"{gib(memory_bytes)}", f"at least {least} for one label at a time", fix)
+    sums, bits = int(band * (8 if rules.published else 2) * 1.5), voxels // 8
+    host = int(_INTERPRETER_BYTES + weights + voxels * 4 + processed * 6 + 2 * voxels)
+    device = None
+    if device_memory_bytes is None:
+        fixed, per_label = host + int(network) + ready, sums + bits
+    else:
+        fixed, per_label = host, sums + bits  # finished rows come back to the host
+        device = DeviceShare(_DEVICE_BYTES + int(network) + ready, sums, device_memory_bytes)
+        _fitting(device.memory_bytes, device.fixed_bytes, device.bytes_per_label, f"{where}: memory of the device", "smaller windows")
+    fitting = _fitting(memory_bytes, fixed, per_label, f"{where}: --memory", "--memory {least} or more, or smaller windows")
+    if device is not None:
+        fitting = min(fitting, (device.memory_bytes - device.fixed_bytes) // device.bytes_per_label)
     groups = {region: _split(list(labels), fitting) for region, labels in routes.items()}
-    return CasePlan(change.new_shape, len(grid.windows()), groups, fixed, per_label, memory_bytes)
+    return CasePlan(change.new_shape, len(grid.windows()), groups, fixed, per_label, memory_bytes, device)
+
+
+def _fitting(memory_bytes: int, fixed: int, per_label: int, where: str, fix: str) -> int:
+    """How many labels fit at a time."""
+    count = (memory_bytes - fixed) // per_label
+    if count < 1:
+        least = gib(math.ceil((fixed + per_label) * 1.05))
+        fix = f"give {fix.format(least=least.replace(' ', ''))} (--roi-size, --sw-batch-size)"
+        raise InputError(where, f"{gib(memory_bytes)}", f"at least {least} for one label at a time", fix)
+    return count
 
 
 def read_bytes(text: str, *, where: str = "--memory") -> int:
@@ -194,6 +238,11 @@ def available_memory() -> int:
         except (OSError, ValueError):  # no such group, or the word "max"
             continue
         free = min(free, max(left, 0)) if left < free else free
+    return usable(free)
+
+
+def usable(free: int) -> int:
+    """What is taken of free bytes by default."""
     return int(free * _AVAILABLE_SHARE)
 
 

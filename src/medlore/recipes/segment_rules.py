@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from medlore.data.geometry import spacing_for
+from medlore.errors import InputError
 from medlore.recipes.segment_labels import ModelFacts
 from medlore.recipes.segment_plan import WindowRules
 
@@ -20,9 +21,17 @@ def window_rules(
     half: bool = False,
     published: bool = False,
 ) -> WindowRules:
-    """Windows and grid: what the model was trained with, unless something else is asked for."""
+    """Windows and grid: what the model was trained with, unless something else is asked for.
+
+    Raises:
+        InputError: windows that the network cannot take.
+        DataError: no spacing for the modality.
+    """
     told = facts.preprocessing
     x, y, z = (int(v) for v in (roi_size or told.get("roi_size", (288, 288, 96))))
+    if any(side < 1 or side % facts.patch for side in (x, y, z)):
+        near = ",".join(str(max(round(side / facts.patch), 1) * facts.patch) for side in (x, y, z))
+        raise InputError("--roi-size", f"{x},{y},{z}", f"multiples of {facts.patch}, as {facts.name} needs them", f"give {near}")
     return WindowRules(
         roi_size=(x, y, z),
         overlap=float(overlap if overlap is not None else told.get("overlap", 0.5)),

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+import signal
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
 from typing import Any, Literal
 
 from medlore.errors import MissingExtraError, StepError
@@ -21,7 +27,7 @@ def spread(
     engine: Literal["local", "ray"],
     workers: int,
     gpus_each: int = 0,
-) -> Iterator[Entry]:
+) -> Generator[Entry, None, None]:
     """Results of `work(*job)` for all jobs, as they finish. A job whose process dies costs the others nothing.
 
     Args:
@@ -42,13 +48,14 @@ def spread(
         yield from _with_processes(work, jobs, lost, workers)
 
 
-def _with_processes(work: Callable[..., Entry], jobs: Sequence[Job], lost: Callable[[Job, str], Entry], workers: int) -> Iterator[Entry]:
-    from concurrent.futures import ProcessPoolExecutor, as_completed
+def _with_processes(
+    work: Callable[..., Entry], jobs: Sequence[Job], lost: Callable[[Job, str], Entry], workers: int
+) -> Generator[Entry, None, None]:
+    from concurrent.futures import as_completed
     from concurrent.futures.process import BrokenProcessPool
-    from multiprocessing import get_context
 
     again: list[Job] = []
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=get_context("spawn")) as pool:
+    with _pool(min(workers, len(jobs))) as pool:
         waiting = {pool.submit(work, *job): job for job in jobs}
         for finished in as_completed(waiting):
             try:
@@ -56,16 +63,45 @@ def _with_processes(work: Callable[..., Entry], jobs: Sequence[Job], lost: Calla
             except BrokenProcessPool:  # one death ends the pool and every job that is left in it
                 again.append(waiting[finished])
     for job in again:  # each in a process of its own: only the one that kills its process is lost
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
+        with _pool(1) as alone:
             try:
                 yield alone.submit(work, *job).result()
             except BrokenProcessPool:
                 yield lost(job, _KILLED)
 
 
+@contextmanager
+def _pool(count: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that end with the block, at once where it ends with an exception such as Ctrl-C."""
+    pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_begin, initargs=(os.getpid(),))
+    try:
+        yield pool
+    except BaseException:
+        processes = list((pool._processes or {}).values())
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join()
+        raise
+    pool.shutdown()
+
+
+def _begin(parent: int) -> None:
+    """In a worker: Ctrl-C is the parent's to handle, and without a parent there is nothing to do."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _with_ray(
     work: Callable[..., Entry], jobs: Sequence[Job], lost: Callable[[Job, str], Entry], workers: int, gpus_each: int
-) -> Iterator[Entry]:
+) -> Generator[Entry, None, None]:
     try:
         import ray
     except ImportError as error:
