@@ -68,17 +68,20 @@ def measure(shape: tuple[int, int], p: float | None, samples: int, clock: Callab
     """Seconds of one full SVD, one certified rank, one proved rank; the ways in which the last two were decided, or a fault."""
     from medlore.linalg.spectra import stable_rank
 
-    svd, fast, proved, ways = [], [], [], []
+    seconds: tuple[list[float], ...] = ([], [], [])
+    ways = []
     for sample in range(samples):
         W = draw(shape, p, seed=sample)
         found, proof, right = stable_rank(W), stable_rank(W, proof=True), reference(W)
         if not found.rank == proof.rank == right:
             raise SystemExit(f"{shape} p={p} seed {sample}: {found.rank} and {proof.rank}, a full SVD says {right}")
         ways += [found.decided_by, proof.decided_by]
-        fast.append(timed(lambda W=W: stable_rank(W), clock, 5))
-        svd.append(timed(lambda W=W: published(W), clock, 1))
-        proved.append(timed(lambda W=W: stable_rank(W, proof=True), clock, 3))
-    return statistics.median(svd), statistics.median(fast), statistics.median(proved), ways
+        ways_to_run = (lambda W=W: published(W), lambda W=W: stable_rank(W), lambda W=W: stable_rank(W, proof=True))
+        for _ in range(3):  # in turn, so that what else the machine does falls on all of them
+            for kept, function, repeats in zip(seconds, ways_to_run, (1, 3, 1), strict=True):
+                kept.append(timed(function, clock, repeats))
+    svd, fast, proved = (statistics.median(kept) for kept in seconds)
+    return svd, fast, proved, ways
 
 
 def main() -> None:
@@ -89,8 +92,10 @@ def main() -> None:
         "--cpu-time", action="store_true", help="processor time in place of wall time: for a busy machine, with --threads 1"
     )
     given = parser.parse_args()
+    import torch
     from threadpoolctl import threadpool_limits
 
+    torch.set_num_threads(given.threads)  # its own pool: the limits below do not reach every build of it
     clock = time.process_time if given.cpu_time else time.perf_counter
     with threadpool_limits(given.threads):
         table(given.samples, clock)

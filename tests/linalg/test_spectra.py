@@ -105,7 +105,9 @@ def test_equals_the_full_svd(kind: str, shape: tuple[int, int], proof: bool) -> 
     assert found.lower <= found.value <= found.upper
     assert (found.failure_probability == 0) if proof else (found.failure_probability < 1e-12)
     if proof:
-        assert found.decided_by in ("proof", "exact")
+        assert found.decided_by in ("trace", "proof", "exact")
+    else:
+        assert found.decided_by != "proof"
 
 
 @settings(max_examples=60, deadline=None)
@@ -150,7 +152,7 @@ def test_near_rounding_edges(edge: float, distance: float, proof: bool) -> None:
 def test_a_float32_weight_on_an_edge_is_computed_exactly() -> None:
     W = np.random.default_rng(1).standard_normal((256, 200)).astype(np.float32)
     exact = svd_stable_rank(W)
-    for distance in (1e-8, -1e-8, 1e-9, -1e-9):
+    for distance in (1e-8, 1e-9, -1e-9, -1e-10):  # farther below the edge the lower bound of σ₁ alone is enough
         wanted = math.floor(exact) + 0.5 + distance
         found = stable_rank(W, scale=wanted / exact)
         assert found.decided_by == "exact"
@@ -357,7 +359,7 @@ def test_a_leading_space_proves_a_bound() -> None:
     for factor in (0.3, 0.9, 0.999, 1 - 1e-6):
         assert leading_space_bound(A, noisy, factor * top) is None
     found = stable_rank(A)
-    assert found.decided_by == "proof"
+    assert found.decided_by == "trace"  # a proof, though none was asked for
     assert found.failure_probability == 0
 
 
@@ -399,3 +401,69 @@ def test_schatten_norm_is_above_the_spectral_norm() -> None:
     spectral = np.linalg.norm(N, 2, axis=(1, 2))
     assert (schatten8(N) >= spectral).all()
     assert (schatten8(N) <= 16 ** (1 / 8) * spectral).all()
+
+
+def adversaries() -> dict[str, np.ndarray]:
+    n = 192
+    edge = np.zeros((n + 8, n))
+    edge[np.arange(4), np.arange(4)] = [2, 2, 1, 1]  # stable rank 2.5, exactly, and rows of zeros
+    ties = np.diag(np.concatenate([[1.0, 1.0, 1.0], np.full(n - 3, math.sqrt(4.5 / (n - 3)))]))  # 7.5 up to one rounding
+    clustered = with_spectrum(np.concatenate([1 - 1e-9 * np.arange(40), np.full(n - 40, 0.2)]), n, n, seed=1, dtype=np.float64)
+    hidden = np.diag(np.concatenate([np.full(n - 1, 0.9), [1.0]]))
+    return {
+        "edge": edge,
+        "ties": ties,
+        "clustered": clustered,
+        "hidden": hidden,
+        "rank-one": np.outer(np.arange(1.0, n + 1), np.ones(n)),
+        "nearly rank-one": np.outer(np.ones(n), np.ones(n)) + np.eye(n),
+        "one entry": np.eye(n, n, n - 1),
+        "identity": np.eye(n),
+        "half": np.vstack([np.eye(n), np.zeros((n, n))]),
+        "steep": with_spectrum(np.geomspace(1, 1e-12, n), n, n, seed=2, dtype=np.float64),
+    }
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0**-100, 2.0**100, 2.0**-23, 2.0**18])
+@pytest.mark.parametrize("proof", [False, True])
+def test_adversaries_equal_the_svd(proof: bool, factor: float) -> None:
+    for name, W in adversaries().items():
+        found = stable_rank(W * factor, proof=proof)
+        assert found.rank == round(svd_stable_rank(W)), name
+        narrow = (W * factor).astype(np.float32)
+        exact = svd_stable_rank(narrow.astype(np.float64) / factor)
+        if abs(exact % 1 - 0.5) > 1e-9:
+            assert stable_rank(narrow, proof=proof).rank == round(exact), name
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    m=st.integers(160, 240),
+    p=st.floats(0, 1.5),
+    room=st.sampled_from([1e-5, 1e-4, 1e-3, 1e-2, 0.3]),
+    share=st.floats(0, 1),
+    exact=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_bounds_of_a_quick_ritz_pair_are_never_violated(m: int, p: float, room: float, share: float, exact: bool, seed: int) -> None:
+    """However early the float32 recurrence stops, what is claimed of σ₁² holds: factorisations with probes or shift, and the trace."""
+    A = with_spectrum(np.arange(1, 161.0) ** -p, m, 160, seed)
+    top = float(np.linalg.svd(A.astype(np.float64), compute_uv=False)[0] ** 2)
+    gram = GramMatrix(A, np.random.default_rng(seed).standard_normal(160), exact=exact, target=lambda theta: (1 + room) * theta)
+    assert gram.theta == pytest.approx(top, rel=max(room, 1e-4))
+    level = gram.theta * (1 + share * room)
+    seen = gram.proved_bound(level) if exact else gram.probed_bound(level, np.random.default_rng(seed), room=room * level)
+    trace = leading_space_bound(A, gram.vector[:, None], level)
+    assert trace is None or level >= top * (1 - 1e-13)
+    for claim in (seen, trace):
+        if claim is not None:
+            assert claim.lower <= top * (1 + 1e-13)
+            assert claim.upper >= top * (1 - 1e-13)
+
+
+@pytest.mark.parametrize("power", [1.0, 1.5])
+def test_one_vector_is_enough_for_a_steep_spectrum(power: float) -> None:
+    W = with_spectrum(np.arange(1, 301.0) ** -power, 400, 300, seed=6)
+    found = stable_rank(W)
+    assert (found.decided_by, found.steps, found.failure_probability) == ("trace", 2, 0)
+    assert found.lower <= svd_stable_rank(W) * (1 + 1e-12) <= found.upper * (1 + 1e-11)

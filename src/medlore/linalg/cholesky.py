@@ -6,36 +6,74 @@ The derivations are in docs/certificates.md.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import scipy.linalg
 import scipy.linalg.blas
 import scipy.linalg.lapack
+import torch
 
-from medlore.linalg.lanczos import FAILURE_OF_ALL, FAILURE_OF_PROBES, Enclosure
+from medlore.linalg.lanczos import FAILURE_OF_ALL, FAILURE_OF_PROBES, Enclosure, symmetric_eigen
 from medlore.linalg.passes import Array, Float64, chi_floor, exact_pass, gamma, gram_upper, gram_upper_64, lower_bound_of_top
 
 _PROBES = 15  # with the Ritz vector sixteen columns, which BLAS kernels like
+_FEW_PROBES = 7  # half the cost, an error bound some ten times larger
 _MOST_LANCZOS_STEPS = 120
+_FIRST_LOOK = 12
 
 
 class GramMatrix:
-    """The upper triangle of G = AᵀA, its largest Ritz pair, and tests of λI − G.
+    """The upper triangle of G = AᵀA, a Ritz pair for its largest eigenvalue, and tests of λI − G.
 
     Args:
         A: m x n with m >= n.
-        exact: hold G in float64, so that `prove` can be asked.
         start: first Lanczos vector, n.
+        exact: hold G in float64, so that `proved_bound` can be asked.
+        target: from a θ close below σ₁² to the bound that is wanted above it; without it Lanczos runs until θ stands still.
     """
 
-    def __init__(self, A: Array, start: Array, *, exact: bool) -> None:
+    def __init__(self, A: Array, start: Array, *, exact: bool, target: Callable[[float], float] | None = None) -> None:
         self.A = A
         self.G: Array = gram_upper_64(A) if exact else gram_upper(A)
-        self.steps = 0
-        self.theta, self.vector = self._lanczos(start)
+        self.steps, self.theta, self.vector = 0, 0.0, np.zeros(len(self.G))
+        if target is None:
+            self.refine(start)
+        else:
+            self._quick(start, target)
 
-    def _lanczos(self, start: Array) -> tuple[float, Float64]:
-        """The largest Ritz pair of G, run until its error (residual² / gap) is far below what a rounding edge can ask for."""
+    def _quick(self, start: Array, target: Callable[[float], float]) -> None:
+        """A float32 Ritz pair whose error is small beside the distance to the target.
+
+        Nothing is reorthogonalised: that delays the second copy of a Ritz pair, not the first, and the bounds do not rest on it.
+        """
+        G = self.G.astype(np.float32, copy=False)
+        n = len(G)
+        most = min(n, _MOST_LANCZOS_STEPS)
+        Q = np.zeros((most + 1, n), np.float32)
+        Q[0] = start / np.linalg.norm(start)
+        alphas, betas = np.zeros(most), np.zeros(most)
+        symv = scipy.linalg.blas.ssymv
+        look = _FIRST_LOOK
+        for k in range(most):
+            w = symv(1.0, G, Q[k])
+            alphas[k] = w @ Q[k]
+            w -= np.float32(alphas[k]) * Q[k]
+            if k:
+                w -= np.float32(betas[k - 1]) * Q[k - 1]
+            betas[k] = math.sqrt(w @ w)
+            closed = betas[k] <= 1e-6 * abs(alphas[0])
+            if closed or k + 1 in (look, most):
+                look += look // 3
+                value, weights, error = _ritz(alphas[: k + 1], betas[: k + 1])
+                room = target(value + error) - value - error
+                if closed or error <= min(0.03 * room, 2e-7 * value):  # the second for the digits of the estimate alone
+                    break
+            np.divide(w, np.float32(betas[k]), out=Q[k + 1])
+        self._keep(value, weights, Q)
+
+    def refine(self, start: Array) -> None:
+        """The Ritz pair with reorthogonalisation, until its error (residual² / gap) is far below what a rounding edge can ask for."""
         symv = scipy.linalg.blas.ssymv if self.G.dtype == np.float32 else scipy.linalg.blas.dsymv
         n = len(self.G)
         most = min(n, _MOST_LANCZOS_STEPS)
@@ -56,9 +94,11 @@ class GramMatrix:
                 if closed or error <= 1e-7 * value:
                     break
             Q[k + 1] = w / betas[k]
-        self.steps = len(weights)
-        vector = np.asarray(weights.astype(Q.dtype) @ Q[: len(weights)], np.float64)
-        return value, vector
+        self._keep(value, weights, Q)
+
+    def _keep(self, value: float, weights: Float64, Q: Array) -> None:
+        self.steps += len(weights)
+        self.theta, self.vector = value, np.asarray(weights.astype(Q.dtype) @ Q[: len(weights)], np.float64)
 
     def _factor(self, level: float) -> Array | None:
         """The upper Cholesky factor of level · I − G, or None where it breaks down."""
@@ -68,23 +108,30 @@ class GramMatrix:
         U, info = potrf(M, lower=0, clean=1, overwrite_a=1)
         return U if info == 0 else None
 
-    def probed_bound(self, level: float, rng: np.random.Generator) -> Enclosure | None:
+    def probed_bound(self, level: float, rng: np.random.Generator, *, room: float = 0.0) -> Enclosure | None:
         """σ₁² <= level + ‖E‖ where E = level · I − AᵀA − UᵀU is bounded from its action on Gaussian vectors.
+
+        Args:
+            level: just above σ₁².
+            rng: draws the probes.
+            room: how far above `level` the bound may come; where that is plenty, fewer probes are drawn.
 
         UᵀU is positive semidefinite whatever rounding did to U, so nothing is assumed about the factorisation or about G.
         """
         U = self._factor(level)
         if U is None:
             return None
+        probes = _FEW_PROBES if room > 1e-3 * level else _PROBES
         m, n = self.A.shape
-        X = np.column_stack([self.vector, rng.standard_normal((n, _PROBES))])
+        X = np.column_stack([self.vector, rng.standard_normal((n, probes))])
         seen = exact_pass(self.A, X)
-        probes = X[:, 1:]
-        wide = U.astype(np.float64)
-        misses = level * probes - seen.images[:, 1:] - wide.T @ (wide @ probes)
-        size = float(np.linalg.norm(probes))
+        seeds = X[:, 1:]
+        wide = torch.from_numpy(U.astype(np.float64))  # torch's BLAS is the faster one for few columns
+        squared = (wide.T @ (wide @ torch.from_numpy(seeds))).numpy()
+        misses = level * seeds - seen.images[:, 1:] - squared
+        size = float(np.linalg.norm(seeds))
         rounding = 4 * (gamma(m + n) * seen.frobenius2 + gamma(2 * n) * (n * level + level)) * size
-        error = (float(np.linalg.norm(misses)) + rounding) / chi_floor(_PROBES, FAILURE_OF_PROBES)
+        error = (float(np.linalg.norm(misses)) + rounding) / chi_floor(probes, FAILURE_OF_PROBES)
         return self._enclosure(seen.frobenius2, seen.lengths2[0], lower_bound_of_top(seen, 0, X[:, 0], m), level + error, FAILURE_OF_ALL)
 
     def proved_bound(self, level: float) -> Enclosure | None:
@@ -113,10 +160,11 @@ def _ritz(alphas: Float64, betas: Float64) -> tuple[float, Float64, float]:
     k = len(alphas)
     if k == 1:
         return float(alphas[0]), np.ones(1), math.inf
-    values, vectors = scipy.linalg.eigh_tridiagonal(alphas, betas[: k - 1], select="i", select_range=(k - 2, k - 1), check_finite=False)
-    residual = abs(betas[k - 1] * vectors[-1, 1])
-    gap = max(float(values[1] - values[0]), residual, 1e-300)
-    return float(values[1]), np.asarray(vectors[:, 1]), float(residual * residual / gap)
+    T = np.diag(alphas) + np.diag(betas[: k - 1], 1) + np.diag(betas[: k - 1], -1)
+    values, vectors = symmetric_eigen(T)
+    residual = abs(betas[k - 1] * vectors[-1, -1])
+    gap = max(float(values[-1] - values[-2]), residual, 1e-300)
+    return float(values[-1]), np.asarray(vectors[:, -1]), float(residual * residual / gap)
 
 
 def exact_enclosure(A: Array) -> Enclosure:

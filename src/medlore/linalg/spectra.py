@@ -18,7 +18,7 @@ from medlore.linalg.lanczos import BlockKrylov, Enclosure, leading_space_bound
 from medlore.linalg.passes import gamma
 
 Rounding = Literal["half-even", "half-up", "floor", "ceil"]
-Decision = Literal["lanczos", "cholesky", "proof", "exact"]
+Decision = Literal["lanczos", "cholesky", "trace", "proof", "exact"]
 Array = NDArray[np.floating]
 
 # rounding -> the function, and how far below and above an integer its inputs lie
@@ -30,6 +30,8 @@ _ROUND: dict[str, tuple[Callable[[float], int], float, float]] = {
 }
 _SMALL = 160  # below this side a float64 Gram matrix costs less than the loop around Lanczos
 _MOST_BLOCK_STEPS = 7
+_ONE_VECTOR = 2.6  # up to this rough stable rank one singular value may hold enough of ‖W‖_F² for a proof
+_FEW_VECTORS = 4.5  # and up to this one a few may
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,9 @@ class StableRank:
         upper: certified upper bound of the stable rank.
         rank: scale times the stable rank, rounded, then clipped to 1 .. min(m, n).
         decided_by: what made the integer sure: `lanczos` (block Lanczos, two-sided bounds), `cholesky` (flat spectra: a float32 Cholesky
-            factorisation whose error was probed), `proof` (no probability: a leading space, or a float64 Cholesky factorisation),
-            `exact` (all in float64, because the value lies on a rounding edge or the matrix is small).
+            factorisation whose error was probed), `trace` (no probability: a leading space holds nearly all of ‖W‖_F²), `proof` (no
+            probability: a float64 Cholesky factorisation, where a proof was asked for), `exact` (all in float64, because the value
+            lies on a rounding edge or the matrix is small).
         steps: (block) Lanczos steps taken; 0 where none were needed.
         failure_probability: upper bound of the probability that `lower` (and so the integer) is wrong; 0.0 when proved or exact.
     """
@@ -98,9 +101,9 @@ def stable_rank(
         1.875
     """
     _check_options(rounding, scale, tolerance)
-    A = _as_matrix(W)
+    A, frobenius2 = _as_matrix(W)
     question = _Question(min(A.shape), rounding, scale, tolerance)
-    return _answer(A, question, proof=proof, rng=np.random.default_rng(seed))
+    return _answer(A, question, frobenius2, proof=proof, rng=np.random.default_rng(seed))
 
 
 def spectral_norm(W: torch.Tensor | Array, *, tolerance: float = 1e-4, proof: bool = False, seed: int = 0) -> SpectralNorm:
@@ -140,7 +143,7 @@ def effective_rank(W: torch.Tensor | Array) -> float:
         >>> round(effective_rank(np.eye(3)), 6)
         3.0
     """
-    values = scipy.linalg.svdvals(_as_matrix(W).astype(np.float64))
+    values = scipy.linalg.svdvals(_as_matrix(W)[0].astype(np.float64))
     shares = values / values.sum()
     shares = shares[shares > 0]
     return float(np.exp(-(shares * np.log(shares)).sum()))
@@ -155,8 +158,8 @@ def _check_options(rounding: str, scale: float, tolerance: float | None) -> None
         raise InputError("tolerance", f"got {tolerance}", "a number between 0 and 1", "give for example tolerance=1e-4")
 
 
-def _as_matrix(W: torch.Tensor | Array) -> Array:
-    """The weight as a tall float32 or float64 matrix of moderate size, faults told; a copy only where type or layout ask for it."""
+def _as_matrix(W: torch.Tensor | Array) -> tuple[Array, float]:
+    """The weight as a tall float32 or float64 matrix of moderate size, and about ‖W‖_F²; faults told, a copy only where needed."""
     if isinstance(W, torch.Tensor):
         W = W.detach()
         W = (W if W.dtype == torch.float64 else W.float()).cpu().numpy()
@@ -172,9 +175,17 @@ def _as_matrix(W: torch.Tensor | Array) -> Array:
     if not A.flags.writeable:
         A = A.copy(order="K")  # torch shares memory only with arrays that may be written
     A = A if A.shape[0] >= A.shape[1] else A.T
+    squares = _squares(A)
+    if not 1e-12 < squares < 1e12:  # λ² and its float32 rounding have to fit as well
+        A = _moderate(A)
+        squares = _squares(A)
+    return A, squares
+
+
+def _squares(A: Array) -> float:
+    """‖A‖_F² in A's own precision: to choose a way by, never to prove with."""
     flat = A.ravel(order="K")
-    squares = float(np.vdot(flat, flat))
-    return A if 1e-18 < squares < 1e30 else _moderate(A)
+    return float(np.vdot(flat, flat))
 
 
 def _moderate(A: Array) -> Array:
@@ -225,47 +236,64 @@ class _Question:
         return StableRank(value, value, value, self.rank(value), "exact", 0, 0.0)
 
 
-def _answer(A: Array, question: _Question, *, proof: bool, rng: np.random.Generator) -> StableRank:
-    """The cheapest way that settles the question: block Lanczos, Cholesky, all of it in float64."""
+def _answer(A: Array, question: _Question, frobenius2: float, *, proof: bool, rng: np.random.Generator) -> StableRank:
+    """The cheapest way that settles the question: a trace, block Lanczos, Cholesky, all of it in float64."""
     found = None
     if min(A.shape) >= _SMALL:
-        flat = A.ravel(order="K")
-        frobenius2 = float(np.vdot(flat, flat))
-        vector = A.T @ (A @ np.asarray(rng.standard_normal(A.shape[1]), A.dtype))
-        image = A @ vector
-        early = float(image @ image) / float(vector @ vector)  # a rough σ₁² from one power step, too low by a small factor
-        if frobenius2 / early <= (4 if proof else A.shape[1] / 5):
-            found = _by_lanczos(A, question, frobenius2, proof=proof, rng=rng)
+        vector = A.T @ _unit(A @ rng.standard_normal(A.shape[1], A.dtype.type))
+        image = A @ _unit(vector)
+        early = float(image @ image)  # a rough σ₁² from one power step, too low by a small factor
+        about = frobenius2 / early  # a rough stable rank, too high
+        if about <= _ONE_VECTOR:
+            vector = A.T @ image
+            found = _by_one_vector(A, question, frobenius2, vector, float(vector @ vector) / early)
+        if found is None and about <= (_FEW_VECTORS if proof else A.shape[1] / 5):
+            found = _by_lanczos(A, question, frobenius2, about, proof=proof, rng=rng)
         found = found or _by_cholesky(A, question, frobenius2, vector, proof=proof, rng=rng)
     found = found or question.settle(exact_enclosure(A), "exact", 0)
     return found or question.stamp(svd_enclosure(A))
+
+
+def _unit(x: Array) -> Array:
+    unit: Array = x / np.linalg.norm(x)
+    return unit
+
+
+def _by_one_vector(A: Array, question: _Question, frobenius2: float, vector: Array, theta: float) -> StableRank | None:
+    """Where one singular value holds most of ‖A‖_F², two power steps prove it."""
+    target = question.target(frobenius2, theta)
+    seen = leading_space_bound(A, np.asarray(vector[:, None], np.float64), target * (1 - 1e-6))
+    return question.settle(seen, "trace", 2) if seen else None
 
 
 def _by_trace(krylov: BlockKrylov, question: _Question, target: float, frobenius2: float) -> StableRank | None:
     """A proof without a factorisation, where a few Ritz vectors hold nearly all of ‖A‖_F²."""
     X = krylov.leading(target, frobenius2)
     seen = None if X is None else leading_space_bound(krylov.A, X, target * (1 - 1e-6))
-    return question.settle(seen, "proof", krylov.steps) if seen else None
+    return question.settle(seen, "trace", krylov.steps) if seen else None
 
 
-def _by_lanczos(A: Array, question: _Question, frobenius2: float, *, proof: bool, rng: np.random.Generator) -> StableRank | None:
+def _by_lanczos(
+    A: Array, question: _Question, frobenius2: float, about: float, *, proof: bool, rng: np.random.Generator
+) -> StableRank | None:
     """Block Lanczos: a few steps are enough where the spectrum decays."""
-    block = 16 if A.shape[1] >= 256 else 8
+    few = about <= _FEW_VECTORS
+    block = 8 if few or A.shape[1] < 256 else 16
     krylov = BlockKrylov(A, block, min(_MOST_BLOCK_STEPS, A.shape[1] // block - 1), rng)
     refused = 0
     while krylov.step():
-        if krylov.steps < 2:
+        if krylov.steps < (2 if few else 3):
             continue
         theta = krylov.solve()
         target = question.target(frobenius2, theta)
-        found = _by_trace(krylov, question, target, frobenius2)
+        found = _by_trace(krylov, question, target, frobenius2) if few else None
         if found is not None:
             return found
-        if proof and krylov.steps == 3:
+        if proof and krylov.steps == 4:
             return None
         if proof or not krylov.promises(target):
             continue
-        probes = 7 if target > 1.05 * theta and not refused else 15
+        probes = 7 if block == 16 and target > 1.05 * theta and not refused else 15
         found = question.settle(krylov.enclose(target, probes=probes), "lanczos", krylov.steps)
         if found is not None:
             return found
@@ -279,14 +307,16 @@ def _by_cholesky(
     A: Array, question: _Question, frobenius2: float, start: Array, *, proof: bool, rng: np.random.Generator
 ) -> StableRank | None:
     """Lanczos on the Gram matrix for the lower bound, a Cholesky factorisation just above it for the upper one."""
-    gram = GramMatrix(A, start, exact=proof)
-    target = question.target(frobenius2, gram.theta)
-    room = target - gram.theta
-    if room <= gram.theta * (1e-9 if proof else 4e-5):
-        return None
-    for share in (0.5, 0.9):
-        level = gram.theta + share * room
-        seen = gram.proved_bound(level) if proof else gram.probed_bound(level, rng)
+    gram = GramMatrix(A, start, exact=proof, target=lambda theta: question.target(frobenius2, theta))
+    for careful in (False, True):
+        if careful:
+            gram.refine(start)
+        target = question.target(frobenius2, gram.theta)
+        room = target - gram.theta
+        if room <= gram.theta * (1e-9 if proof and careful else 4e-5):
+            continue
+        level = gram.theta + (0.7 if careful else 0.5) * room
+        seen = gram.proved_bound(level) if proof else gram.probed_bound(level, rng, room=target - level)
         found = question.settle(seen, "proof" if proof else "cholesky", gram.steps) if seen else None
         if found is not None:
             return found

@@ -33,7 +33,7 @@ class PlannedLayer:
         stable_rank: that stable rank; None where the rule needs none.
         lower: certified lower bound of it.
         upper: certified upper bound of it.
-        decided_by: how the integer became sure: `lanczos`, `cholesky`, `proof`, `exact`, `given`, `uniform` or `budget`.
+        decided_by: how the integer became sure: `lanczos`, `cholesky`, `trace`, `proof`, `exact`, `given`, `uniform` or `budget`.
         sha256: first 16 hexadecimal digits of the hash of the matrix as little-endian float32; None for weights without values.
     """
 
