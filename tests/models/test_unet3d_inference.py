@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from medlore.models.segmenter import Segmenter, SegmenterConfig
+from medlore.models.segmenter import Segmenter, SegmenterConfig, _pooled
 from medlore.models.unet3d import UNet3d
 from medlore.models.unet3d_inference import InferenceUNet3d, ready_for_cpu
 
@@ -50,6 +50,21 @@ def test_the_segmenter_gives_the_same_logits_and_is_left_alone() -> None:
     assert isinstance(ready.backbone, InferenceUNet3d)
     assert ready.transformer_decoder is network.transformer_decoder
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_means_over_blocks_do_not_depend_on_the_layout(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 12, 8, 24).to(dtype)
+    last = x.contiguous(memory_format=torch.channels_last_3d)
+    wanted = torch.nn.functional.adaptive_avg_pool3d(x.float(), (3, 4, 2))
+    for layout in (x, last):
+        torch.testing.assert_close(
+            _pooled(layout, (3, 4, 2)).float(),
+            wanted,
+            rtol=1e-2 if dtype == torch.bfloat16 else 1e-5,
+            atol=1e-2 if dtype == torch.bfloat16 else 1e-6,
+        )
 
 
 def test_bfloat16_is_near() -> None:

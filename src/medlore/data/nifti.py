@@ -24,6 +24,7 @@ from nibabel.nifti1 import Nifti1Extension
 from nibabel.spatialimages import HeaderDataError
 
 from medlore.data.geometry import Array, Shape, check_affine, orientation_of, spacing_of
+from medlore.data.gzip_writer import GzipWriter
 from medlore.errors import DataError, StepError
 from medlore.files import atomic_path, existing_file
 
@@ -135,10 +136,18 @@ def write_nifti(
     shape = like.file_shape if affine is None else array.shape
     header.set_data_shape(shape)
     extension = [] if labels is None else [Nifti1Extension(_COMMENT, json.dumps(label_table(labels), ensure_ascii=False).encode())]
-    with atomic_path(path) as temporary, _writer(temporary, compress=str(path).endswith(".gz")) as stream:
-        stream.write(_head_bytes(header, extension))
-        for z in range(array.shape[2]):
-            stream.write(np.ascontiguousarray(array[:, :, z].T).data)  # no copy of an array in the order of the file
+    with atomic_path(path) as temporary:
+        planes = (np.ascontiguousarray(array[:, :, z].T) for z in range(array.shape[2]))  # no copies in the order of the file
+        if str(path).endswith(".gz"):
+            with GzipWriter(temporary) as packed:
+                packed.write(_head_bytes(header, extension))
+                for plane in planes:
+                    packed.write_plane(plane)
+        else:
+            with temporary.open("wb") as stream:
+                stream.write(_head_bytes(header, extension))
+                for plane in planes:
+                    stream.write(plane.data)
     if affine is None:
         check_same_grid(path, like)
     return Path(path)
@@ -387,7 +396,3 @@ def _head_bytes(header: Any, extensions: list[Nifti1Extension]) -> bytes:
     header.write_to(stream)
     stream.write(bytes(int(header["vox_offset"]) - stream.tell()))
     return stream.getvalue()
-
-
-def _writer(path: Path, *, compress: bool) -> Any:
-    return igzip.IGzipFile(path, "wb", compresslevel=2, mtime=0) if compress else path.open("wb")

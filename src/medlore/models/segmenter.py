@@ -220,7 +220,7 @@ class Segmenter(nn.Module):
         """
         grid = self._token_grid(x)
         encoded = self.backbone.encoder(x)
-        pooled = torch.cat([F.adaptive_avg_pool3d(stage, grid) for stage in encoded], dim=1)  # b c gh gw gd
+        pooled = torch.cat([_pooled(stage, grid) for stage in encoded], dim=1)  # b c gh gw gd
         decoded = self.backbone.decoder(encoded)  # frees each map of the encoder once it was used
         tokens = self.projection_layer(pooled.flatten(2).transpose(1, 2))  # b t width
         lower = tuple(decoded[1 : 1 + len(self.config.deep_widths)]) if deep else ()
@@ -268,6 +268,20 @@ class Segmenter(nn.Module):
             raise InputError("window", f"shape {tuple(x.shape)}", accepted, "pad the window at its ends")
         h, w, d = (side // patch for side in x.shape[2:])
         return h, w, d
+
+
+def _pooled(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """Means over the blocks of a grid: (b c h w d) -> (b c gh gw gd)."""
+    b, c, h, w, d = x.shape
+    if c == 1 or x.stride(1) != 1:
+        return F.adaptive_avg_pool3d(x, grid)
+    # Channels last: PyTorch's pooling is many times slower there, so each plane is multiplied by the matrix of its means.
+    gh, gw, gd = grid
+    share = gw * gd / (w * d)
+    of_w = torch.eye(gw, dtype=x.dtype, device=x.device).repeat_interleave(w // gw, dim=1)
+    of_d = torch.eye(gd, dtype=x.dtype, device=x.device).repeat_interleave(d // gd, dim=1)
+    means = torch.kron(of_w, of_d) * share @ x.permute(0, 2, 3, 4, 1).reshape(b * h, w * d, c)  # b*h gw*gd c
+    return means.view(b, gh, h // gh, gw, gd, c).mean(2).permute(0, 4, 1, 2, 3)
 
 
 def compare(embeddings: Tensor, pixels: Tensor) -> Tensor:
