@@ -41,11 +41,10 @@ def test_it_is_small_and_its_weights_are_healthy() -> None:
     assert f"{parameters:,} parameters" in CARD
 
 
-@pytest.mark.parametrize(("name", "least"), [("flowers5.zip", 0.10), ("pneumoniamnist_modified.npz", 0.05)])
-def test_frozen_features_beat_the_untrained_network(shared_data: Path, name: str, least: float) -> None:
-    """The aim was 0.10 on two sets; the second set misses it, as the card says. The bar here is what holds for sure."""
+@pytest.mark.parametrize("name", ["flowers5.zip", "pneumoniamnist_modified.npz"])
+def test_frozen_features_beat_the_untrained_network(shared_data: Path, name: str) -> None:
     found = measure_transfer("medlore:vit-mini", read_images(shared_data / name), shots=20, draws=5)
-    assert found.gain.mean >= least
+    assert found.gain.mean >= 0.10
     assert found.gain.apart_from_zero
     row = next(line for line in CARD.splitlines() if line.startswith(f"| {Path(name).stem} |"))
     on_card = [float(value) for value in re.findall(r"\| (0\.\d{3}) \(", row)]
@@ -62,5 +61,5 @@ def test_the_untrained_network_has_the_shape_of_the_shipped_one() -> None:
 def test_the_card_names_data_and_licences() -> None:
     manifest = json.loads((FOLDER / "config.json").read_text())
     assert manifest["model_type"] == "vit"
-    for word in ("Tiny-ImageNet", "MedNIST", "CC BY-SA 4.0", "non-commercial", "pretrain-vit-mini-2.yaml", "CXR"):
+    for word in ("Tiny-ImageNet", "MedNIST", "CC BY-SA 4.0", "non-commercial", "pretrain-vit-mini-3.yaml", "CXR"):
         assert word in CARD, word
