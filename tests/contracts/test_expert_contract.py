@@ -37,6 +37,7 @@ BATCHES = {
     "sorted": ["abdomen", "abdomen", "brain", None],
 }
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+SLACK_OF_GRADIENTS = {torch.float32: 1.0, torch.bfloat16: 1.5}  # the gradient between lora_A and lora_B is rounded to 16 bits too
 Case = tuple[Any, ...]
 
 
@@ -140,13 +141,13 @@ def published(layer: ExpertLayer, x: Tensor, names: Sequence[str | None]) -> Ten
     return torch.cat([functional_call(layer.base_layer, p, (x[i : i + 1].double(),)) for i, p in enumerate(parameters)])
 
 
-def close(found: Tensor | None, wanted: Tensor | None, dtype: torch.dtype) -> None:
+def close(found: Tensor | None, wanted: Tensor | None, dtype: torch.dtype, *, slack: float = 1.0) -> None:
     """Equal within the tolerance of the dtype, against the scale of the wanted tensor."""
     assert found is not None
     assert wanted is not None
     found, wanted = found.detach().double(), wanted.detach().double()
     scale = max(float(wanted.abs().max()), 1e-3)
-    assert float((found - wanted).abs().max()) <= TOLERANCE[dtype] * scale
+    assert float((found - wanted).abs().max()) <= slack * TOLERANCE[dtype] * scale
 
 
 def check(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +173,7 @@ def check(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
         if id(parameter) in absent:
             assert grad is None or not grad.any()
         else:
-            close(grad, truth, dtype)
+            close(grad, truth, dtype, slack=SLACK_OF_GRADIENTS[dtype])
     check_merge(layer, x.detach(), y.detach(), names)
 
 

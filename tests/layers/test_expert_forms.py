@@ -12,7 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from medlore.layers import experts as expert_module
 from medlore.layers.dispatch import PRICES, Load, choose_form, costs
 from medlore.layers.expert_call import Geometry, Job, Pair, Share
-from medlore.layers.experts import ExpertConv2d, ExpertLinear
+from medlore.layers.expert_hidden import moves_points
+from medlore.layers.expert_surgery import merge
+from medlore.layers.experts import ExpertConv2d, ExpertLinear, expert_layer
 from medlore.layers.routing import route
 
 FORMS = ["merged", "factored", "gathered"]
@@ -37,6 +39,29 @@ def test_gradients_against_finite_differences(form: str, layout: str, groups: in
     x = torch.randn(4, 2, 4, 3, dtype=torch.float64, requires_grad=True)
     with patch.object(expert_module, "choose_form", lambda _job: form):
         assert torch.autograd.gradcheck(run, (x, *[p.detach().requires_grad_() for p in parameters]))
+
+
+@pytest.mark.parametrize(("dims", "dilation", "padding"), [(2, (1, 2), (0, 1)), (2, (1, 1), (3, 2)), (3, (1, 1, 1), (1, 0, 1))])
+def test_moved_points_are_the_convolution(dims: int, dilation: tuple[int, ...], padding: tuple[int, ...]) -> None:
+    """Few kernel points times rank against the channels: no convolution runs for ``lora_A``, and the numbers are those of one."""
+    kernel = (3, 2) if dims == 2 else (3, 1, 2)
+    base = (nn.Conv2d if dims == 2 else nn.Conv3d)(16, 4, kernel, padding=padding, dilation=dilation)
+    layer = expert_layer(base, ranks={"a": 1, "b": 2}, scaling=2.0).double()
+    for factor in layer.lora_B.values():
+        nn.init.normal_(factor)
+    assert moves_points(Geometry((1,) * dims, padding, dilation), base.weight, 2)
+    assert not moves_points(Geometry((1,) * dims, padding, dilation), base.weight, 3)
+    assert not moves_points(Geometry((2,) * dims, padding, dilation), base.weight, 2)
+    x, names = torch.randn(3, 16, *(4,) * dims, dtype=torch.float64, requires_grad=True), ["b", None, "a"]
+    with patch.object(expert_module, "choose_form", lambda _job: "factored"), route(layer, names):
+        y = layer(x)
+    wanted = torch.cat([merge(layer, name)(x[i : i + 1]) for i, name in enumerate(names)])
+    assert torch.allclose(y, wanted)
+    learned = [x, *layer.parameters()]
+    with patch.object(expert_module, "choose_form", lambda _job: "merged"), route(layer, names):
+        truth = torch.autograd.grad(layer(x).square().sum(), learned)
+    for found, wanted_grad in zip(torch.autograd.grad(y.square().sum(), learned), truth, strict=True):
+        assert torch.allclose(found, wanted_grad)
 
 
 @pytest.mark.parametrize("form", FORMS)

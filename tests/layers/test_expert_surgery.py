@@ -252,11 +252,49 @@ def test_state_dict_carries_the_scaling() -> None:
     x = torch.randn(3, 3, 6, 6)
     with route(net, NAMES):
         assert torch.equal(net(x), other(x))
-    without = {key: value for key, value in state.items() if not key.endswith("lora_scaling")}
+    without = {key: value for key, value in state.items() if "lora_scaling" not in key}
     other.load_state_dict(without)  # a published file has none; ours stays
     assert other[0].scaling["liver"] == 2.0
     with pytest.raises(RuntimeError, match="Missing key"):
         other.load_state_dict({key: value for key, value in state.items() if not key.endswith("lora_A.liver")})
+
+
+def test_scalings_are_kept_by_name() -> None:
+    """Experts in another order, or one more: each still takes its own; a file that lacks one is not whole."""
+    base = {"liver": 0.5, "brain": 3.0}
+    kept = ExpertLinear(nn.Linear(4, 2), ranks={"liver": 1, "brain": 1}, scaling=base)
+    turned = ExpertLinear(nn.Linear(4, 2), ranks={"brain": 1, "liver": 1}, scaling=1.0)
+    turned.load_state_dict(kept.state_dict())
+    assert turned.scaling == base
+    grown = ExpertLinear(nn.Linear(4, 2), ranks={"spine": 1, "liver": 1, "brain": 1}, scaling=1.0)
+    missing = grown.load_state_dict(kept.state_dict(), strict=False).missing_keys
+    assert grown.scaling == base | {"spine": 1.0}
+    assert "lora_scaling.spine" in missing
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*lora_scaling\.spine"):
+        kept.load_state_dict(grown.state_dict())
+
+
+def test_instance_norm_with_shared_statistics_is_found() -> None:
+    """Its running mean is gathered from the samples of all experts, and every expert is evaluated with it."""
+
+    def network() -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4, track_running_stats=True, affine=True))
+
+    with pytest.raises(InputError, match="couple the samples") as caught:
+        install_experts(network(), experts=["a"], ranks=1)
+    assert list(caught.value.faults) == ["1: InstanceNorm2d"]
+    with pytest.raises(InputError, match="1 norms cannot be replaced") as caught:
+        install_experts(network(), experts=["a"], ranks=1, batchnorm="per-expert")
+    assert "track_running_stats" in caught.value.faults[0]
+    install_experts(nn.Sequential(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4)), experts=["a"], ranks=1)
+    net, x = network(), torch.randn(2, 3, 6, 6)
+    net(x)
+    wanted = net.eval()(x)
+    install_experts(net, experts=["a"], ranks=1, batchnorm="freeze")
+    assert torch.allclose(net.train()(x), wanted, atol=1e-6)
+    plain = merge(net, "a").eval()
+    assert type(plain[1]) is nn.InstanceNorm2d
+    assert torch.allclose(plain(x), wanted, atol=1e-6)
 
 
 def test_what_learns() -> None:

@@ -279,6 +279,13 @@ def test_groups_never_stand_on_both_sides() -> None:
         ({"teacher": None}, "need a teacher"),
         ({"teacher": {"source": "resnet-81"}}, "the nearest are 'resnet-18'"),
         ({"steps": 0, "batch_size": 0}, "2 faults"),
+        ({"steps": True}, r"steps \(line \d+\): .*true and false are no numbers.*got True"),
+        ({"ranks": {"rule": "given", "given": {"left": True, "right": 2}}}, r"ranks\.given\.left \(line \d+\): .*valid integer"),
+        ({"tasks": [{"name": "../../x", "data": "left.npz"}]}, r"tasks\.0\.name \(line \d+\): .*names the expert's file.*'\.\./\.\./x'"),
+        ({"tasks": [{"name": "a/b", "data": "left.npz"}]}, "letters, digits, blanks"),
+        ({"tasks": [{"name": "keys", "data": "left.npz"}]}, "torch's own words"),
+        ({"tasks": [{"name": "left", "dat": "left.npz"}]}, r"tasks\.0\.dat \(line \d+\): unknown setting; the nearest are 'data'"),
+        ({"student": {"norm": "batch"}, "variants": ["teacher", "experts"]}, "couple the samples"),
     ],
 )
 def test_a_wrong_study_is_refused_before_anything_is_written(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -319,12 +326,6 @@ def test_every_process_sees_every_task(count: int) -> None:
     assert max(sizes) - min(sizes) <= 1
     for part in parts:
         assert sorted(i for share in shares for p in share if p.task == part.task for i in p.indices) == part.indices.tolist()
-
-
-def test_batch_norm_is_refused_until_the_user_decides(tmp_path: Path) -> None:
-    study = write_study(tmp_path, student={"norm": "batch"}, variants=["experts"], loss={"beta": 0, "feature": 0})
-    with pytest.raises(InputError, match="couple the samples"):
-        decompose(study, tmp_path / "out")
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ def make_pack(folder: Path, kind: StudentKind) -> Path:
     for name, classes in (("one", ("no", "yes")), ("two", tuple("abcd"))):
         ranks = {layer: m.ranks[name] for layer, m in body.named_modules() if isinstance(m, ExpertLayer)}
         entries[name] = ExpertEntry(name, classes, "single", ranks)
-    preprocessing = {"image_size": SIZE, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
+    preprocessing = {"image_size": SIZE, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear"}
     student = {"kind": kind, "norm": "group", "stem_stride": 2}
     return save_classifier_pack(
         folder, network, student=student, experts=entries, preprocessing=preprocessing, layout="channel", weights="fp32"
@@ -108,6 +108,7 @@ def test_an_exported_expert_is_a_backbone_for_finetuning(pack: Path, wanted: tup
     kept = load_backbone(tmp_path / "out", classes=4, keep_head=True)
     with torch.no_grad():
         assert torch.allclose(kept.model(pixel_values=images).logits, logits, atol=1e-5)
+    assert kept.interpolation == "bilinear"  # not what transformers and MedLoRE take where nothing is said
     fresh = load_backbone(tmp_path / "out", classes=7)
     assert (fresh.image_size, fresh.mean, fresh.model(pixel_values=images).logits.shape) == (SIZE, (0.5, 0.5, 0.5), (3, 7))
 

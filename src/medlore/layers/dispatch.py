@@ -6,7 +6,8 @@ a = the values that go in and out:
 
 ==========  ==================================================================================================
 merged      D + (conv + copy) a + (merge + R) E W + 4 E calls
-factored    D + conv a + branch a + P C K ceil16(R) + 2 E calls        (pointwise: D + conv a + product a + b n R (C + M))
+factored    D + conv a + branch a + P C K ceil16(R) + 2 E calls        (pointwise: D + conv a + product a + b n R (C + M);
+            where the kernel's points are moved: D + conv a + product a + P C K R)
 gathered    D + conv a + gather b W + E calls                          (pointwise: D (1 + 50/n) + thin a + merge b W)
 ==========  ==================================================================================================
 
@@ -27,6 +28,7 @@ from typing import Final, Literal
 import torch
 
 from medlore.layers.expert_call import Job
+from medlore.layers.expert_hidden import moves_points
 from medlore.linalg.matricize import interleave_side
 
 Form = Literal["merged", "factored", "gathered"]
@@ -77,6 +79,7 @@ class Load:
     pointwise: bool
     plain_groups: bool  # whether a grouped convolution over samples fills the lanes
     frozen: bool
+    moved: bool = False  # whether the factored form computes a kernel's points side by side
 
     @property
     def dense(self) -> float:
@@ -108,6 +111,7 @@ def load_of(job: Job) -> Load:
         pointwise=geometry.pointwise(weight),
         plain_groups=channels % 16 == 0 and (outputs // geometry.groups) % 16 == 0,
         frozen=torch.is_grad_enabled() and not weight.requires_grad,
+        moved=moves_points(geometry, weight, max(ranks)),
     )
 
 
@@ -135,7 +139,10 @@ def costs(load: Load, prices: Prices) -> dict[Form, float]:
         samples = max(load.positions // max(load.batch, 1), 1)
         gathered = dense * (1 + 50 / samples) + prices.thin * a + prices.merge * load.batch * load.weights
     else:
-        factored = dense + (prices.conv + prices.branch) * a + float(load.positions) * lanes * load.columns
+        if load.moved:
+            factored = dense + (prices.conv + prices.product) * a + float(load.positions) * load.rank * load.columns
+        else:
+            factored = dense + (prices.conv + prices.branch) * a + float(load.positions) * lanes * load.columns
         small = load.batch * load.weights < 2e6  # the kernels stay in the cache
         gathered = dense * (1 if load.plain_groups else 2) + prices.conv * a
         gathered += (prices.gather / (5 if small else 1)) * load.batch * load.weights

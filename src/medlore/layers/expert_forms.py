@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from medlore.layers.expert_call import Geometry, Job, Pair, Share
+from medlore.layers.expert_hidden import Factors, hidden_of
 from medlore.linalg.factors import widened
 from medlore.linalg.matricize import Layout
 
@@ -33,23 +34,22 @@ def factored_form(job: Job) -> Tensor:
     widest = max(pair[0].shape[0] for pair in pairs if pair is not None)
     up = torch.stack([_padded_up(pair, share, job.weight, widest) for pair, share in zip(pairs, job.shares, strict=True)])
     up = job.by_sample(up.to(y.dtype))  # b out R
+    hidden = hidden_of(job, pairs, widest).to(y.dtype)
     if not job.geometry.stride:
-        hidden = _linear_hidden(job, pairs, widest).to(y.dtype)  # b n R
-        return torch.baddbmm(y.reshape(len(y), -1, y.shape[-1]), hidden, up.mT).view(y.shape)
-    if job.geometry.pointwise(job.weight):
-        hidden = torch.bmm(_stacked_down(job, pairs, widest), job.x.flatten(2))
-    else:
-        hidden = _conv_hidden(job, pairs, widest)
-    hidden = hidden.to(y.dtype)  # b g*R n
+        return _added(y.reshape(len(y), -1, y.shape[-1]), hidden, up.mT).view(y.shape)
     groups = job.geometry.groups
     if groups == 1:
-        return torch.baddbmm(y.flatten(2), up, hidden).view(y.shape)
+        return _added(y.flatten(2), up, hidden).view(y.shape)
     shape = (len(y) * groups, -1)
     change = torch.bmm(up.reshape(*shape, widest), hidden.reshape(*shape, hidden.shape[-1]).view(shape[0], widest, -1))
     return y + change.view(y.shape)
 
 
-Factors = tuple[Tensor, Tensor]
+def _added(y: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """``y + left @ right``; in the memory of `y`, which is ours, where no gradient is asked for."""
+    if torch.is_grad_enabled() and (y.requires_grad or left.requires_grad or right.requires_grad):
+        return torch.baddbmm(y, left, right)
+    return y.baddbmm_(left, right)
 
 
 def _padded_up(pair: Factors | None, share: Share, weight: Tensor, widest: int) -> Tensor:
@@ -59,39 +59,6 @@ def _padded_up(pair: Factors | None, share: Share, weight: Tensor, widest: int) 
     up = pair[1].flatten(1)
     up = up if share.pair.scaling == 1.0 else up * share.pair.scaling
     return F.pad(up, (0, widest - up.shape[1])) if up.shape[1] < widest else up
-
-
-def _stacked_down(job: Job, pairs: Sequence[Factors | None], widest: int) -> Tensor:
-    """(b, widest, in): ``lora_A`` of each sample; zeros where the rank is smaller."""
-    columns = job.weight[0].numel()
-    rows = [job.weight.new_zeros(widest, columns) if pair is None else pair[0].flatten(1) for pair in pairs]
-    rows = [row if len(row) == widest else F.pad(row, (0, 0, 0, widest - len(row))) for row in rows]
-    return job.by_sample(torch.stack(rows))
-
-
-def _linear_hidden(job: Job, pairs: Sequence[Factors | None], widest: int) -> Tensor:
-    """``lora_A`` of a linear layer: b n R."""
-    tokens = job.x.reshape(len(job.x), -1, job.x.shape[-1])  # b n in
-    return torch.bmm(tokens, _stacked_down(job, pairs, widest).mT)
-
-
-def _conv_hidden(job: Job, pairs: Sequence[Factors | None], widest: int) -> Tensor:
-    """``lora_A`` of a convolution, expert by expert: b g*R n; the channel groups share it."""
-    groups = job.geometry.groups
-    parts: list[Tensor | None] = []
-    for pair, share in zip(pairs, job.shares, strict=True):
-        if pair is None:
-            parts.append(None)
-            continue
-        down = pair[0] if groups == 1 else pair[0].repeat(groups, *([1] * (pair[0].ndim - 1)))
-        hidden = job.geometry.apply(share.of(job.x), down).flatten(2)  # n_e g*r n
-        rank = pair[0].shape[0]
-        if rank < widest:
-            hidden = F.pad(hidden.view(len(hidden), groups, rank, -1), (0, 0, 0, widest - rank)).flatten(1, 2)
-        parts.append(hidden)
-    sample = next(part for part in parts if part is not None)
-    filled = [sample.new_zeros(s.count, *sample.shape[1:]) if part is None else part for part, s in zip(parts, job.shares, strict=True)]
-    return job.in_order(filled)
 
 
 def gathered_form(job: Job) -> Tensor:

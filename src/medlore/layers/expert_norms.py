@@ -1,29 +1,36 @@
-"""Batch normalisation that does not couple the samples of different experts.
+"""Normalisation that does not couple the samples of different experts.
 
 In train mode BatchNorm subtracts a mean over all samples of the batch, so the loss of one expert's samples sends gradient into every
-other expert. Two ways out: statistics that no longer move (:class:`FrozenBatchNorm`), or statistics of each expert's own samples
+other expert. InstanceNorm with running statistics keeps gradients apart, but gathers one mean over all samples, which every expert is
+then evaluated with. Two ways out: statistics that no longer move (:class:`FrozenBatchNorm`), or statistics of each expert's own samples
 (:class:`ExpertBatchNorm`). Both keep the state-dict names of the layer they replace.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from medlore.errors import InputError
 from medlore.layers.routing import BASE_ALONE, Roster, RouteMemory
 
 
-def coupling_layers(model: nn.Module) -> dict[str, _BatchNorm]:
-    """Layers that mix the samples of a batch in train mode: every kind of BatchNorm, by name.
+def coupling_layers(model: nn.Module) -> dict[str, _NormBase]:
+    """Layers that mix the samples of a batch in train mode: every kind of BatchNorm, and InstanceNorm that tracks statistics, by name.
 
     Coupling in a network's own code (functional batch norm, a loss over the batch) has no module to be found by.
     """
-    return {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm) or _shares_statistics(module)}
+
+
+def _shares_statistics(module: nn.Module) -> TypeGuard[_InstanceNorm]:
+    return isinstance(module, _InstanceNorm) and module.track_running_stats
 
 
 class _ReplacedNorm(nn.Module):
@@ -34,7 +41,7 @@ class _ReplacedNorm(nn.Module):
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(self, norm: _BatchNorm) -> None:
+    def __init__(self, norm: _NormBase) -> None:
         super().__init__()
         self.kind, self.num_features, self.eps, self.momentum = type(norm), norm.num_features, norm.eps, norm.momentum
         self.weight, self.bias = norm.weight, norm.bias
@@ -49,6 +56,7 @@ class _ReplacedNorm(nn.Module):
             eps=self.eps,
             momentum=self.momentum,
             affine=self.weight is not None,
+            track_running_stats=True,
             device=self.running_mean.device,
             dtype=self.running_mean.dtype,
         )
@@ -95,7 +103,7 @@ class ExpertBatchNorm(_ReplacedNorm):
     expert_batches_tracked: Tensor
     num_batches_tracked: Tensor
 
-    def __init__(self, norm: _BatchNorm, *, experts: Roster) -> None:
+    def __init__(self, norm: _NormBase, *, experts: Roster) -> None:
         super().__init__(norm)
         self.experts, self.layer_name = experts, type(norm).__name__
         count = len(experts)
@@ -154,15 +162,23 @@ class ExpertBatchNorm(_ReplacedNorm):
         return self.plain(*self._statistics(index))
 
 
-def replaceable(name: str, norm: _BatchNorm, way: str) -> str | None:
+def replaceable(name: str, norm: _NormBase, way: str) -> str | None:
     """Why a norm cannot be replaced in a way ("freeze" or "per-expert"); None when it can."""
     if norm.running_mean is None:
         return f"{name}: {type(norm).__name__} keeps no running statistics, so there is nothing to merge with"
-    if way == "freeze" and norm.num_batches_tracked is not None and int(norm.num_batches_tracked) == 0:
-        return f"{name}: its statistics were never gathered (0 batches); freezing them would switch the normalisation off"
+    if way == "freeze" and _never_gathered(norm):
+        return f"{name}: its statistics were never gathered; freezing them would switch the normalisation off"
     if way == "per-expert" and isinstance(norm, nn.SyncBatchNorm):
         return f"{name}: SyncBatchNorm gathers over processes; statistics of one expert cannot"
+    if way == "per-expert" and isinstance(norm, _InstanceNorm):
+        return f"{name}: {type(norm).__name__} normalises each sample alone; build it without track_running_stats, or freeze its statistics"
     return None
+
+
+def _never_gathered(norm: _NormBase) -> bool:
+    if isinstance(norm, _InstanceNorm):  # does not count its batches
+        return bool((norm.running_mean == 0).all() and (norm.running_var == 1).all())
+    return norm.num_batches_tracked is not None and int(norm.num_batches_tracked) == 0
 
 
 NORM_WAYS: Mapping[str, type[FrozenBatchNorm] | type[ExpertBatchNorm]] = {"freeze": FrozenBatchNorm, "per-expert": ExpertBatchNorm}

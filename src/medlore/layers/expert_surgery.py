@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 
 from medlore.errors import InputError, TargetError, UnknownNameError, nearest_names
 from medlore.layers.expert_norms import ExpertBatchNorm, FrozenBatchNorm, coupling_layers, replaceable
@@ -96,7 +96,8 @@ def install_experts(  # noqa: PLR0913 - one door for what is one decision
         alpha: scaling is alpha / rank; a number or expert -> number; None: scaling 1.
         scaling: the scaling itself, whatever the rank; excludes `alpha`.
         base: "frozen" stops the gradient of everything but the factors.
-        batchnorm: what to do about layers that couple samples: "refuse", "freeze" their statistics, or keep them "per-expert".
+        batchnorm: what to do about layers that couple samples (BatchNorm; InstanceNorm with running statistics): "refuse", "freeze" their
+            statistics, or keep them "per-expert".
 
     Returns:
         What was installed.
@@ -237,7 +238,7 @@ def _replaced_norms(model: nn.Module, roster: Roster, way: BatchNormWay) -> dict
         raise InputError(
             "batchnorm='refuse'",
             f"{len(found)} layers couple the samples of a batch in train mode: every expert would be moved by the samples of the others",
-            "norms without coupling (GroupNorm, InstanceNorm, LayerNorm), or a decision",
+            "norms without coupling (GroupNorm, LayerNorm, InstanceNorm without running statistics), or a decision",
             "batchnorm='freeze' keeps the stored statistics; batchnorm='per-expert' keeps statistics for each expert",
             faults=[f"{name}: {type(norm).__name__}" for name, norm in found.items()],
         )
@@ -249,7 +250,7 @@ def _replaced_norms(model: nn.Module, roster: Roster, way: BatchNormWay) -> dict
     return {name: _separated(name, norm, roster, way) for name, norm in found.items()}
 
 
-def _separated(name: str, norm: _BatchNorm, roster: Roster, way: BatchNormWay) -> nn.Module:
+def _separated(name: str, norm: _NormBase, roster: Roster, way: BatchNormWay) -> nn.Module:
     if way == "freeze":
         return FrozenBatchNorm(norm)
     replaced = ExpertBatchNorm(norm, experts=roster)

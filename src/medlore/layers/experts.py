@@ -33,7 +33,7 @@ class ExpertLayer(nn.Module):
         base_layer: the shared layer, trainable or frozen as its parameters say.
         experts: names in the order of their indices.
         ranks: name -> rank in this layer, 0 allowed.
-        scaling: name -> alpha / rank; kept in the state dict (`lora_scaling`) because it changes the output.
+        scaling: name -> alpha / rank; kept in the state dict (`lora_scaling.NAME`) because it changes the output.
         lora_A: name -> factor, for experts of rank 1 and more.
         lora_B: name -> factor.
         layout: "channel" or "interleaved".
@@ -187,14 +187,24 @@ class ExpertLayer(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:  # noqa: FBT001 - torch's signature
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "lora_scaling"] = torch.tensor([self.scaling[name] for name in self.experts], dtype=torch.float64)
+        for name in self.experts:
+            destination[f"{prefix}lora_scaling.{name}"] = torch.tensor(self.scaling[name], dtype=torch.float64)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Take the scalings of the file; one without them (a published checkpoint) leaves ours."""
-        stored = state_dict.pop(prefix + "lora_scaling", None)
-        if stored is not None and len(stored) == len(self.experts):
-            self.scaling = dict(zip(self.experts, stored.tolist(), strict=True))
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,  # noqa: FBT001 - torch's signature
+        missing_keys: list[str],
+        *rest: Any,
+    ) -> None:
+        """Take the scalings of the file by name; one without any (a published checkpoint) leaves ours, one that lacks some is not whole."""
+        found = {name: state_dict.pop(f"{prefix}lora_scaling.{name}", None) for name in self.experts}
+        self.scaling |= {name: float(value) for name, value in found.items() if value is not None}
+        if any(value is not None for value in found.values()):
+            missing_keys += [f"{prefix}lora_scaling.{name}" for name, value in found.items() if value is None]
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
 
     def extra_repr(self) -> str:
         """Ranks and layout."""
@@ -274,9 +284,9 @@ def checked_ranks(ranks: Mapping[str, int]) -> dict[str, int]:
     """
     reserved = set(dir(nn.ParameterDict))
     faults = [
-        f"expert {name!r}: the name may not be empty, hold a dot, or be one of torch's own words"
+        f"expert {name!r}: the name may not be empty, hold a dot, slash or backslash, or be one of torch's own words"
         for name in ranks
-        if not isinstance(name, str) or not name or "." in name or name in reserved
+        if not isinstance(name, str) or not name or set("./\\\0") & set(name) or name in reserved
     ]
     faults += [
         f"expert {name!r}: rank {rank!r}" for name, rank in ranks.items() if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0

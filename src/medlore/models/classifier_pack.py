@@ -143,12 +143,13 @@ def save_classifier_pack(
 
 
 def split_state(state: Mapping[str, Tensor], experts: list[str]) -> dict[str | None, dict[str, Tensor]]:
-    """Sort a state dict by owner: None (the shared base, with the scalings and statistics of all) and each expert (factors, head)."""
+    """Sort a state dict by owner: None (the shared base, with the statistics of all) and each expert (factors, scalings, head)."""
     shares: dict[str | None, dict[str, Tensor]] = {None: {}, **{e: {} for e in experts}}
     for key, value in state.items():
         # heads.TASK.weight, ....lora_A.TASK: elsewhere the name of a task is that of a module, such as `conv1`
         names = key.split(".")
-        owner = names[1] if names[0] == "heads" else names[-1] if names[-2:-1] in (["lora_A"], ["lora_B"]) else None
+        own = names[-2:-1] in (["lora_A"], ["lora_B"], ["lora_scaling"])
+        owner = names[1] if names[0] == "heads" else names[-1] if own else None
         shares[owner if owner in experts else None][key] = value
     return shares
 
@@ -234,7 +235,7 @@ def _stored(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _file_of(expert: str) -> str:
-    if "/" in expert or expert.startswith("."):
+    if set("/\\\0") & set(expert) or expert.startswith("."):
         raise InputError("expert name", repr(expert), "letters, digits, blanks, - and _", "rename the task")
     return f"experts/{expert}.safetensors"
 

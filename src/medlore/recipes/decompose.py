@@ -29,7 +29,7 @@ from medlore.models.multitask import MultiTaskNetwork, count_parameters
 from medlore.models.students import StudentKind, build_student, feature_width
 from medlore.recipes.decomposition.ranks import adapted_layers, choose_ranks
 from medlore.recipes.decomposition.report import measure, table_rows
-from medlore.recipes.decomposition.settings import DecomposeSettings
+from medlore.recipes.decomposition.settings import DecomposeSettings, RankSettings
 from medlore.recipes.decomposition.tasks import Task, fingerprint, read_tasks
 from medlore.recipes.decomposition.training import Distillation, Progress, Schedule, make_accelerator, train_network
 from medlore.recipes.export_classifier import write_backbone
@@ -114,7 +114,9 @@ def _open(study: str | Path, out: str | Path, narrate: Narrator, flags: Mapping[
     body, preprocessing = _teacher_body(settings)
     tasks = read_tasks(settings, preprocessing, folder=Path(study).resolve().parent)
     device = choose_device(settings.device)
-    return _Workshop(settings, tasks, preprocessing, Path(out), device, narrate, make_accelerator(device)), body
+    shop = _Workshop(settings, tasks, preprocessing, Path(out), device, narrate, make_accelerator(device))
+    _with_experts(shop, None, RankSettings(layout=settings.ranks.layout))  # what cannot be installed is said before anything is trained
+    return shop, body
 
 
 @dataclass
@@ -169,10 +171,10 @@ def _train_all(shop: _Workshop, teacher: MultiTaskNetwork | None) -> tuple[list[
     return rows, experts
 
 
-def _with_experts(shop: _Workshop, teacher: MultiTaskNetwork | None) -> MultiTaskNetwork:
+def _with_experts(shop: _Workshop, teacher: MultiTaskNetwork | None, ranks: RankSettings | None = None) -> MultiTaskNetwork:
     body = shop.student()
     layers = adapted_layers(body)
-    wanted = shop.settings.ranks
+    wanted = ranks or shop.settings.ranks
     install_experts(
         body,
         experts=list(shop.tasks),

@@ -22,6 +22,7 @@ from medlore.models.classifier_pack import KIND, ClassifierPack, load_classifier
 
 ExportFormat = Literal["safetensors", "onnx", "torch-export", "peft"]
 _TOLERANCE = 1e-4
+_RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # Pillow's numbers, which transformers writes
 BASE = "base"
 
 
@@ -116,7 +117,8 @@ def write_backbone(folder: Path, body: Any, preprocessing: Mapping[str, Any]) ->
     body.save_pretrained(folder)
     size = {"height": preprocessing["image_size"], "width": preprocessing["image_size"]}
     steps = {"image_processor_type": "ViTImageProcessor", "do_resize": True, "do_rescale": True, "do_normalize": True, "size": size}
-    values = {"image_mean": list(preprocessing["mean"]), "image_std": list(preprocessing["std"])}
+    resample = _RESAMPLE[preprocessing["interpolation"]]
+    values = {"image_mean": list(preprocessing["mean"]), "image_std": list(preprocessing["std"]), "resample": resample}
     write_json(folder / "preprocessor_config.json", {**steps, **values})
 
 

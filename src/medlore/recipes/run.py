@@ -9,11 +9,11 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, get_args
 
 import pydantic
 import yaml
@@ -32,31 +32,73 @@ class Settings(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
+    @pydantic.field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
+        """`steps: yes` would become 1: Python counts with its truth values."""
+        if isinstance(value, bool) and info.field_name is not None and not _takes_bool(cls.model_fields[info.field_name].annotation):
+            raise ValueError("true and false are no numbers or names here")
+        return value
+
 
 S = TypeVar("S", bound=Settings)
+
+
+def _takes_bool(annotation: Any) -> bool:
+    return annotation in (bool, Any, object) or isinstance(annotation, bool) or any(_takes_bool(part) for part in get_args(annotation))
 
 
 def read_settings(kind: type[S], file: str | Path | None = None, **flags: Any) -> S:
     """Settings from a YAML file (optional) with the flags that are not None laid over it.
 
     Raises:
-        InputError: unknown keys or wrong values; all of them at once.
+        InputError: unknown keys or wrong values; all of them at once, each with its line.
     """
     values: dict[str, Any] = {}
+    lines: dict[Place, int] = {}
     if file is not None:
         try:
-            loaded = yaml.safe_load(existing_file(file).read_text(encoding="utf-8"))
+            text = existing_file(file).read_text(encoding="utf-8")
+            loaded, lines = yaml.safe_load(text), _lines_of(yaml.compose(text, yaml.SafeLoader))
         except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date such as 2024-13-01 is a ValueError
             raise InputError(str(file), f"not YAML ({error})", "a YAML mapping of settings", "mend the file") from error
         if not isinstance(loaded, dict):
             raise InputError(str(file), f"holds a {type(loaded).__name__}", "a YAML mapping of settings", "write `name: value` lines")
         values.update(loaded)
     values.update({name: value for name, value in flags.items() if value is not None})
-    return check_settings(kind, values, where=str(file) if file is not None else "settings")
+    lines = {place: line for place, line in lines.items() if flags.get(str(place[0])) is None}
+    return check_settings(kind, values, where=str(file) if file is not None else "settings", lines=lines)
 
 
-def check_settings(kind: type[S], values: Mapping[str, Any], *, where: str) -> S:
+Place = tuple[str | int, ...]
+
+
+def _lines_of(node: yaml.Node | None, place: Place = (), seen: set[int] | None = None) -> dict[Place, int]:
+    """Where each key and list entry of a YAML file stands: (tasks, 0, name) -> line; what an alias repeats is looked at once."""
+    seen = set() if seen is None else seen
+    if id(node) in seen:
+        return {}
+    seen.add(id(node))
+    children: list[tuple[str | int, yaml.Node, yaml.Node]] = []
+    if isinstance(node, yaml.MappingNode):
+        children = [(str(key.value), key, value) for key, value in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        children = [(number, value, value) for number, value in enumerate(node.value)]
+    found: dict[Place, int] = {}
+    for name, key, value in children:
+        found[*place, name] = key.start_mark.line + 1
+        found |= _lines_of(value, (*place, name), seen)
+    return found
+
+
+def check_settings(kind: type[S], values: Mapping[str, Any], *, where: str, lines: Mapping[Place, int] | None = None) -> S:
     """Validate a mapping into settings.
+
+    Args:
+        kind: the settings.
+        values: what came.
+        where: the file, for the message.
+        lines: where each entry stands in that file.
 
     Raises:
         InputError: unknown keys or wrong values; all of them at once.
@@ -64,16 +106,34 @@ def check_settings(kind: type[S], values: Mapping[str, Any], *, where: str) -> S
     try:
         return kind.model_validate(dict(values))
     except pydantic.ValidationError as error:
-        faults = []
-        for item in error.errors():
-            name = ".".join(str(part) for part in item["loc"])
-            if item["type"] == "extra_forbidden":
-                near = ", ".join(nearest_names(name, kind.model_fields))
-                faults.append(f"{name}: unknown setting; the nearest are {near}")
-            else:
-                faults.append(f"{name}: {item['msg']}, got {item.get('input')!r}")
+        faults = [_fault(kind, item["loc"], item["type"], item["msg"], item.get("input"), lines or {}) for item in error.errors()]
         count = f"{len(faults)} fault" + ("s" if len(faults) > 1 else "")
         raise InputError(where, count, f"the settings of {kind.__name__}", "correct what is listed", faults=faults) from error
+
+
+def _fault(kind: type[Settings], place: Place, fault: str, message: str, came: Any, lines: Mapping[Place, int]) -> str:
+    """One sentence on one entry of a file."""
+    line = next((lines[place[:n]] for n in range(len(place), 0, -1) if place[:n] in lines), None)
+    name = ".".join(str(part) for part in place) + ("" if line is None else f" (line {line})")
+    if fault == "extra_forbidden":
+        near = ", ".join(nearest_names(str(place[-1]), _settings_at(kind, place[:-1]).model_fields))
+        return f"{name}: unknown setting; the nearest are {near}"
+    return f"{name}: {message}" if fault == "missing" else f"{name}: {message}, got {came!r}"
+
+
+def _settings_at(kind: type[Settings], place: Place) -> type[Settings]:
+    """The settings class that holds an entry: the names in it are those that can be meant."""
+    for part in place:
+        field = kind.model_fields.get(str(part))
+        kind = kind if field is None else next(_classes_in(field.annotation), kind)
+    return kind
+
+
+def _classes_in(annotation: Any) -> Iterator[type[Settings]]:
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _classes_in(part)
 
 
 def choose_device(choice: DeviceChoice = "auto") -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 
@@ -33,7 +34,7 @@ class TaskSettings(Settings):
         licence: of the data; goes into the pack.
     """
 
-    name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _-]*$")
+    name: str
     data: Path
     format: str = "auto"
     images: Path | None = None
@@ -46,6 +47,13 @@ class TaskSettings(Settings):
     limit: int | None = pydantic.Field(default=None, ge=1)
     validation_limit: int | None = pydantic.Field(default=None, ge=1)
     licence: str = "not stated"
+
+    @pydantic.field_validator("name")
+    @classmethod
+    def _is_a_file_name(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 _-]*", name):
+            raise ValueError("letters, digits, blanks, - and _, beginning with a letter or digit, because it names the expert's file")
+        return name
 
 
 class TeacherSettings(Settings):
@@ -88,7 +96,7 @@ class RankSettings(Settings):
 
     rule: Literal["uniform", "given", "task-size", "stable-rank"] = "uniform"
     rank: int = pydantic.Field(default=8, ge=1)
-    given: dict[str, pydantic.PositiveInt] = pydantic.Field(default_factory=dict)
+    given: dict[str, Annotated[int, pydantic.Field(ge=1, strict=True)]] = pydantic.Field(default_factory=dict)
     alpha: float | None = None
     layout: Layout = "channel"
 
@@ -111,6 +119,7 @@ class DecomposeSettings(Settings):
     """A whole study of `medlore decompose`.
 
     Attributes:
+        kind: what is decomposed; a study of segmenters has settings of its own.
         name: of the pack.
         tasks: at least one.
         teacher: None trains the student without distillation.
@@ -120,6 +129,7 @@ class DecomposeSettings(Settings):
         task_power: a task's share of a batch is proportional to size ** task_power.
     """
 
+    kind: Literal["classifier"] = "classifier"
     name: str
     image_size: int = pydantic.Field(default=64, ge=16)
     tasks: tuple[TaskSettings, ...] = pydantic.Field(min_length=1)
@@ -162,5 +172,5 @@ class DecomposeSettings(Settings):
 
     def parameters_of(self, variant: str) -> dict[str, Any]:
         """The settings that decide a variant's weights; a finished one is taken over only when they are the same."""
-        skipped = {"variants", "device", "weights", "name"}
+        skipped = {"kind", "variants", "device", "weights", "name"}
         return {"variant": variant, **{k: v for k, v in self.model_dump(mode="json").items() if k not in skipped}}
