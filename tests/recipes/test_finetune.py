@@ -322,7 +322,7 @@ def test_predict_names_bad_images_and_can_go_on(run: tuple[Path, Any], tmp_path:
     predicted = predict(run[0], [tmp_path], tmp_path / "p.csv", PredictSettings(keep_going=True))
     assert predicted.images.keys == ("good.png",)
     assert len(predicted.faults) == 1
-    with pytest.raises(InputError, match=r"1 faults") as caught:
+    with pytest.raises(InputError, match=r"1 fault\.") as caught:
         predict(run[0], [tmp_path / "nowhere.png"], tmp_path / "p.csv")
     assert "nowhere.png: no such file or folder" in str(caught.value)
 

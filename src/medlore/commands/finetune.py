@@ -94,6 +94,7 @@ def finetune(
 ) -> None:
     values: dict[str, Any] = {name: value for name, value in locals().items() if name not in _NOT_SETTINGS}
     from medlore.errors import InputError
+    from medlore.recipes.accelerators import is_main_process
     from medlore.recipes.finetune import FinetuneSettings
     from medlore.recipes.finetune import dry_run as look
     from medlore.recipes.finetune import finetune as tune
@@ -114,6 +115,8 @@ def finetune(
     if out is None:
         raise InputError("--out", "nothing", "a folder for adapter, report, predictions and curves", "give --out runs/NAME")
     result = tune(chosen, out, resume=resume, quiet=as_json)
+    if not is_main_process():
+        return
     if as_json:
         print_json({"out": out, "metrics": result.metrics, **result.report})
         return

@@ -45,6 +45,13 @@ def make_accelerator(device: DeviceChoice, precision: Precision, folder: Path | 
     )
 
 
+def is_main_process() -> bool:
+    """Whether this is the process that prints and writes: the only one, or the first of a distributed run."""
+    from accelerate.state import PartialState
+
+    return not PartialState._shared_state or bool(PartialState().is_main_process)
+
+
 def _mixed_precision(precision: Precision, device: str) -> str:
     if precision != "auto":
         return _WORDS[precision]

@@ -195,7 +195,7 @@ class Trainer:
         total = steps * self.schedule.epochs
         set_training(self.tuning.model)
         trained = [p for p in model.parameters() if p.requires_grad]
-        losses, rate = 0.0, 0.0
+        losses, seen, rate = 0.0, 0, 0.0
         for i in range(steps):
             step = (epoch - 1) * steps + i
             chosen = _share(order[i * self.schedule.batch_size : (i + 1) * self.schedule.batch_size], rank, world)
@@ -222,9 +222,16 @@ class Trainer:
             optimizer.step()
             self.tuning.after_backward(step)
             optimizer.zero_grad(set_to_none=True)
-            losses += value * len(chosen)
+            losses, seen = losses + value * len(chosen), seen + len(chosen)
             self.watcher.step(value)
-        return {"epoch": float(epoch), "train_loss": losses / max(1, len(train)) * world, "learning_rate": rate}
+        return {"epoch": float(epoch), "train_loss": self._mean(losses, seen), "learning_rate": rate}
+
+    def _mean(self, total: float, count: int) -> float:
+        """Total by count, over all processes."""
+        if self.accelerator.num_processes > 1:
+            shares = self.accelerator.gather(torch.tensor([[total, count]], dtype=torch.float32, device=self.accelerator.device))
+            total, count = shares[:, 0].sum().item(), shares[:, 1].sum().item()
+        return total / max(1, count)
 
     def _validate(self, model: nn.Module, validation: Examples) -> dict[str, Any]:
         logits = predict_logits(model, validation.inputs, len(validation), accelerator=self.accelerator)
