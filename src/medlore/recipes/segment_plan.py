@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +25,8 @@ _DEVICE_BYTES = 500 << 20  # a CUDA context and the work space of its libraries
 # Full-resolution maps that are alive at the widest point of the U-Net (skip, upsampled, both concatenated, convolved,
 # normalised, and the convolution's own copy), counted in the channels of the first stage; measured, see docs/segment.md.
 _LIVE_MAPS = {4: 8.0, 2: 11.0}  # by bytes per number; half precision holds converted weights too
+_LIVE_MAPS_READY = 6.5  # of `models.unet3d_inference`, which runs on a processor with oneDNN
+_ONEDNN_MACHINES = ("x86_64", "amd64")
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,10 @@ def plan_case(
     grid = WindowGrid(change.new_shape, rules.roi_size, rules.overlap)
     voxels, processed = math.prod(shape), math.prod(change.new_shape)
     network = (
-        rules.sw_batch_size * math.prod(rules.roi_size) * rules.bytes_per_number * (_LIVE_MAPS[rules.bytes_per_number] * size.channels)
+        rules.sw_batch_size
+        * math.prod(rules.roi_size)
+        * rules.bytes_per_number
+        * (_live_maps(rules, on_device=device_memory_bytes is not None) * size.channels)
     )
     weights = 4 * (size.parameters + size.merged_parameters * max(len(routes), 1))
     ready = rules.bytes_per_number * size.parameters  # the network in the layout or on the device that runs it
@@ -200,6 +206,11 @@ def plan_case(
         fitting = min(fitting, (device.memory_bytes - device.fixed_bytes) // device.bytes_per_label)
     groups = {region: _split(list(labels), fitting) for region, labels in routes.items()}
     return CasePlan(change.new_shape, len(grid.windows()), groups, fixed, per_label, memory_bytes, device)
+
+
+def _live_maps(rules: WindowRules, *, on_device: bool) -> float:
+    ready = not rules.published and not on_device and platform.machine().lower() in _ONEDNN_MACHINES
+    return _LIVE_MAPS_READY if ready else _LIVE_MAPS[rules.bytes_per_number]
 
 
 def _fitting(memory_bytes: int, fixed: int, per_label: int, where: str, fix: str) -> int:
