@@ -31,7 +31,7 @@ _ROUND: dict[str, tuple[Callable[[float], int], float, float]] = {
 _SMALL = 160  # below this side a float64 Gram matrix costs less than the loop around Lanczos
 _MOST_BLOCK_STEPS = 7
 _ONE_VECTOR = 2.6  # up to this rough stable rank one singular value may hold enough of ‖W‖_F² for a proof
-_FEW_VECTORS = 4.5  # and up to this one a few may
+_FEW_VECTORS = 8.0  # and up to this one a few may
 
 
 @dataclass(frozen=True)
@@ -289,7 +289,7 @@ def _by_lanczos(
         found = _by_trace(krylov, question, target, frobenius2) if few else None
         if found is not None:
             return found
-        if proof and krylov.steps == 4:
+        if proof and krylov.steps == 3:
             return None
         if proof or not krylov.promises(target):
             continue
