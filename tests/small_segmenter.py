@@ -27,7 +27,13 @@ RANKS = {"abdomen": 2, "thorax": 1, "brain": 1, "spine": 1}
 
 
 def write_small_pack(
-    path: Path, *, roi_size: tuple[int, int, int] = (48, 48, 16), sizes: SegmenterConfig = SIZES, seed: int = 0, experts: bool = True
+    path: Path,
+    *,
+    roi_size: tuple[int, int, int] = (48, 48, 16),
+    spacing_mm: tuple[float, float, float] = (1.0, 1.0, 3.0),
+    sizes: SegmenterConfig = SIZES,
+    seed: int = 0,
+    experts: bool = True,
 ) -> Path:
     """Random base, four random experts, a random embedding for every label of the vocabulary; the published preprocessing."""
     torch.manual_seed(seed)
@@ -35,7 +41,7 @@ def write_small_pack(
     made = {region: _expert(base, sizes, rank) for region, rank in RANKS.items()} if experts else {}
     keys = tuple(entry.key for entry in default_vocabulary().entries())
     prompts = PromptTable(keys, torch.randn(len(keys), sizes.query_width))
-    rules = {**PUBLISHED_PREPROCESSING, "roi_size": list(roi_size)}
+    rules = {**PUBLISHED_PREPROCESSING, "roi_size": list(roi_size), "spacing_mm": list(spacing_mm)}
     return write_segmenter_pack(path, SegmenterWeights(sizes, base, made, form="imbalanced"), prompts=prompts, preprocessing=rules)
 
 

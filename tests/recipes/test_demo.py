@@ -10,12 +10,24 @@ import pytest
 from PIL import Image
 
 from medlore.cli import main
-from medlore.errors import DataError
+from medlore.errors import DataError, InputError
 from medlore.recipes.comparison import CONTENDERS, run_cell, standings
-from medlore.recipes.demo import DemoSettings, digits, print_demo, run_demo
+from medlore.recipes.demo import DemoSettings, run_demo
+from medlore.recipes.demo_screen import print_demo
+from medlore.recipes.demo_segmentation import SHIPPED, segment_template, why_left_out
+from medlore.recipes.demo_tuning import digits
 from medlore.recipes.finetune_settings import FinetuneSettings
+from medlore.recipes.view import page_of
 
 SHORT = DemoSettings(shots=1, draws=2, epochs=1, test_images=60)
+
+
+@pytest.fixture(scope="session")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A segmenter with random weights that sees the head at 6 mm: fast, and wrong."""
+    from small_segmenter import write_small_pack
+
+    return write_small_pack(tmp_path_factory.mktemp("packs") / "pack", roi_size=(16, 16, 16), spacing_mm=(6.0, 6.0, 6.0))
 
 
 def test_digits_are_split_without_overlap() -> None:
@@ -42,6 +54,11 @@ def test_demo_prints_and_writes_what_it_found(tmp_path: Path, capsys: pytest.Cap
     assert report["state"] == "done"
     assert [cell["score"] for cell in report["results"]["cells"]] == [cell.score for cell in result.cells]
     assert sum(report["results"]["ranks"].values()) == sum(layer.rank for layer in result.plan.layers)
+    assert "Segmentation: left out" in printed or "by text prompts" in printed
+    assert result.peak_memory_bytes > 1e8
+    page = (tmp_path / "demo" / "page.html").read_text()
+    for row in result.table:
+        assert str(row.score) in page
     for picture in ("ranks.png", "digits.png"):
         with Image.open(tmp_path / "demo" / picture) as image:
             assert image.width > 600
@@ -71,4 +88,40 @@ def test_wrong_use_ends_with_status_2(tmp_path: Path, capsys: pytest.CaptureFixt
     blocked.write_text("")
     assert main(["demo", "--draws", "1", "--shots", "1", "--out", str(blocked)]) == 1
     assert "could not be written" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_template_is_segmented_on_its_own_grid(pack: Path, tmp_path: Path) -> None:
+    import nibabel as nib
+    from rich.console import Console
+
+    from medlore.recipes.demo_segmentation import template_file
+
+    told = segment_template(str(pack), tmp_path, prompts=("grey matter", "hippocampus", "no such part"), notes=Console(quiet=True))
+    assert told["without_prompt"] == ["no such part"]
+    grey, hippocampus = told["labels"]
+    assert grey["kmeans_dice"] > 0.85
+    assert 0 <= grey["dice"] < grey["kmeans_dice"]  # random weights
+    assert hippocampus["dice"] is None
+    image, mask = nib.load(template_file()), nib.load(tmp_path / "template" / "grey matter.nii.gz")
+    assert mask.shape == image.shape
+    np.testing.assert_array_equal(mask.affine, image.affine)
+    assert grey["volume_ml"] == pytest.approx(np.asarray(mask.dataobj).sum() / 1000, abs=0.01)
+    (tmp_path / "report.json").write_text(json.dumps({"verb": "demo", "results": {"segmentation": told}}))
+    page = page_of(tmp_path)
+    assert page.sections[0].title == "Segmentation by text prompts"
+    viewer, table = page.sections[0].pieces[0], page.sections[0].pieces[-3]
+    assert [label.name for label in viewer.labels] == ["grey matter", "hippocampus"]
+    assert table.rows[0] == ["grey matter", grey["volume_ml"], grey["dice"], grey["kmeans_dice"]]
+    with pytest.raises(DataError, match="no prompt for any part"):
+        segment_template(str(pack), tmp_path, prompts=("no such part",), notes=Console(quiet=True))
+
+
+def test_a_segmenter_that_is_asked_for_must_be_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reason = why_left_out(SHIPPED)
+    assert reason is None or "not part of this installation" in reason
+    with pytest.raises(InputError, match="unknown name"):
+        why_left_out("medlore:no-such-pack")
+    assert main(["demo", "--segmenter", str(tmp_path / "none"), "--out", str(tmp_path / "x")]) == 2
+    assert "no such file" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from medlore.errors import DataError, InputError
 from medlore.files import read_json
-from medlore.recipes.page import Facts, Notes, Page, Picture, Piece, Section, Table, write_page
-from medlore.recipes.page.pieces import Cell
+from medlore.recipes.demo_page import demo_page
+from medlore.recipes.page import Notes, Page, Picture, Piece, Section, Table, write_page
 from medlore.recipes.view_masks import case_sections, is_case_folder
+from medlore.recipes.view_plan import plan_pieces
 from medlore.recipes.view_report import report_page
 
 _REPORT, _PLAN = "report.json", "plan.json"
@@ -62,32 +62,6 @@ def page_of(source: Path) -> Page:
     raise InputError(str(source), "nothing to show", _ACCEPTED, "name the --out folder of a run")
 
 
-def plan_pieces(path: Path) -> list[Piece]:
-    """Picture, totals and table of a rank plan.
-
-    Raises:
-        DataError: not a rank plan.
-    """
-    from medlore.ranks.plan import RankPlan
-    from medlore.recipes.ranks import draw_profile
-
-    plan = RankPlan.load(path)
-    with tempfile.TemporaryDirectory() as folder:
-        picture = Picture.from_file(draw_profile(plan, Path(folder) / "ranks.png"), "Ranks by depth")
-    rows = [
-        (x.name, x.part, f"{x.shape[0]} × {x.shape[1]}", x.stable_rank, x.rank, float(x.alpha), x.parameters, x.decided_by)
-        for x in plan.layers
-    ]
-    columns = ("layer", "part", "shape", "stable rank", "rank", "alpha", "parameters", "decided by")
-    facts: dict[str, Cell] = {
-        "rule": plan.rule,
-        "factor pairs": len(rows),
-        "parameters": plan.parameters,
-        "one rank with the same parameters": plan.uniform_rank,
-    }
-    return [Facts(facts), picture, Table(columns, rows, f"All {len(rows)} factor pairs", folded=True)]
-
-
 def _run_page(folder: Path) -> Page:
     report = read_json(folder / _REPORT)
     if not isinstance(report, Mapping) or not {"verb", "results"} <= report.keys():
@@ -134,4 +108,4 @@ def _case_table(cases: list[Mapping[str, Any]]) -> list[Piece]:
     return [table, *([Notes(faults, warning=True)] if faults else [])]
 
 
-_BY_VERB: dict[str, Callable[[Mapping[str, Any], Path], Page]] = {"segment": _segment_run}
+_BY_VERB: dict[str, Callable[[Mapping[str, Any], Path], Page]] = {"demo": demo_page, "segment": _segment_run}

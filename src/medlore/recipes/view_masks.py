@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from nibabel.filebasedimages import ImageFileError
 
 from medlore.data.geometry import Array
 from medlore.data.nifti import Volume, read_label_table, read_nifti
@@ -116,12 +117,19 @@ def _label_table(folder: Path) -> dict[int, str]:
     label_map = next((folder / name for name in _MAPS if (folder / name).is_file()), None)
     if label_map is None:
         return {}
-    if table := read_label_table(label_map):
+    if table := _table_inside(label_map):
         return table
     if any(_is_mask(path) for path in folder.iterdir()):
         return {}
     values = np.unique(read_nifti(label_map).array)
     return {int(value): f"label {int(value)}" for value in values if value > 0}
+
+
+def _table_inside(label_map: Path) -> dict[int, str] | None:
+    try:
+        return read_label_table(label_map)
+    except (ImageFileError, OSError):  # what is wrong with the file is said where its voxels are read
+        return None
 
 
 def _image(folder: Path, record: Mapping[str, Any], label_map: Volume | None, sources: list[MaskSource]) -> tuple[Volume, list[str]]:

@@ -16,7 +16,7 @@ from medlore.recipes.page.pieces import Cell
 from medlore.recipes.page.rendering import words
 
 _FIRST = ("test", "table", "metrics", "mean", "by_label")  # what a reader looks for comes first
-_LONG_TABLE, _LONG_TEXT, _MANY = 15, 160, 6
+_LONG_TABLE, _VERY_LONG_TABLE, _LONG_TEXT, _MANY = 15, 40, 160, 6
 _PICTURES = (".png", ".jpg", ".jpeg")
 _PICTURE_WORDS = {
     "curves": "Losses and validation score by epoch",
@@ -29,7 +29,13 @@ _PICTURE_WORDS = {
 
 
 def report_page(
-    report: Mapping[str, Any], folder: Path, lead: Sequence[Section] = (), more: Sequence[Section] = (), *, shown: Iterable[str] = ()
+    report: Mapping[str, Any],
+    folder: Path,
+    lead: Sequence[Section] = (),
+    more: Sequence[Section] = (),
+    *,
+    shown: Iterable[str] = (),
+    pictures: bool = True,
 ) -> Page:
     """The page of a run.
 
@@ -39,13 +45,14 @@ def report_page(
         lead: sections before the results.
         more: sections after the first results.
         shown: keys of the results that these sections show already.
+        pictures: show those that lie in the folder.
     """
     results = report.get("results")
     results = {key: value for key, value in results.items() if key not in {*shown, "error"}} if isinstance(results, Mapping) else {}
     first, rest = result_sections({k: v for k, v in results.items() if k in _FIRST}), {k: v for k, v in results.items() if k not in _FIRST}
     sections = [*_failure(report), *lead, *first, *more, *result_sections(rest)]
-    if pictures := folder_pictures(folder, report):
-        sections.append(Section("Pictures", pictures))
+    if pictures and (found := folder_pictures(folder, report)):
+        sections.append(Section("Pictures", found))
     return Page(
         f"medlore {report.get('verb', 'run')}: {folder.resolve().name}",
         [*sections, Section("How it was made", _origin(report))],
@@ -177,8 +184,10 @@ def _table(records: Sequence[Mapping[str, Any]], title: str) -> Table:
     heads = [name.rsplit(".", 1)[-1] for name in names]
     columns = [head if heads.count(head) == 1 else name for head, name in zip(heads, names, strict=True)]
     long = len(rows) > _LONG_TABLE
-    head = f"{title or 'table'}: {len(rows)} rows" if long else title
-    return Table(columns, [[row.get(name) for name in names] for row in rows], head, folded=long and bool(title))
+    head = f"{title}: {len(rows)} rows" if long and title else title
+    return Table(
+        columns, [[row.get(name) for name in names] for row in rows], head, folded=(long and bool(title)) or len(rows) > _VERY_LONG_TABLE
+    )
 
 
 def _named_records(records: Mapping[str, Any], title: str) -> list[Piece]:
