@@ -1,6 +1,8 @@
 """Layers with experts: every known form, the dispatcher's choice and the published form, against the base layer alone.
 
     python -m benchmarks.experts [--only TEXT] [--repeats N] [--threads N] [--clock wall|cpu] [--networks | --memory]
+    python -m benchmarks.experts --all --json docs/results/experts.json --page docs/results.md      every row, about ten minutes
+    python -m benchmarks.experts --refit --json docs/results/experts.json                           constants of layers/dispatch.py
 
 Variants take turns within one run; what is printed is the ratio of medians to the base layer (base network) without experts.
 With ``--clock cpu --threads 1`` the numbers hold on a machine that other work shares.
@@ -16,17 +18,22 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medlore.files import read_json, write_json
 from medlore.layers import experts as expert_module
-from medlore.layers.dispatch import choose_form
+from medlore.layers.dispatch import Form, choose_form, load_of
+from medlore.layers.expert_call import Job
 from medlore.layers.expert_surgery import install_experts
 from medlore.layers.experts import ExpertLayer, expert_layer
 from medlore.layers.routing import route
+from medlore.recipes.run import describe_machine
 
 RANK = 8
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -84,6 +91,9 @@ SHAPES = [
 ]
 
 
+PUBLISHED = [SHAPES[0], SHAPES[1], SHAPES[4], SHAPES[9]]  # shapes whose published form is timed: it takes seconds on the others
+
+
 def published(layer: ExpertLayer, x: Tensor, names: Sequence[str]) -> Tensor:
     """LoRKD's way, written by us: all kernels, a one-hot sum, one grouped convolution."""
     weight = layer.base_layer.weight
@@ -95,12 +105,20 @@ def published(layer: ExpertLayer, x: Tensor, names: Sequence[str]) -> Tensor:
     return y.view(len(x), -1, *y.shape[2:])
 
 
-def variants(layer: ExpertLayer, x: Tensor, names: Sequence[str], *, forms: str) -> dict[str, Callable[[], Tensor]]:
-    """Name -> one forward pass."""
+def variants(
+    layer: ExpertLayer, x: Tensor, names: Sequence[str], *, forms: str, noted: dict[str, Any] | None = None
+) -> dict[str, Callable[[], Tensor]]:
+    """Name -> one forward pass; what the cost model saw and chose is put into `noted`."""
+
+    def note(job: Job) -> Form:
+        chosen = choose_form(job)
+        if noted is not None:
+            noted.update(form=chosen, load=asdict(load_of(job)))
+        return chosen
 
     def routed(form: str | None) -> Callable[[], Tensor]:
         def run() -> Tensor:
-            expert_module.choose_form = choose_form if form is None else lambda _job: form  # type: ignore[assignment,return-value]
+            expert_module.choose_form = note if form is None else lambda _job: form  # type: ignore[assignment,return-value]
             with route(layer, names):
                 return layer(x)
 
@@ -137,18 +155,24 @@ def timed(
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def compare(shape: Shape, layout: str, *, frozen: bool, repeats: int, clock: Callable[[], float], backward: bool, forms: str) -> None:
-    """Print one row."""
+def compare(
+    shape: Shape, layout: str, *, frozen: bool, repeats: int, clock: Callable[[], float], backward: bool, forms: str
+) -> dict[str, Any]:
+    """Print one row, and return it: the ratio of each variant to the base."""
     layer = shape.layer(layout)
     layer.base_layer.requires_grad_(not frozen)
     x = torch.randn(shape.batch, shape.inputs, *shape.space, requires_grad=True)
-    runs = variants(layer, x, shape.names(), forms=forms)
+    noted: dict[str, Any] = {}
+    runs = variants(layer, x, shape.names(), forms=forms, noted=noted)
     medians = timed(runs, [x, *layer.parameters()], backward=backward, repeats=repeats, clock=clock)
     base = medians.pop("base")
     known = min((value for name, value in medians.items() if name != "chosen"), default=medians["chosen"])
     row = "  ".join(f"{name} {value / base:5.2f}" for name, value in medians.items())
     what = f"{shape.name}, {layout}{', frozen base' if frozen else ''}, {'f+b' if backward else 'fwd'}"
     print(f"{what:72s} base {base * 1e3:7.1f} ms  {row}  chosen/best {medians['chosen'] / known:.2f}", flush=True)
+    ratios = {name: value / base for name, value in medians.items()}
+    facts = {"shape": shape.name, "layout": layout, "frozen": frozen, "backward": backward, "base_seconds": base}
+    return {"kind": "layer", **facts, **noted, "ratios": ratios, "chosen_to_best": medians["chosen"] / known}
 
 
 @dataclass(frozen=True)
@@ -189,8 +213,8 @@ NETWORKS = [
 ]
 
 
-def compare_network(network: Network, layout: str, *, repeats: int, clock: Callable[[], float]) -> None:
-    """Print one row: the network with experts against itself without; batch norms use their stored statistics in both."""
+def compare_network(network: Network, layout: str, *, repeats: int, clock: Callable[[], float]) -> dict[str, Any]:
+    """Print and return one row: the network with experts against itself without; batch norms use their stored statistics in both."""
     torch.manual_seed(0)
     base = network.build()
     x = torch.randn(network.batch, *network.image)
@@ -217,6 +241,7 @@ def compare_network(network: Network, layout: str, *, repeats: int, clock: Calla
     medians = timed({"base": lambda: _total(base(x)), "experts": with_experts}, parameters, backward=True, repeats=repeats, clock=clock)
     ratio = medians["experts"] / medians["base"]
     print(f"{network.name + ', ' + layout:72s} base {medians['base'] * 1e3:7.1f} ms  experts {ratio:5.2f}", flush=True)
+    return {"kind": "network", "network": network.name, "layout": layout, "base_seconds": medians["base"], "ratio": ratio}
 
 
 def _total(output: object) -> Tensor:
@@ -225,8 +250,8 @@ def _total(output: object) -> Tensor:
     return found.square().mean() if isinstance(found, Tensor) else sum(_total(part) for part in found)  # type: ignore[attr-defined,return-value]
 
 
-def print_memory(shape: Shape, layout: str) -> None:
-    """Peak memory of one forward and backward pass above what was there before, each variant in a fresh process."""
+def print_memory(shape: Shape, layout: str) -> dict[str, Any]:
+    """Print and return peak memory of one forward and backward pass above what was there before, each variant in a fresh process."""
     peaks = {}
     context = multiprocessing.get_context("spawn")
     for variant in ("base", "published", "chosen"):
@@ -236,6 +261,28 @@ def print_memory(shape: Shape, layout: str) -> None:
         peaks[variant] = queue.get()
         child.join()
     print(f"{shape.name + ', ' + layout:72s} " + "  ".join(f"{name} {value / 2**20:.0f} MiB" for name, value in peaks.items()), flush=True)
+    return {"kind": "memory", "shape": shape.name, "layout": layout, "bytes": peaks}
+
+
+def measure_all(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every row of docs/results.md whose name holds `--only`: layers, frozen base, interleaved, published form, networks, memory."""
+    clock, repeats = CLOCKS[options.clock], options.repeats
+    shapes = [shape for shape in SHAPES if options.only in shape.name]
+    rows = []
+    for layout, frozen in (("channel", False), ("interleaved", False), ("channel", True)):
+        for shape in shapes:
+            if frozen and shape.inputs != 256:
+                continue
+            for backward in (True, False):
+                forms = "all" if shape in PUBLISHED and (layout, frozen) == ("channel", False) else "ours"
+                rows.append(compare(shape, layout, frozen=frozen, repeats=repeats, clock=clock, backward=backward, forms=forms))
+    rows += [
+        compare_network(network, layout, repeats=max(repeats // 2, 2), clock=clock)
+        for network in NETWORKS
+        if options.only in network.name
+        for layout in ("channel", "interleaved")
+    ]
+    return rows + [print_memory(shape, "channel") for shape in shapes if shape in PUBLISHED[-2:]]
 
 
 def _peak_of(shape: Shape, layout: str, variant: str, queue: multiprocessing.Queue[int]) -> None:
@@ -249,9 +296,10 @@ def _peak_of(shape: Shape, layout: str, variant: str, queue: multiprocessing.Que
 
 
 def main(arguments: Sequence[str] = ()) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.experts", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--only", default="", help="rows whose name holds this text")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--layout", choices=["channel", "interleaved"], default=None)
@@ -259,27 +307,50 @@ def main(arguments: Sequence[str] = ()) -> None:
     parser.add_argument("--frozen", action="store_true", help="the base does not learn")
     parser.add_argument("--networks", action="store_true", help="whole networks instead of layers")
     parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
+    parser.add_argument("--all", action="store_true", help="every row of docs/results.md")
+    parser.add_argument("--json", type=Path, help="with --all: write the rows to this file; with --refit: read them from it")
+    parser.add_argument("--page", type=Path, help="with --all: put the section into this page")
+    parser.add_argument("--refit", action="store_true", help="fit the constants of layers/dispatch.py to the rows and print them")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    if options.all or options.refit:
+        _measure_and_write(options)
+        return
     for layout in [options.layout] if options.layout else ["channel", "interleaved"]:
-        for network in NETWORKS if options.networks else ():
-            if options.only in network.name:
-                compare_network(network, layout, repeats=options.repeats, clock=CLOCKS[options.clock])
-        for shape in SHAPES if options.memory else ():
+        _print_rows(options, layout)
+
+
+def _measure_and_write(options: argparse.Namespace) -> None:
+    from benchmarks._expert_page import refit, section
+    from benchmarks._page import put_section
+
+    told = " ".join(f"--{name} {getattr(options, name)}" for name in ("threads", "clock", "repeats"))
+    if options.all:
+        measured = {"command": f"python -m benchmarks.experts --all {told}", **describe_machine(), "rows": measure_all(options)}
+        if options.json is not None:
+            write_json(options.json, measured)
+    elif options.json is not None:
+        measured = read_json(options.json)
+    else:
+        raise SystemExit("--refit needs --all, or --json FILE of an earlier --all")
+    if options.page is not None:
+        put_section(options.page, section(measured, options.json))
+    if options.refit:
+        print(refit(measured["rows"]))
+
+
+def _print_rows(options: argparse.Namespace, layout: str) -> None:
+    clock, repeats = CLOCKS[options.clock], options.repeats
+    for network in NETWORKS if options.networks else ():
+        if options.only in network.name:
+            compare_network(network, layout, repeats=repeats, clock=clock)
+    for shape in SHAPES if options.memory else ():
+        if options.only in shape.name:
+            print_memory(shape, layout)
+    for shape in () if options.networks or options.memory else SHAPES:
+        for backward in (True, False):
             if options.only in shape.name:
-                print_memory(shape, layout)
-        for shape in () if options.networks or options.memory else SHAPES:
-            for backward in (True, False):
-                if options.only in shape.name:
-                    compare(
-                        shape,
-                        layout,
-                        frozen=options.frozen,
-                        repeats=options.repeats,
-                        clock=CLOCKS[options.clock],
-                        backward=backward,
-                        forms=options.forms,
-                    )
+                compare(shape, layout, frozen=options.frozen, repeats=repeats, clock=clock, backward=backward, forms=options.forms)
 
 
 if __name__ == "__main__":

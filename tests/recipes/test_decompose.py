@@ -24,6 +24,7 @@ from medlore.models.classifier_pack import load_classifier_pack
 from medlore.recipes.decompose import decompose, plan
 from medlore.recipes.decomposition import training
 from medlore.recipes.decomposition.tasks import split_by_group
+from medlore.recipes.info import describe
 from medlore.recipes.run import seed_everything
 
 SIZE = 32
@@ -228,6 +229,29 @@ def test_two_processes_stay_one_network(tmp_path: Path) -> None:
     assert load_classifier_pack(tmp_path / "out" / "pack").experts.keys() == {"left", "right"}
 
 
+def test_other_rules_are_rows_and_the_teacher_answers_once_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every student sees the same images in a step, so the teacher's answer to it is kept; and kept answers change no weight."""
+    asked: list[int] = []
+    real = training.Distillation.answers
+
+    def counted(self: training.Distillation, images: torch.Tensor, parts: list[tuple[str, int]], step: int) -> Any:
+        asked.extend([step] if self.seen is None or step not in self.seen else [])
+        return real(self, images, parts, step)
+
+    monkeypatch.setattr(training.Distillation, "answers", counted)
+    study = write_study(tmp_path, variants=["experts", "experts-uniform", "experts-stable-rank"], steps=2, evaluate_every=2)
+    table = decompose(study, tmp_path / "out").table
+    assert asked == [0, 1]
+    assert [row["network"] for row in table[2:]] == ["experts"] * 2 + ["experts-uniform"] * 2 + ["experts-stable-rank"] * 2
+    assert len({row["stored_parameters"] for row in table[2:]}) > 1
+    kept = torch.load(tmp_path / "out" / "networks" / "experts" / "best.pt", weights_only=True)
+    monkeypatch.setattr("medlore.recipes.decompose._ANSWER_BYTES", 0)
+    decompose(write_study(tmp_path, variants=["experts"], steps=2, evaluate_every=2), tmp_path / "again")
+    assert asked == [0, 1, 0, 1]
+    again = torch.load(tmp_path / "again" / "networks" / "experts" / "best.pt", weights_only=True)
+    assert all(torch.equal(kept[name], again[name]) for name in kept)
+
+
 def test_weights_of_zero_skip_the_teacher(tmp_path: Path) -> None:
     study = write_study(tmp_path, loss={"beta": 0, "feature": 0}, variants=["experts"], steps=2, evaluate_every=1)
     decompose(study, tmp_path / "out")
@@ -273,18 +297,19 @@ def test_groups_never_stand_on_both_sides() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"shots": 5}, "shots: unknown setting"),
+        ({"shots": 5}, r"shots \(line \d+\): unknown setting"),
         ({"ranks": {"rule": "given", "given": {"left": 2}}}, r"ranks\.given has \['left'\]"),
-        ({"ranks": {"rule": "given", "given": {"left": 2, "right": 0}}}, r"ranks\.given\.right: .*greater than 0"),
+        ({"ranks": {"rule": "given", "given": {"left": 2, "right": 0}}}, r"ranks\.given\.right \(line \d+\): .*greater than or equal to 1"),
         ({"teacher": None}, "need a teacher"),
+        ({"variants": ["experts-uniform"], "ranks": {"rule": "uniform"}}, "the rule of the pack"),
         ({"teacher": {"source": "resnet-81"}}, "the nearest are 'resnet-18'"),
         ({"steps": 0, "batch_size": 0}, "2 faults"),
         ({"steps": True}, r"steps \(line \d+\): .*true and false are no numbers.*got True"),
         ({"ranks": {"rule": "given", "given": {"left": True, "right": 2}}}, r"ranks\.given\.left \(line \d+\): .*valid integer"),
         ({"tasks": [{"name": "../../x", "data": "left.npz"}]}, r"tasks\.0\.name \(line \d+\): .*names the expert's file.*'\.\./\.\./x'"),
         ({"tasks": [{"name": "a/b", "data": "left.npz"}]}, "letters, digits, blanks"),
-        ({"tasks": [{"name": "keys", "data": "left.npz"}]}, "torch's own words"),
-        ({"tasks": [{"name": "left", "dat": "left.npz"}]}, r"tasks\.0\.dat \(line \d+\): unknown setting; the nearest are 'data'"),
+        ({"tasks": [{"name": "keys", "data": "left.npz", "train": "train"}], "ranks": {"rank": 2}}, "torch's own words"),
+        ({"tasks": [{"name": "left", "dat": "left.npz"}]}, r"tasks\.0\.dat \(line \d+\): unknown setting; the nearest are data"),
         ({"student": {"norm": "batch"}, "variants": ["teacher", "experts"]}, "couple the samples"),
     ],
 )
@@ -345,6 +370,8 @@ def test_a_pack_that_was_touched_is_refused(finished: Path, tmp_path: Path) -> N
     file = pack / "experts" / "left.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\0")
     (pack / "experts" / "right.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="2 of 3 files"):
+        describe(pack)
     with pytest.raises(CheckpointError, match="2 of 3 files") as caught:
         load_classifier_pack(pack)
     assert "altered" in caught.value.faults[0]
@@ -365,6 +392,14 @@ def test_a_pack_of_another_base_is_refused_in_one_report(finished: Path, tmp_pat
     with pytest.raises(CheckpointError, match="2 fault") as caught:
         load_classifier_pack(pack)
     assert list(caught.value.faults) == ["student: missing", "experts: of a wrong kind"]
+    manifest["experts"]["left"] |= {"ranks": {"conv1.conv": "two"}, "kind": "double"}
+    wrong = {"student": {"kind": "resnet-81", "depth": 3}, "layout": "chanel", "preprocessing": manifest["preprocessing"] | {"mean": None}}
+    write_json(pack / "manifest.json", manifest | wrong)
+    for read in (load_classifier_pack, describe):
+        with pytest.raises(CheckpointError, match=r"6 fault\(s\)") as caught:
+            read(pack)
+        places = ["student.depth", "student.kind", "preprocessing.mean", "layout", "experts.left.ranks", "experts.left.kind"]
+        assert [fault.split(":")[0] for fault in caught.value.faults] == places
     write_json(pack / "manifest.json", manifest | {"schema": "medlore/expert-pack/0"})
     with pytest.raises(CheckpointError, match="expert-pack/0"):
         load_classifier_pack(pack)

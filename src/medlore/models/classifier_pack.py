@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +23,12 @@ from medlore.assets import PREFIX, asset_path
 from medlore.errors import CheckpointError, InputError, UnknownNameError
 from medlore.files import sha256_of
 from medlore.layers.expert_surgery import install_experts, merge
+from medlore.linalg.matricize import Layout
 from medlore.models import packs
 from medlore.models.multitask import MultiTaskNetwork
+from medlore.models.shufflenet import Norm
 from medlore.models.statefile import read_state
-from medlore.models.students import build_student, feature_width
+from medlore.models.students import StudentKind, build_student, feature_width
 
 KIND = "classifier"
 _BASE = "base.safetensors"
@@ -161,8 +163,7 @@ def load_classifier_pack(path: str | Path) -> ClassifierPack:
         CheckpointError: a file is missing or altered, or keys do not fit; all faults of the pack in one report.
     """
     folder = asset_path(str(path)) if str(path).startswith(PREFIX) else Path(path)
-    manifest = packs.read_manifest(folder, kind=KIND)
-    _check_files(folder, manifest["files"])
+    manifest = read_classifier_manifest(folder)
     experts = {name: _entry_from(name, values) for name, values in manifest["experts"].items()}
     network = _rebuild(manifest, experts)
     state: dict[str, Tensor] = {}
@@ -170,6 +171,62 @@ def load_classifier_pack(path: str | Path) -> ClassifierPack:
         state.update({k: v.float() if v.dtype == torch.float16 else v for k, v in read_state(folder / file).items()})
     _load_strictly(network, state, str(folder))
     return ClassifierPack(manifest, network.eval(), experts)
+
+
+def read_classifier_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a pack, its values and the hashes of all files checked.
+
+    Raises:
+        CheckpointError: values that no pack has, a file that is missing or altered; all of them in one report.
+    """
+    manifest = packs.read_manifest(folder, kind=KIND)
+    faults = _student_faults(manifest["student"]) + _preprocessing_faults(manifest["preprocessing"])
+    faults += [f"layout: {manifest['layout']!r}"] if manifest["layout"] not in get_args(Layout) else []
+    faults += ["experts: none"] if not manifest["experts"] else []
+    for name, entry in manifest["experts"].items():
+        faults += _expert_faults(name, entry)
+    if faults:
+        place = str(folder / packs.MANIFEST)
+        raise CheckpointError(place, f"{len(faults)} fault(s)", "what `medlore decompose` writes", "fetch the pack anew", faults=faults)
+    _check_files(folder, manifest["files"])
+    return manifest
+
+
+def _student_faults(student: Mapping[str, Any]) -> list[str]:
+    accepted = {"kind": get_args(StudentKind), "norm": get_args(Norm), "stem_stride": (1, 2)}
+    faults = [f"student.{name}: unknown" for name in student if name not in accepted]
+    faults += ["student.kind: missing"] if "kind" not in student else []
+    return faults + [
+        f"student.{name}: {student[name]!r}" for name, known in accepted.items() if name in student and student[name] not in known
+    ]
+
+
+def _preprocessing_faults(values: Mapping[str, Any]) -> list[str]:
+    size = values.get("image_size")
+    faults = [] if type(size) is int and size >= 1 else [f"preprocessing.image_size: {size!r}"]
+    for name in ("mean", "std"):
+        found = values.get(name)
+        if not isinstance(found, list) or len(found) != 3 or not all(isinstance(v, int | float) for v in found):
+            faults.append(f"preprocessing.{name}: {found!r}")
+    mode = values.get("interpolation")
+    return faults if mode in ("nearest", "bilinear", "bicubic", "lanczos") else [*faults, f"preprocessing.interpolation: {mode!r}"]
+
+
+def _expert_faults(name: str, entry: Any) -> list[str]:
+    if not isinstance(entry, dict):
+        return [f"experts.{name}: a {type(entry).__name__}"]
+    classes, ranks = entry.get("classes"), entry.get("ranks")
+    faults = (
+        []
+        if isinstance(classes, list) and classes and all(isinstance(c, str) for c in classes)
+        else [f"experts.{name}.classes: {classes!r}"]
+    )
+    if not isinstance(ranks, dict) or not all(type(rank) is int and rank >= 0 for rank in ranks.values()):
+        faults.append(f"experts.{name}.ranks: not layer -> whole number from 0")
+    faults += [] if entry.get("kind") in ("single", "multi") else [f"experts.{name}.kind: {entry.get('kind')!r}"]
+    faults += [] if isinstance(entry.get("metrics"), dict) else [f"experts.{name}.metrics: not a mapping"]
+    faults += [] if isinstance(entry.get("licence"), str) else [f"experts.{name}.licence: {entry.get('licence')!r}"]
+    return faults
 
 
 def _rebuild(manifest: Mapping[str, Any], experts: Mapping[str, ExpertEntry]) -> MultiTaskNetwork:

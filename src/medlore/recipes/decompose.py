@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,11 +25,11 @@ from medlore.layers.expert_surgery import install_experts
 from medlore.layers.experts import ExpertLayer
 from medlore.models.backbones import load_backbone
 from medlore.models.classifier_pack import ExpertEntry, save_classifier_pack
-from medlore.models.multitask import MultiTaskNetwork, count_parameters
+from medlore.models.multitask import MixedOutput, MultiTaskNetwork, count_parameters
 from medlore.models.students import StudentKind, build_student, feature_width
 from medlore.recipes.decomposition.ranks import adapted_layers, choose_ranks
 from medlore.recipes.decomposition.report import measure, table_rows
-from medlore.recipes.decomposition.settings import DecomposeSettings, RankSettings
+from medlore.recipes.decomposition.settings import DecomposeSettings, RankSettings, Rule
 from medlore.recipes.decomposition.tasks import Task, fingerprint, read_tasks
 from medlore.recipes.decomposition.training import Distillation, Progress, Schedule, make_accelerator, train_network
 from medlore.recipes.export_classifier import write_backbone
@@ -37,6 +37,7 @@ from medlore.recipes.run import Run, choose_device, read_settings, seed_everythi
 
 _STUDENTS = ("shufflenet", "resnet-18", "vit-small")
 _SCALING = 2.0  # of every expert, whatever its rank, as in LoRKD's form with unequal ranks
+_ANSWER_BYTES = 2**29
 Narrator = Callable[[str], Progress]
 
 
@@ -130,6 +131,7 @@ class _Workshop:
     device: str
     narrate: Narrator
     accelerator: Accelerator
+    seen: dict[int, MixedOutput] = field(default_factory=dict)  # the teacher's answers, by step
 
     @property
     def writes(self) -> bool:
@@ -166,6 +168,11 @@ def _train_all(shop: _Workshop, teacher: MultiTaskNetwork | None) -> tuple[list[
     if "single" in settings.variants:
         for name, task in shop.tasks.items():
             rows += _compare(shop, f"single-{name}", shop.network(shop.student(), {name: task}), only=name)
+    for variant in settings.variants:
+        if variant.startswith("experts-"):
+            rule = cast("Rule", variant.removeprefix("experts-"))
+            ranks = settings.ranks.model_copy(update={"rule": rule})
+            rows += _compare(shop, variant, _with_experts(shop, teacher, ranks), _distillation(shop, teacher))
     experts = _with_experts(shop, teacher)
     rows += _compare(shop, "experts", experts, _distillation(shop, teacher))
     return rows, experts
@@ -210,7 +217,7 @@ def _teacher_body(settings: DecomposeSettings) -> tuple[nn.Module | None, Prepro
 def _teacher(shop: _Workshop, body: nn.Module) -> MultiTaskNetwork | None:
     """The teacher, fitted to the tasks and frozen; None where nothing asks for it."""
     settings, wanted = shop.settings, shop.settings.teacher
-    if wanted is None or not (settings.distils or "teacher" in settings.variants or settings.ranks.rule == "stable-rank"):
+    if wanted is None or not (settings.distils or "teacher" in settings.variants or settings.reads_spectra):
         return None
     network = shop.network(body, shop.tasks)
     network.body.requires_grad_(wanted.train == "all")
@@ -230,7 +237,13 @@ def _distillation(shop: _Workshop, teacher: MultiTaskNetwork | None) -> Distilla
     if settings.loss.feature > 0:
         student, size = shop.student(), settings.image_size
         projection = nn.Linear(feature_width(student, size), feature_width(teacher.body, size))
-    return Distillation(teacher.to(shop.device), projection, settings.loss)
+    return Distillation(teacher.to(shop.device), projection, settings.loss, shop.seen if _fits_in_memory(settings, teacher) else None)
+
+
+def _fits_in_memory(settings: DecomposeSettings, teacher: MultiTaskNetwork) -> bool:
+    """Whether the teacher's answers to all steps may be kept: every student sees the same images in the same step."""
+    width = feature_width(teacher.body, settings.image_size) + sum(int(head.out_features) for head in teacher.heads.values())
+    return 4 * settings.steps * settings.batch_size * width <= _ANSWER_BYTES
 
 
 def _compare(
@@ -243,7 +256,7 @@ def _compare(
         steps = max(round(steps * weights[only] / sum(weights.values())), 1)
         tasks = {only: tasks[only]}
     _finish(shop, variant, network, shop.schedule(steps, settings.learning_rate), distillation, tasks)
-    if variant == "experts":
+    if variant.startswith("experts"):
         as_stored(network, settings.weights)
     return measure(variant, network, tasks, shop.preprocessing)
 

@@ -131,7 +131,9 @@ def _describe_pack(path: Path, lora_alpha: float | None) -> Facts | None:
     manifest = packs.read_manifest(path)
     if manifest.get("kind") == KIND:
         return _segmenter_pack(path, manifest, lora_alpha)
-    return _classifier_pack(manifest)
+    from medlore.models.classifier_pack import read_classifier_manifest
+
+    return _classifier_pack(read_classifier_manifest(path))
 
 
 def _classifier_pack(manifest: Mapping[str, Any]) -> Facts:

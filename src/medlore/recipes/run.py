@@ -118,6 +118,9 @@ def _fault(kind: type[Settings], place: Place, fault: str, message: str, came: A
     if fault == "extra_forbidden":
         near = ", ".join(nearest_names(str(place[-1]), _settings_at(kind, place[:-1]).model_fields))
         return f"{name}: unknown setting; the nearest are {near}"
+    message = message.removeprefix("Value error, ")
+    if not place:  # several settings that do not go together
+        return message
     return f"{name}: {message}" if fault == "missing" else f"{name}: {message}, got {came!r}"
 
 

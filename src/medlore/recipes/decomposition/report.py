@@ -15,7 +15,7 @@ from medlore.models.multitask import MultiTaskNetwork, count_flops, count_parame
 from medlore.recipes.decomposition.tasks import Part, Task
 from medlore.recipes.decomposition.training import predict_scores
 
-_ORDER = ("teacher", "shared", "shared-distilled", "experts", "single")
+_ORDER = ("teacher", "shared", "shared-distilled", "experts", "experts-uniform", "experts-task-size", "experts-stable-rank", "single")
 
 
 def measure(variant: str, network: MultiTaskNetwork, tasks: Mapping[str, Task], preprocessing: Preprocessing) -> list[dict[str, Any]]:

@@ -14,7 +14,10 @@ from medlore.models.shufflenet import Norm
 from medlore.models.students import StudentKind
 from medlore.recipes.run import DeviceChoice, Settings
 
-Variant = Literal["teacher", "experts", "shared", "shared-distilled", "single"]
+Rule = Literal["uniform", "given", "task-size", "stable-rank"]
+Variant = Literal[
+    "teacher", "experts", "shared", "shared-distilled", "single", "experts-uniform", "experts-task-size", "experts-stable-rank"
+]
 
 
 class TaskSettings(Settings):
@@ -94,7 +97,7 @@ class RankSettings(Settings):
         layout: `channel` (PEFT's) or `interleaved` (LoRKD's).
     """
 
-    rule: Literal["uniform", "given", "task-size", "stable-rank"] = "uniform"
+    rule: Rule = "uniform"
     rank: int = pydantic.Field(default=8, ge=1)
     given: dict[str, Annotated[int, pydantic.Field(ge=1, strict=True)]] = pydantic.Field(default_factory=dict)
     alpha: float | None = None
@@ -124,6 +127,7 @@ class DecomposeSettings(Settings):
         tasks: at least one.
         teacher: None trains the student without distillation.
         variants: which networks to train and report beside the student with experts; each is a row of the table.
+            `experts-RULE` is the student with experts under another rule of ranks than the pack's.
         steps: optimiser steps of every student; a single-task student takes its task's share of them, so that each
             network sees a task's images equally often.
         task_power: a task's share of a batch is proportional to size ** task_power.
@@ -161,7 +165,9 @@ class DecomposeSettings(Settings):
             raise ValueError(f"ranks.given has {sorted(self.ranks.given)}, the tasks are {sorted(names)}")
         if self.teacher is None and {"teacher", "shared-distilled"} & set(self.variants):
             raise ValueError("variants 'teacher' and 'shared-distilled' need a teacher")
-        if self.ranks.rule == "stable-rank" and self.teacher is None:
+        if f"experts-{self.ranks.rule}" in self.variants:
+            raise ValueError(f"variant 'experts-{self.ranks.rule}' has the rule of the pack: leave it out, 'experts' is always trained")
+        if (self.ranks.rule == "stable-rank" or "experts-stable-rank" in self.variants) and self.teacher is None:
             raise ValueError("the rule stable-rank reads the teacher's weights: name a teacher")
         return self
 
@@ -170,7 +176,14 @@ class DecomposeSettings(Settings):
         """Whether any term of the loss needs the teacher."""
         return self.teacher is not None and (self.loss.beta > 0 or self.loss.feature > 0)
 
+    @property
+    def reads_spectra(self) -> bool:
+        """Whether any ranks come from the teacher's weights."""
+        return self.ranks.rule == "stable-rank" or "experts-stable-rank" in self.variants
+
     def parameters_of(self, variant: str) -> dict[str, Any]:
         """The settings that decide a variant's weights; a finished one is taken over only when they are the same."""
         skipped = {"kind", "variants", "device", "weights", "name"}
+        if variant == "teacher":  # what is only the students'
+            skipped |= {"ranks", "loss", "steps", "learning_rate"}
         return {"variant": variant, **{k: v for k, v in self.model_dump(mode="json").items() if k not in skipped}}

@@ -51,11 +51,23 @@ class Distillation:
     Attributes:
         network: the teacher, in eval mode.
         projection: student features -> the teacher's width; trained with the student, thrown away after.
+        seen: the teacher's answers by step, filled as they are asked for and shared by the students of a study, whose batches are
+            the same; None keeps none.
     """
 
     network: MultiTaskNetwork
     projection: nn.Module | None
     loss: LossSettings
+    seen: dict[int, MixedOutput] | None = None
+
+    @torch.no_grad()
+    def answers(self, images: Tensor, parts: list[tuple[str, int]], step: int) -> MixedOutput:
+        """The teacher's logits and features of the images of a step."""
+        if self.seen is None:
+            return self.network(images, parts)  # type: ignore[no-any-return]
+        if step not in self.seen:
+            self.seen[step] = self.network(images, parts)
+        return self.seen[step]
 
 
 @dataclass
@@ -116,7 +128,7 @@ def train_network(
         parts = _share_of_process(sampler.batch(step), accelerator)
         # each process augments by its own numbers, and a single one by the step's
         images, targets = _gather(parts, tasks, step * accelerator.num_processes + accelerator.process_index, device)
-        terms = _losses(wrapped, images, targets, parts, tasks, distillation, schedule)
+        terms = _losses(wrapped, images, targets, parts, tasks, distillation, schedule, step)
         loss = torch.stack(list(terms.values())).sum()
         if not torch.isfinite(loss):
             raise StepError(
@@ -194,6 +206,7 @@ def _losses(
     tasks: Mapping[str, Task],
     distillation: Distillation | None,
     schedule: Schedule,
+    step: int,
 ) -> dict[str, Tensor]:
     """The terms of the loss, each already weighted; every row of the batch weighs alike."""
     layout = [(p.task, len(p.indices)) for p in parts]
@@ -206,8 +219,8 @@ def _losses(
     if distillation is None:
         return terms
     loss = distillation.loss
-    with torch.no_grad(), autocast:
-        seen = distillation.network(images, layout)
+    with autocast:
+        seen = distillation.answers(images, layout, step)
     if loss.beta > 0:
         terms["logit distillation"] = loss.beta * _weighted(
             weight, lambda n: logit_distillation(logits[n], seen.logits[n].float(), tasks[n].kind, loss.temperature)
