@@ -17,8 +17,8 @@ from medlore.layers.surgery import load_trainable_state, trainable_state
 from medlore.ranks.allocate import plan_ranks
 
 STEPS = 6
-FACTOR_METHODS = [name for name, method in METHODS.items() if method.rule is not None]
-OTHERS = [name for name in METHODS if name not in FACTOR_METHODS]
+FACTOR_METHODS = [name for name, method in METHODS.items() if method.rule is not None and name != "glora"]  # saved as LoRA
+OWN_WEIGHTS = ("linear-probe", "bitfit", "partial", "full")
 
 
 def network() -> Any:
@@ -37,7 +37,11 @@ def network() -> Any:
 
 
 def installed(name: str, model: nn.Module, **changes: Any) -> Tuning:
-    plan = None if METHODS[name].rule is None else plan_ranks(model, rule="uniform:3", alpha="rslora" if name == "rslora" else "rank")
+    plan = (
+        None
+        if METHODS[name].rule is None
+        else plan_ranks(model, rule=f"uniform:{4 if name == 'melora' else 3}", alpha="rslora" if name == "rslora" else "rank")
+    )
     x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     fields = {"head": "classifier", "sample": x[:1], "plan": plan, "steps": STEPS, "last_blocks": 1, "batches": lambda: [x, x + 1]}
     return install_method(name, model, Request(**{**fields, **changes}))
@@ -49,6 +53,7 @@ def train(tuning: Tuning, *, steps: int = STEPS, start: int = 0, optimizer: Any 
     for step in range(start, start + steps):
         draw = torch.Generator().manual_seed(step)
         x, y = torch.randn(6, 3, 8, 8, generator=draw), torch.randint(0, 3, (6,), generator=draw)
+        torch.manual_seed(step)  # dropout
         tuning.before_step()
         nn.functional.cross_entropy(tuning.model(pixel_values=x).logits, y).backward()
         optimizer.step()
@@ -73,7 +78,7 @@ def test_every_method_trains_the_head_and_changes_the_output(name: str) -> None:
     assert trained < sum(p.numel() for p in network().parameters()) or name == "full"
     train(tuning)
     assert (logits(tuning.model) - before).abs().max() > 0.05
-    head = tuning.model.get_submodule("base_model.model.classifier" if name in FACTOR_METHODS else "classifier")
+    head = tuning.model.get_submodule("base_model.model.classifier" if hasattr(tuning.model, "peft_config") else "classifier")
     assert not any(torch.equal(p, network().classifier.weight) for p in head.parameters() if p.requires_grad and p.ndim == 2)
 
 
@@ -108,7 +113,7 @@ def test_trained_tensors_alone_bring_the_model_back(name: str, tmp_path: Path) -
 
 
 def test_what_trains_is_what_the_name_says() -> None:
-    names = {m: {n for n, p in installed(m, network()).model.named_parameters() if p.requires_grad} for m in OTHERS}
+    names = {m: {n for n, p in installed(m, network()).model.named_parameters() if p.requires_grad} for m in OWN_WEIGHTS}
     assert names["linear-probe"] == {"classifier.weight", "classifier.bias"}
     assert all(n.endswith(".bias") for n in names["bitfit"] - {"classifier.weight"})
     assert "vit.layernorm.bias" in names["bitfit"]
@@ -194,6 +199,10 @@ def test_wrong_use() -> None:
         installed_unknown("sr-lor")
     with pytest.raises(InputError, match="partial-update: 'nested' with --method dora"):
         installed("dora", network(), partial_update="nested")
+    for changes in ({"partial_update": "nested"}, {}):
+        name = "sr-lora" if changes else "lora"
+        with pytest.raises(InputError, match=f"component-masks: 'shapley' with --method {name}"):
+            installed(name, network(), component_masks="shapley", **changes)
     with pytest.raises(InputError, match="1 to 2 for this model"):
         installed("partial", network(), last_blocks=3)
     with pytest.raises(InputError, match="no rank plan"):

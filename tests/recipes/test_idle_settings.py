@@ -28,6 +28,11 @@ IDLE: list[tuple[dict[str, Any], set[str]]] = [
     ({"augment": False, "flip": "both", "degrees": 3.0}, {"flip", "degrees"}),
     ({"method": "linear-probe", "crop": (0.2, 1.0)}, {"crop"}),
     ({"heads": 3}, {"heads"}),
+    ({"method": "lora", "component_masks": "shapley"}, {"component_masks"}),
+    ({"method": "ssf", "bottleneck": 8, "adapter_scale": 0.1, "prompt_length": 4}, {"bottleneck", "adapter_scale", "prompt_length"}),
+    ({"method": "glora", "alpha": "1", "dropout": 0.1, "mini_loras": 2}, {"alpha", "dropout", "mini_loras"}),
+    ({"method": "melora", "tied_layers": 3, "mask_density": 0.3}, {"tied_layers", "mask_density"}),
+    ({"method": "adapter", "glora_path": "none,none,none,none,none"}, {"glora_path"}),
 ]
 ACTIVE: list[dict[str, Any]] = [
     {},
@@ -41,6 +46,12 @@ ACTIVE: list[dict[str, Any]] = [
     {"shots": 5, "official_draw": True, "draw": 3},
     {"method": "linear-probe", "augment": False, "flip": "none", "per": "image"},
     {"method": "full", "targets": "conv", "track_stable_rank": True},
+    {"method": "sr-lora", "component_masks": "shapley", "scale": 0.5},
+    {"method": "adaptformer", "bottleneck": 8, "adapter_scale": 0.1, "adapter_dropout": 0.2, "component_masks": "off"},
+    {"method": "glora", "glora_path": "lora,none,none,none,vector", "targets": "all-linear", "rank": 4},
+    {"method": "vpt-deep", "prompt_length": 4},
+    {"method": "melora", "mini_loras": 2, "rank": 4, "dropout": 0.1},
+    {"method": "capaboost", "tied_layers": 3, "mask_density": 0.3},
 ]
 
 

@@ -52,7 +52,10 @@ def finetune(
     std: str | None = typer.Option(None, help="Their standard deviation, three numbers.", rich_help_panel=_MODEL),
     heads: int | None = typer.Option(None, help="Attention heads of a ViT weights file; default width / 64.", rich_help_panel=_MODEL),
     method: str | None = typer.Option(
-        None, help="sr-lora, lora, rslora, dora, adalora, eva, pissa, linear-probe, bitfit, partial, full.", rich_help_panel=_METHOD
+        None,
+        help="sr-lora, lora, rslora, dora, adalora, eva, pissa, dylora, melora, moslora, capaboost, glora, adapter, adaptformer, "
+        "repadapter, vpt-shallow, vpt-deep, ssf, layernorm, linear-probe, bitfit, partial, full.",
+        rich_help_panel=_METHOD,
     ),
     plan: Path | None = typer.Option(None, help="Rank plan of `medlore ranks --out`.", rich_help_panel=_METHOD),
     ranks: str | None = typer.Option(None, help="List of given ranks: a file, or medlore:rank-lists/NAME.", rich_help_panel=_METHOD),
@@ -65,6 +68,11 @@ def finetune(
     ),
     alpha: str | None = typer.Option(None, help="rank, rank*C, rslora*C or a number.", rich_help_panel=_METHOD),
     partial_update: str | None = typer.Option(None, help="off, nested or single.", rich_help_panel=_METHOD),
+    component_masks: str | None = typer.Option(
+        None, help="off or shapley: random masks over the components of sr-lora.", rich_help_panel=_METHOD
+    ),
+    bottleneck: int | None = typer.Option(None, help="Inner width of adapters.", rich_help_panel=_METHOD),
+    prompt_length: int | None = typer.Option(None, help="Prompt tokens of vpt.", rich_help_panel=_METHOD),
     last_blocks: int | None = typer.Option(None, help="Blocks that `partial` trains.", rich_help_panel=_METHOD),
     dropout: float | None = typer.Option(None, help="Dropout before the factors.", rich_help_panel=_METHOD),
     epochs: int | None = typer.Option(None, help="Passes over the training images.", rich_help_panel=_TRAINING),

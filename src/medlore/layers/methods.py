@@ -7,12 +7,12 @@ step, and how to write what was learnt. The training loop knows nothing else abo
 from __future__ import annotations
 
 import contextlib
-import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,80 +21,18 @@ from medlore.errors import InputError, UnknownNameError
 from medlore.files import atomic_folder
 from medlore.layers import surgery
 from medlore.layers.adapter_folder import Factors, write_lora_folder
-
-if TYPE_CHECKING:
-    from medlore.ranks.plan import RankPlan
-
-PartialUpdate = Literal["off", "nested", "single"]
-Form = Literal["adapter", "weights", "model"]  # a PEFT folder; the trained tensors alone; the whole network
-WEIGHTS_FILE = "trained.safetensors"
-TRAINED_NAMES = "trained"  # in that file's header: a JSON list of all its tensors
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a method may ask for.
-
-    Attributes:
-        plan: ranks and alphas of the factor pairs; None for methods without factors.
-        head: module name of the head, which every method trains.
-        seed: of the random factors and draws.
-        steps: optimiser steps of the whole run.
-        partial_update: stochastic partial update of SR-LoRA.
-        dropout: probability on the input of the factors.
-        last_blocks: blocks that `partial` trains.
-        sample: (b, c, h, w) one small normalised batch.
-        batches: a few normalised training batches, for methods that look at the data (EVA); a list, since it is read twice.
-    """
-
-    head: str
-    sample: Tensor
-    plan: RankPlan | None = None
-    seed: int = 0
-    steps: int = 1
-    partial_update: PartialUpdate = "off"
-    dropout: float = 0.0
-    last_blocks: int = 2
-    batches: Callable[[], list[Tensor]] = list
-
-
-def _nothing(*_: Any) -> None:
-    return None
-
-
-def _no_state() -> dict[str, Any]:
-    return {}
-
-
-@dataclass
-class Tuning:
-    """One method installed in one model.
-
-    Attributes:
-        model: what is trained; `model(pixel_values=x).logits`.
-        form: what `save` writes.
-        save: write what was learnt into a new folder.
-        merged: the plain network with the same output, for inference; the tuning is used up by it.
-        before_step: called before the forward pass of every step.
-        penalty: a scalar that is added to the loss of every step; None for methods without one.
-        after_backward: called with the step number (from 0) when gradients are there, after the optimiser's step.
-        state: what besides tensors must survive a kill.
-        restore: puts that back.
-        head_only: only the head trains, so its inputs can be computed once.
-        notes: for the report.
-    """
-
-    model: nn.Module
-    form: Form
-    save: Callable[[Path], None]
-    merged: Callable[[], nn.Module]
-    before_step: Callable[[], object] = _nothing
-    penalty: Callable[[], Tensor] | None = None
-    after_backward: Callable[[int], None] = _nothing
-    state: Callable[[], dict[str, Any]] = _no_state
-    restore: Callable[[dict[str, Any]], None] = _nothing
-    head_only: bool = False
-    notes: tuple[str, ...] = ()
+from medlore.layers.tuning.installed import tune_modules, tune_norms, tune_pairs
+from medlore.layers.tuning.interface import (
+    TRAINED_NAMES,
+    WEIGHTS_FILE,
+    ComponentMasking,
+    Form,
+    PartialUpdate,
+    Request,
+    Tuning,
+    plan_of,
+    weights_tuning,
+)
 
 
 @dataclass(frozen=True)
@@ -123,10 +61,16 @@ def install_method(name: str, model: nn.Module, request: Request) -> Tuning:
     """
     if name not in METHODS:
         raise UnknownNameError("--method", name, METHODS)
-    if request.partial_update != "off" and name not in ("sr-lora", "lora", "rslora"):
+    if request.partial_update != "off" and name not in ("sr-lora", "lora", "rslora", "dylora"):
         raise InputError(
-            "--partial-update", f"{request.partial_update!r} with --method {name}", "sr-lora, lora or rslora", "leave --partial-update off"
+            "--partial-update",
+            f"{request.partial_update!r} with --method {name}",
+            "sr-lora, lora, rslora or dylora",
+            "leave --partial-update off",
         )
+    if request.component_masks != "off" and (name != "sr-lora" or request.partial_update != "off"):
+        came = f"{request.component_masks!r} with --method {name} and --partial-update {request.partial_update}"
+        raise InputError("--component-masks", came, "sr-lora without a partial update", "leave --component-masks off")
     with torch.random.fork_rng(devices=[]), quiet_peft():
         torch.manual_seed(request.seed)
         return METHODS[name].install(model, request)
@@ -146,6 +90,15 @@ def quiet_peft() -> Iterator[None]:
 
 def _lora(model: nn.Module, request: Request) -> Tuning:
     return _peft_tuning(_with_factors(model, request), request)
+
+
+def _dylora(model: nn.Module, request: Request) -> Tuning:
+    """LoRA that is trained at every smaller rank too: each step works with the first b components, scaled by alpha / b.
+
+    Source: Valipour et al., "DyLoRA", EACL 2023, algorithm 1; all b components train (`nested`), or with the option `single`
+    component b alone (there: frozen).
+    """
+    return _lora(model, request if request.partial_update != "off" else replace(request, partial_update="nested"))
 
 
 def _dora(model: nn.Module, request: Request) -> Tuning:
@@ -197,7 +150,7 @@ def _adalora(model: nn.Module, request: Request) -> Tuning:
     """
     import peft
 
-    plan = _plan_of(request)
+    plan = plan_of(request)
     target = max(1, round(plan.uniform_rank))
     config = peft.AdaLoraConfig(
         target_r=target,
@@ -212,6 +165,9 @@ def _adalora(model: nn.Module, request: Request) -> Tuning:
         modules_to_save=[request.head],
     )
     tuned = peft.get_peft_model(model, config)
+    for name, parameter in tuned.named_parameters():
+        if "ranknum" in name:  # a constant of the scaling, which PEFT leaves trainable
+            parameter.requires_grad_(False)
     allocator = tuned.base_model.rankallocator
     kept = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
@@ -259,15 +215,9 @@ def orthogonality(model: nn.Module) -> Tensor:
 def _with_factors(model: nn.Module, request: Request, **options: Any) -> Any:
     import peft
 
-    plan = _plan_of(request)
+    plan = plan_of(request)
     config = plan.to_lora_config(model=model, check=False, modules_to_save=[request.head], lora_dropout=request.dropout, **options)
     return peft.get_peft_model(model, config)
-
-
-def _plan_of(request: Request) -> RankPlan:
-    if request.plan is None:
-        raise InputError("plan", "no rank plan", "a RankPlan", "give one, made with medlore.plan_ranks(model)")
-    return request.plan
 
 
 def _peft_tuning(tuned: Any, request: Request, *, plain: Callable[[], dict[str, Factors]] | None = None) -> Tuning:
@@ -288,6 +238,12 @@ def _peft_tuning(tuned: Any, request: Request, *, plain: Callable[[], dict[str, 
 
         handle = install_partial_update(tuned, mode=request.partial_update, seed=request.seed)
         tuning.before_step, tuning.state, tuning.restore = handle.draw, handle.state_dict, handle.load_state_dict
+    if request.component_masks == "shapley":
+        from medlore.layers.tuning.component_masks import install_component_masks
+
+        masks = install_component_masks(tuned, steps=request.steps, seed=request.seed)
+        tuning.before_step, tuning.after_backward = masks.draw, masks.observe
+        tuning.state, tuning.restore = masks.state_dict, masks.load_state_dict
     return tuning
 
 
@@ -318,7 +274,7 @@ def _factors_of(tuned: Any) -> dict[str, tuple[Tensor, Tensor, float]]:
 def _linear_probe(model: nn.Module, request: Request) -> Tuning:
     surgery.freeze(model)
     surgery.thaw_head(model, request.head)
-    tuning = _weights_tuning(model)
+    tuning = weights_tuning(model)
     tuning.head_only = True
     return tuning
 
@@ -339,7 +295,7 @@ def _partial(model: nn.Module, request: Request) -> Tuning:
     chosen = surgery.thaw_last_blocks(model, request.last_blocks)
     surgery.thaw_head(model, request.head)
     unused = surgery.freeze_unused(model, request.sample)
-    return _weights_tuning(model, notes=(f"trained blocks: {', '.join(chosen)}", *_about_unused(unused)))
+    return weights_tuning(model, notes=(f"trained blocks: {', '.join(chosen)}", *_about_unused(unused)))
 
 
 def _bitfit(model: nn.Module, request: Request) -> Tuning:
@@ -347,18 +303,7 @@ def _bitfit(model: nn.Module, request: Request) -> Tuning:
     surgery.thaw_biases(model)
     surgery.thaw_head(model, request.head)
     unused = surgery.freeze_unused(model, request.sample)
-    return _weights_tuning(model, notes=_about_unused(unused))
-
-
-def _weights_tuning(model: nn.Module, notes: tuple[str, ...] = ()) -> Tuning:
-    def save(folder: Path) -> None:
-        from safetensors.torch import save_file
-
-        state = {name: tensor.contiguous().cpu() for name, tensor in surgery.trainable_state(model).items()}
-        with atomic_folder(folder) as temporary:
-            save_file(state, temporary / WEIGHTS_FILE, metadata={TRAINED_NAMES: json.dumps(list(state))})
-
-    return Tuning(model=model, form="weights", save=save, merged=lambda: model, notes=notes)
+    return weights_tuning(model, notes=_about_unused(unused))
 
 
 def _about_unused(unused: list[str]) -> tuple[str, ...]:
@@ -373,8 +318,35 @@ METHODS: dict[str, Method] = {
     "adalora": Method(_adalora, "uniform", 1e-3, "LoRA in SVD form whose ranks are pruned during training"),
     "eva": Method(_eva, "uniform", 1e-3, "LoRA that starts from the variance of the layer inputs"),
     "pissa": Method(_pissa, "uniform", 1e-3, "LoRA that starts from the leading singular directions"),
+    "dylora": Method(_dylora, "uniform", 1e-3, "LoRA that is trained at every smaller rank too"),
+    "melora": Method(partial(tune_pairs, "melora"), "uniform", 1e-3, "several small LoRA pairs along the diagonal"),
+    "moslora": Method(partial(tune_pairs, "moslora"), "uniform", 1e-3, "LoRA with a trained mixer between its factors"),
+    "capaboost": Method(partial(tune_pairs, "capaboost"), "uniform", 1e-3, "one LoRA pair under several fixed masks"),
+    "glora": Method(partial(tune_modules, "glora"), "uniform", 1e-3, "weights and biases changed through five supports"),
+    "adapter": Method(partial(tune_modules, "adapter"), None, 1e-3, "bottleneck adapters behind attention and MLP (Houlsby)"),
+    "adaptformer": Method(partial(tune_modules, "adaptformer"), None, 1e-3, "bottleneck adapters beside the MLP"),
+    "repadapter": Method(partial(tune_modules, "repadapter"), None, 1e-3, "linear adapters that merge into the next layer"),
+    "vpt-shallow": Method(partial(tune_modules, "vpt-shallow"), None, 1e-2, "prompt tokens in the first block"),
+    "vpt-deep": Method(partial(tune_modules, "vpt-deep"), None, 1e-2, "prompt tokens in every block"),
+    "ssf": Method(partial(tune_modules, "ssf"), None, 1e-3, "a scale and a shift behind every layer"),
+    "layernorm": Method(tune_norms, None, 1e-3, "layer norms and head"),
     "linear-probe": Method(_linear_probe, None, 1e-2, "the head alone, on features that are computed once"),
     "bitfit": Method(_bitfit, None, 1e-3, "biases and head"),
     "partial": Method(_partial, None, 1e-4, "the last blocks and head"),
     "full": Method(_full, None, 1e-4, "every weight"),
 }
+
+__all__ = [
+    "METHODS",
+    "TRAINED_NAMES",
+    "WEIGHTS_FILE",
+    "ComponentMasking",
+    "Form",
+    "Method",
+    "PartialUpdate",
+    "Request",
+    "Tuning",
+    "install_method",
+    "orthogonality",
+    "quiet_peft",
+]

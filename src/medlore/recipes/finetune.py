@@ -20,6 +20,7 @@ from medlore.data.transforms import TrainAugmentation
 from medlore.errors import InputError
 from medlore.files import made_folder
 from medlore.layers.methods import METHODS, Method, Request, Tuning, install_method
+from medlore.layers.tuning.attach import added_parameters
 from medlore.metrics.classification import classification_report
 from medlore.models.backbones import Backbone, load_backbone
 from medlore.ranks.allocate import plan_ranks
@@ -79,6 +80,7 @@ class _Prepared:
     tracking: RankTracking | None
     description: dict[str, Any]
     head_parameters: int
+    added_parameters: int
     notes: list[str] = field(default_factory=list)
 
 
@@ -189,8 +191,10 @@ def _prepare(settings: FinetuneSettings, splits: ImageSplits, accelerator: Any) 
         seed=settings.seed,
         steps=steps,
         partial_update=settings.partial_update,
+        component_masks=settings.component_masks,
         dropout=settings.dropout,
         last_blocks=settings.last_blocks,
+        options=settings.tuning_options(),
         batches=lambda: _look(train, accelerator.device),
     )
     tracking = _tracking(settings, backbone, plan)
@@ -209,6 +213,7 @@ def _prepare(settings: FinetuneSettings, splits: ImageSplits, accelerator: Any) 
         tracking,
         description,
         head_parameters,
+        added_parameters(tuning.model) or (0 if plan is None else plan.parameters),
         [*splits.notes, *backbone.notes, *tuning.notes, *_about_patience(settings, splits)],
     )
 
@@ -357,6 +362,7 @@ def _run(settings: FinetuneSettings, folder: Path | None, accelerator: Any) -> I
 def _facts(settings: FinetuneSettings, prepared: _Prepared) -> dict[str, Any]:
     model = prepared.tuning.model
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    added = prepared.added_parameters
     parts = {"train": prepared.splits.train, "validation": prepared.splits.validation, "test": prepared.splits.test}
     return {
         "method": settings.method,
@@ -367,8 +373,8 @@ def _facts(settings: FinetuneSettings, prepared: _Prepared) -> dict[str, Any]:
         "data": {name: _about(part) for name, part in parts.items()},
         "trainable_parameters": trained,
         "head_parameters": prepared.head_parameters,
-        "total_parameters": prepared.description["parameters"] + (0 if prepared.plan is None else prepared.plan.parameters),
-        "factor_parameters": None if prepared.plan is None else prepared.plan.parameters,
+        "total_parameters": prepared.description["parameters"] + added,
+        "factor_parameters": None if prepared.plan is None else added,
         "ranks": None if prepared.plan is None else {layer.name: layer.rank for layer in prepared.plan.layers},
         "steps": prepared.steps,
         "learning_rate": settings.schedule().learning_rate,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Literal, Self
 
@@ -9,20 +10,25 @@ import pydantic
 
 from medlore.data.images import Format
 from medlore.data.transforms import Flip
-from medlore.layers.methods import METHODS
+from medlore.errors import InputError
+from medlore.layers.methods import METHODS, ComponentMasking
+from medlore.layers.tuning.options import DEFAULT_PATH, TuningOptions, supports_of
 from medlore.models.statistics import Triple
 from medlore.recipes.accelerators import Precision
 from medlore.recipes.image_splits import SplitRules
 from medlore.recipes.run import DeviceChoice, Settings
 from medlore.recipes.training import Schedule
 
-MethodName = Literal["sr-lora", "lora", "rslora", "dora", "adalora", "eva", "pissa", "linear-probe", "bitfit", "partial", "full"]
+MethodName = Literal[
+    "sr-lora", "lora", "rslora", "dora", "adalora", "eva", "pissa", "dylora", "melora", "moslora", "capaboost", "glora",
+    "adapter", "adaptformer", "repadapter", "vpt-shallow", "vpt-deep", "ssf", "layernorm", "linear-probe", "bitfit", "partial", "full",
+]  # fmt: skip
 
 
 class FinetuneSettings(Settings):
     """Everything that decides the result of one tuning run; `docs/tuning.md` explains each field.
 
-    Images: `data` to `test_fraction`. Model: `model` to `heads`. Method and ranks: `method` to `dropout`. Training: `epochs`
+    Images: `data` to `test_fraction`. Model: `model` to `heads`. Method and ranks: `method` to `mask_density`. Training: `epochs`
     to `light`. The rest: where and how it runs.
     """
 
@@ -60,7 +66,16 @@ class FinetuneSettings(Settings):
     alpha: str | None = None
     partial_update: Literal["off", "nested", "single"] = "off"
     last_blocks: int = pydantic.Field(default=2, ge=1)
+    component_masks: ComponentMasking = "off"
     dropout: float = pydantic.Field(default=0.0, ge=0, lt=1)
+    bottleneck: int | None = pydantic.Field(default=None, ge=1)
+    adapter_scale: float | None = pydantic.Field(default=None, gt=0)
+    adapter_dropout: float | None = pydantic.Field(default=None, ge=0, lt=1)
+    prompt_length: int = pydantic.Field(default=10, ge=1)
+    glora_path: str = DEFAULT_PATH
+    mini_loras: int = pydantic.Field(default=4, ge=1)
+    tied_layers: int = pydantic.Field(default=2, ge=1)
+    mask_density: float = pydantic.Field(default=0.5, gt=0, le=1)
 
     epochs: int = pydantic.Field(default=20, ge=1)
     batch_size: int = pydantic.Field(default=4, ge=1)
@@ -110,6 +125,19 @@ class FinetuneSettings(Settings):
         if (self.mean is None) != (self.std is None):
             raise ValueError("mean and std: one without the other")
         return self
+
+    @pydantic.field_validator("glora_path")
+    @classmethod
+    def _is_path(cls, value: str) -> str:
+        try:
+            supports_of(value)
+        except InputError as error:
+            raise ValueError(f"five words for A, B, C, D, E: {'; '.join(error.faults)}") from error
+        return value
+
+    def tuning_options(self) -> TuningOptions:
+        """Sizes of what a method adds."""
+        return TuningOptions(**{f.name: getattr(self, f.name) for f in fields(TuningOptions)})
 
     def split_rules(self) -> SplitRules:
         """How parts are made where the data set has none."""

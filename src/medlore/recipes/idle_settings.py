@@ -8,13 +8,26 @@ from pathlib import Path
 from medlore.assets import PREFIX
 from medlore.errors import InputError
 from medlore.layers.methods import METHODS
+from medlore.layers.tuning.options import ADAPTER_SIZES
 from medlore.recipes.finetune_settings import FinetuneSettings
 
 _Test = Callable[[FinetuneSettings], bool]
 
 # Values that ask for nothing, so they may stand anywhere.
-_NEUTRAL = {"per": "image", "partial_update": "off", "dropout": 0.0, "flip": "none"}
-_WITHOUT_FLAG = {"validation_fraction", "test_fraction", "crop", "degrees", "light"}
+_NEUTRAL = {"per": "image", "partial_update": "off", "component_masks": "off", "dropout": 0.0, "flip": "none"}
+_WITHOUT_FLAG = {
+    "validation_fraction",
+    "test_fraction",
+    "crop",
+    "degrees",
+    "light",
+    "adapter_scale",
+    "adapter_dropout",
+    "glora_path",
+    "mini_loras",
+    "tied_layers",
+    "mask_density",
+}
 
 
 def _without_factors(s: FinetuneSettings) -> bool:
@@ -40,6 +53,17 @@ _RULES: tuple[tuple[tuple[str, ...], _Test, str], ...] = (
     (("rank", "scale", "budget"), lambda s: s.ranks is not None, "the ranks come from --ranks"),
     (("rank",), lambda s: s.method == "sr-lora", "the ranks of sr-lora follow the stable ranks; --scale and --budget change them"),
     (("scale", "budget", "granularity"), lambda s: s.ranks is None and _one_rank(s), "--method {method} has one rank (--rank)"),
+    (("component_masks",), lambda s: s.method != "sr-lora", "only --method sr-lora takes them"),
+    (
+        ("bottleneck", "adapter_scale", "adapter_dropout"),
+        lambda s: s.method not in ADAPTER_SIZES,
+        "--method {method} has no adapter with a bottleneck",
+    ),
+    (("prompt_length",), lambda s: not s.method.startswith("vpt-"), "--method {method} has no prompts"),
+    (("glora_path",), lambda s: s.method != "glora", "only --method glora has supports"),
+    (("alpha", "dropout"), lambda s: s.method == "glora", "the supports of glora have neither scaling nor dropout"),
+    (("mini_loras",), lambda s: s.method != "melora", "only --method melora has mini pairs"),
+    (("tied_layers", "mask_density"), lambda s: s.method != "capaboost", "only --method capaboost has masks"),
     (("last_blocks",), lambda s: s.method != "partial", "only --method partial trains the last blocks"),
     (("draw", "validation_shots", "per"), lambda s: s.shots is None, "without --shots every image trains and nothing is drawn"),
     (("validation_fraction",), lambda s: s.shots is not None, "with --shots the validation images are counted by --validation-shots"),

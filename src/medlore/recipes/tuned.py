@@ -4,7 +4,8 @@
 form      folder       content
 ========= ============ ==============================================================================================
 adapter   `adapter/`   a PEFT folder; `peft.PeftModel.from_pretrained(base, folder)` reads it too
-weights   `weights/`   `trained.safetensors`: the trained tensors alone, under the names of the backbone
+weights   `weights/`   `trained.safetensors`: the trained tensors alone, under the names of the backbone and of what the
+                       card says is added to it (`modules`)
 model     `model/`     a transformers folder with the whole network
 ========= ============ ==============================================================================================
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ from medlore.errors import CheckpointError, DataError, InputError, StepError
 from medlore.files import read_json, write_json
 from medlore.layers.methods import TRAINED_NAMES, WEIGHTS_FILE, Form, Tuning, quiet_peft
 from medlore.layers.surgery import load_trainable_state
+from medlore.layers.tuning.modules import AddedModules, absorb, add_modules
 from medlore.models.backbones import Backbone, load_backbone
 from medlore.weightfiles import read_tensors
 
@@ -52,6 +54,7 @@ class TunedCard(pydantic.BaseModel):
     std: tuple[float, float, float]
     interpolation: Literal["nearest", "bilinear", "bicubic"]
     head_name: str
+    modules: AddedModules | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ def save_tuned(
             "std": backbone.std,
             "interpolation": backbone.interpolation,
             "head_name": backbone.head_name,
+            "modules": None if tuning.modules is None else asdict(tuning.modules),
         },
     )
     if tuning.form == "model":
@@ -142,8 +146,10 @@ def _network(folder: Path, card: TunedCard, model: str | Path | None) -> nn.Modu
         )
     if card.form == "weights":
         file = folder / WEIGHTS_FILE
+        if card.modules is not None:
+            add_modules(backbone.model, card.modules, backbone.head_name)
         load_trainable_state(backbone.model, read_tensors(file), expected=_trained_names(file))
-        return backbone.model
+        return absorb(backbone.model)
     return _with_adapter(backbone.model, folder)
 
 

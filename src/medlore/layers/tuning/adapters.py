@@ -33,7 +33,8 @@ class SerialAdapter(Extra):
     def forward(self, base: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         """(..., d) -> (..., d)."""
         inner = F.dropout(F.gelu(self.down(output)), self.dropout, self.training)
-        return output + self.scale * self.up(inner)
+        changed: Tensor = output + self.scale * self.up(inner)
+        return changed
 
 
 class ParallelAdapter(Extra):
@@ -50,7 +51,8 @@ class ParallelAdapter(Extra):
     def forward(self, base: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         """(..., d) -> (..., d)."""
         inner = F.dropout(F.relu(self.down(inputs[0])), self.dropout, self.training)
-        return output + self.scale * self.up(inner)
+        changed: Tensor = output + self.scale * self.up(inner)
+        return changed
 
 
 class RepAdapter(Extra):
@@ -78,11 +80,13 @@ class RepAdapter(Extra):
     def forward(self, base: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         """(..., d) -> (..., d)."""
         inner = F.dropout(self.down(output), self.dropout, self.training)
-        return output + self.scale * F.linear(inner, self.dense_up(), self.up_bias)
+        changed: Tensor = output + self.scale * F.linear(inner, self.dense_up(), self.up_bias)
+        return changed
 
     def dense_up(self) -> Tensor:
         """The grouped matrix as one of shape (d, r)."""
-        return torch.block_diag(*self.up)
+        dense: Tensor = torch.block_diag(*self.up)
+        return dense
 
     def fold_into(self, readers: Iterable[nn.Module]) -> None:
         """Let the linear layers that read the norm answer alone what they answer behind this adapter.

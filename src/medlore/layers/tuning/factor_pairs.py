@@ -36,13 +36,14 @@ class FactorPair(Foldable):
         """(..., in) and (..., out) -> (..., out)."""
         pair = self.pair()
         x = F.dropout(inputs[0], self.dropout, self.training)
-        return output + pair.scaling * F.linear(F.linear(x, pair.A), pair.B)
+        changed: Tensor = output + pair.scaling * F.linear(F.linear(x, pair.A), pair.B)
+        return changed
 
     def fold(self, base: nn.Module) -> None:
         """Add the product to the weight."""
         with torch.no_grad():
             pair = self.pair()
-            add_to_linear(base, pair.scaling * pair.B @ pair.A, None)  # type: ignore[arg-type]
+            add_to_linear(base, pair.scaling * pair.B @ pair.A, None)
 
 
 class MiniPairs(FactorPair):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ class GeneralizedLora(Foldable):
         rows, columns = layer.out_features, layer.in_features
         shapes = {"A": (rows, columns), "B": (rows, columns), "C": (columns, 1), "D": (rows, 1), "E": (rows, 1)}
         forms = dict(zip(shapes, path, strict=True))
-        if layer.bias is None:
+        if cast("Tensor | None", layer.bias) is None:
             forms["D"] = "none"
         self.supports = nn.ModuleDict({name: _Support(forms[name], shape, rank) for name, shape in shapes.items() if forms[name] != "none"})
 
@@ -56,7 +56,8 @@ class GeneralizedLora(Foldable):
         """(..., in) and (..., out) -> (..., out)."""
         layer: Any = base
         weight, bias = self.delta(layer)
-        return output + F.linear(inputs[0], weight, bias)
+        changed: Tensor = output + F.linear(inputs[0], weight, bias)
+        return changed
 
     def fold(self, base: nn.Module) -> None:
         """Add to weight and bias what training has found."""
@@ -81,8 +82,9 @@ class _Support(nn.Module):
 
     def forward(self) -> Tensor:
         """The values of the support."""
-        factors = list(self.factors)
-        return factors[0] @ factors[1] if len(factors) == 2 else factors[0]
+        first, *second = self.factors
+        values: Tensor = first @ second[0] if second else first
+        return values
 
 
 def install_generalized(model: nn.Module, options: TuningOptions, ranks: dict[str, int]) -> None:
