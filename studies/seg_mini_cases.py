@@ -133,7 +133,7 @@ def synthesised_heads(data: Path, out: Path) -> list[dict[str, Any]]:
             image, mask = out / f"{split}_{name}.nii.gz", out / f"{split}_{name}_labels.nii.gz"
             if not (image.is_file() and mask.is_file()):
                 _write_head(source, image, mask, family=family, seed=seed, stripped=stripped)
-                print(f"wrote {image}", file=sys.stderr)
+                sys.stderr.write(f"wrote {image}\n")
             lines.append(_head_line(mask, number, split) | {"image": str(image), "dataset": f"synthesised_{name}"})
     return lines
 
@@ -198,12 +198,13 @@ def main() -> None:
     }  # fmt: skip
     from medlore.files import write_json, write_text
 
-    for name, lines in {**sets, "cases": [line for lines in sets.values() for line in lines]}.items():
+    everything = [line for lines in sets.values() for line in lines]
+    for name, lines in {**sets, "cases": everything}.items():
         write_text(out / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     write_json(out / "label_regions.json", LABEL_REGIONS)
     for name, lines in sets.items():
         counts = {split: sum(line["split"] == split for line in lines) for split in ("train", "validation", "test")}
-        print(f"{name:12s} {counts}")
+        sys.stdout.write(f"{name:12s} {counts}\n")
 
 
 if __name__ == "__main__":

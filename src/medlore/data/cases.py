@@ -151,7 +151,7 @@ def _line_faults(line: str) -> list[str]:
 
 def _mask_faults(mask: Any) -> list[str]:
     by_label = isinstance(mask, dict) and bool(mask) and all(isinstance(file, str) for file in mask.values())
-    return [] if mask is None or isinstance(mask, str) or by_label else ['"mask" is neither text nor {label: file}']
+    return [] if mask is None or isinstance(mask, str) or by_label else ['"mask" is not text, nor {label: file}']
 
 
 def _label_faults(labels: Any) -> list[str]:

@@ -161,10 +161,11 @@ def _values_of(case: Case, path: Path) -> dict[str, tuple[int, ...]]:
     if told is None:
         told = {label: index + 1 for index, label in enumerate(case.labels)}
     by_spelling = {_spelling(label): value for label, value in told.items()}
-    faults, members = [], {}
+    faults: list[str] = []
+    members: dict[str, tuple[int, ...]] = {}
     for label in case.labels:
         value = by_spelling.get(_spelling(label))
-        values = list(value) if isinstance(value, (list, tuple)) else [value]
+        values: list[Any] = list(value) if isinstance(value, (list, tuple)) else [value]
         if value is None:
             faults.append(f"no value for {label!r}; the nearest are {', '.join(map(repr, nearest_names(label, told))) or 'none'}")
         elif not values or not all(isinstance(v, int) and not isinstance(v, bool) and 0 < v <= _LARGEST_CODE for v in values):
@@ -181,7 +182,7 @@ def _whole_numbers(array: Array, path: Path) -> Array:
     accepted, fix = f"whole numbers from 0 to {_LARGEST_CODE}", "name the label map, not the image; probabilities are thresholded first"
     if array.dtype.kind == "f" and (not np.isfinite(array).all() or not np.array_equal(array, np.rint(array))):
         raise DataError(str(path), "a mask with values that are not whole numbers", accepted, fix)
-    low, high = int(array.min(initial=0)), int(array.max(initial=0))
+    low, high = int(array.min()), int(array.max())
     if low < 0 or high > _LARGEST_CODE:
         raise DataError(str(path), f"a mask with values from {low} to {high}", accepted, fix)
     return _narrow(array)
@@ -219,11 +220,11 @@ def _separate(case: Case, volume: Volume, files: Mapping[str, Path]) -> LabelMap
 
 
 def _one_mask(path: Path, volume: Volume) -> Array:
-    """A mask as one bit a voxel in memory would be too slow: Boolean."""
+    """A file's voxels above 0; a .npy file has no grid but its shape."""
     if path.suffix == ".npy":
         array = _read_npy(path)
         check_mask_grid(array.shape, volume.affine, volume, str(path))
-        return array != 0
+        return np.asarray(array != 0)
     found = read_volume(path)
     check_mask_grid(found.shape, found.affine, volume, str(path))
     return np.asarray(found.array > 0)
@@ -272,7 +273,7 @@ def _read_npy(path: Path) -> Array:
 
 
 def _narrow(codes: Array) -> Array:
-    return codes.astype(np.uint8 if codes.max(initial=0) < 256 else np.uint16)
+    return np.asarray(codes, np.uint8 if codes.max(initial=0) < 256 else np.uint16)
 
 
 def _spelling(label: Any) -> str:

@@ -24,6 +24,7 @@ from medlore.data.volume_augmentation import GreyRules, WarpRules, change_greys,
 from medlore.errors import InputError
 
 _SIDED = re.compile(r"(^|\W)(left|right)(\W|$)", re.IGNORECASE)
+_OTHER_SHARE = 0.25  # how often a label that cannot be in the volume is asked for, against one that lies elsewhere in it
 _COARSE = 5  # every how many voxels a whole label map is looked at for its grey statistics
 
 
@@ -182,7 +183,7 @@ def _coarse(path: str) -> Array:
 
 
 def _narrow_view(codes: Array, image: Array, air: float, rng: np.random.Generator) -> tuple[Array, Array]:
-    view = draw_view(rng, image.shape)  # type: ignore[arg-type]
+    view = draw_view(rng, image.shape)
     seen_codes, seen = np.zeros_like(codes), np.full_like(image, air)
     seen_codes[view], seen[view] = codes[view], image[view]
     return seen_codes, seen
@@ -202,22 +203,22 @@ def _with_prompts(
     counts = np.bincount(codes.reshape(-1))
     tables = dict(zip(asked, code_table(case.members, asked, len(counts)), strict=True))
     present = [label for label in asked if counts[tables[label]].sum() >= rules.least_voxels]
-    absent = [*[label for label in asked if label not in present], *others]
-    positives = _some(present, max_prompts, rng)
-    room = max_prompts - len(positives)
-    negatives = _some(absent, min(room, max(1, int(rules.negatives * len(positives)))) if absent else 0, rng)
-    if absent and not negatives and len(positives) > 1:  # a full list still needs something to be silent about
-        positives, negatives = positives[:-1], _some(absent, 1, rng)
+    elsewhere = [label for label in asked if label not in present]
+    room = max(1, int(rules.negatives * len(present))) if elsewhere or others else 0
+    positives = _some(present, max_prompts - (1 if room and max_prompts > 1 else 0), rng)  # a full list still has one that is absent
+    # Labels that lie elsewhere in this very volume teach more than those of another region.
+    share = [1.0] * len(elsewhere) + [_OTHER_SHARE] * len(others)
+    negatives = _some([*elsewhere, *others], min(room, max_prompts - len(positives)), rng, share)
     targets = np.zeros((len(positives) + len(negatives), *codes.shape), np.bool_)
-    for row, label in zip(targets, positives, strict=False):
-        row[...] = tables[label][codes]
-    for row, label in zip(targets[len(positives) :], negatives, strict=True):
-        if label in tables:
-            row[...] = tables[label][codes]  # fewer voxels than `least_voxels` are still true
+    index = codes.astype(np.intp)
+    for row, label in zip(targets, (*positives, *negatives), strict=True):
+        if label in tables:  # an absent label may have fewer voxels than `least_voxels`: they are true all the same
+            tables[label].take(index, out=row, mode="clip")
     return Patch(torch.from_numpy(np.ascontiguousarray(image))[None], torch.from_numpy(targets), (*positives, *negatives), len(positives))
 
 
-def _some(labels: Sequence[str], most: int, rng: np.random.Generator) -> list[str]:
+def _some(labels: Sequence[str], most: int, rng: np.random.Generator, share: Sequence[float] | None = None) -> list[str]:
     if len(labels) <= most:
         return list(labels)
-    return [labels[i] for i in sorted(rng.choice(len(labels), most, replace=False))]
+    chances = None if share is None else np.asarray(share) / np.sum(share)
+    return [labels[i] for i in sorted(rng.choice(len(labels), most, replace=False, p=chances))]

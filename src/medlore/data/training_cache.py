@@ -281,7 +281,7 @@ def codes_on_grid(codes: Array, path: GridPath) -> Array:
 
 
 def _nearest(count: int, step: float, size: int) -> Array:
-    return np.clip(np.rint(np.arange(count) * step), 0, size - 1).astype(np.int64)
+    return np.asarray(np.clip(np.rint(np.arange(count) * step), 0, size - 1), np.int64)
 
 
 def _facts(codes: Array, members: Mapping[str, Sequence[int]]) -> dict[str, Any]:

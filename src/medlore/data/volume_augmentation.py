@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from medlore.data.geometry import Array, Shape
 
+_NEGLIGIBLE = 1e-8
 _SPLINE_DEVIATION = 0.34  # of a field of cubic B-splines whose coefficients have unit deviation
 
 
@@ -206,12 +207,13 @@ def blur_matrix(size: int, sigma: float, step: float = 1.0, phase: float = 0.0) 
     matrix /= matrix.sum(axis=1, keepdims=True)
     if step > 1:
         matrix = _linear((at - samples[0]) / step, len(samples)) @ matrix
+    matrix[matrix < _NEGLIGIBLE] = 0  # numbers too small for float32 make a product ten times slower
     return np.asarray(matrix, np.float32)
 
 
 def _linear(positions: Array, size: int) -> Array:
     at = np.clip(positions, 0, size - 1)
-    return np.maximum(0.0, 1 - np.abs(at[:, None] - np.arange(size)[None]))
+    return np.asarray(np.maximum(0.0, 1 - np.abs(at[:, None] - np.arange(size)[None])))
 
 
 @functools.lru_cache(maxsize=64)

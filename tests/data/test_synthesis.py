@@ -1,0 +1,104 @@
+"""Heads drawn from label maps: exact labels, any contrast, the same image for the same seed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from medlore.data.synthesis import TABLE, SynthesisRules, draw_contrast, strip_skull, synthesise
+
+Codes = np.ndarray[Any, Any]
+
+
+@pytest.fixture(scope="module")
+def head() -> Codes:
+    """Shells from the middle out: white matter (two sides), grey matter (two sides), fluid, bone, soft tissue, skin, air."""
+    at = np.stack(np.meshgrid(*[np.arange(40) - 19.5] * 3, indexing="ij"))
+    radius = np.linalg.norm(at, axis=0)
+    codes = np.select([radius < 9, radius < 12, radius < 14, radius < 15, radius < 17, radius < 18], [2, 3, 24, 515, 507, 511], 0)
+    right = at[0] > 0
+    codes[right & (codes == 2)] = 41
+    codes[right & (codes == 3)] = 42
+    return codes.astype(np.uint16)
+
+
+def only(family: str) -> SynthesisRules:
+    chances = {"t1_like": 0.0, "t2_like": 0.0, "flair_like": 0.0}
+    return SynthesisRules(**chances | {f"{family}_like": 1.0})
+
+
+def test_the_same_generator_gives_the_same_image(head: Codes) -> None:
+    one, two, other = (synthesise(head, np.random.default_rng(seed), SynthesisRules()) for seed in (1, 1, 2))
+    assert np.array_equal(one, two)
+    assert not np.allclose(one, other)
+    assert one.dtype == np.float32
+    assert one.shape == head.shape
+    assert np.isfinite(one).all()
+    assert one.min() >= 0
+
+
+@pytest.mark.parametrize(("family", "order"), [("t1", "fgw"), ("t2", "wgf"), ("flair", "fwg")])
+def test_families_have_the_contrast_of_their_sequence(head: Codes, family: str, order: str) -> None:
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        contrast = draw_contrast(rng, only(family))
+        image = synthesise(head, rng, only(family), contrast=contrast)
+        means = {"f": image[head == 24].mean(), "g": image[np.isin(head, [3, 42])].mean(), "w": image[np.isin(head, [2, 41])].mean()}
+        assert contrast.family == family
+        assert means[order[0]] < means[order[2]]
+        table = {"f": contrast.mean[24], "g": contrast.mean[3], "w": contrast.mean[2]}
+        assert table[order[0]] < table[order[2]]
+
+
+def test_left_and_right_share_their_grey_values() -> None:
+    for seed in range(20):
+        contrast = draw_contrast(np.random.default_rng(seed), SynthesisRules())
+        for right, left in ((41, 2), (42, 3), (53, 17), (60, 28)):
+            assert contrast.mean[right] == contrast.mean[left]
+            assert contrast.deviation[right] == contrast.deviation[left]
+
+
+def test_contrasts_differ_widely() -> None:
+    ratios = []
+    for seed in range(200):
+        mean = draw_contrast(np.random.default_rng(seed), SynthesisRules()).mean
+        ratios.append((mean[3] + 5) / (mean[2] + 5))
+    assert np.mean(np.array(ratios) > 1) > 0.15
+    assert np.mean(np.array(ratios) < 1) > 0.4
+    assert max(ratios) > 2
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_stripping_leaves_the_brain_whole(head: Codes, seed: int) -> None:
+    stripped = strip_skull(head, np.random.default_rng(seed))
+    brain = np.isin(head, [2, 3, 41, 42])
+    assert np.array_equal(stripped[brain], head[brain])
+    assert stripped.dtype == head.dtype
+    far = np.linalg.norm(np.argwhere(stripped) - 19.5, axis=1).max()  # the brain ends at 12
+    assert far < 12 + 6.5
+    assert np.array_equal(stripped[stripped > 0], head[stripped > 0])
+
+
+def test_stripping_is_clean_more_often_than_not(head: Codes) -> None:
+    left_over = [(strip_skull(head, np.random.default_rng(seed)) >= 500).any() for seed in range(40)]
+    assert 0.05 < np.mean(left_over) < 0.5
+
+
+def test_a_patch_without_brain_is_not_stripped() -> None:
+    codes = np.full((10, 10, 10), 507, np.uint16)
+    assert strip_skull(codes, np.random.default_rng(0)) is codes
+
+
+def test_air_is_dark_unless_it_is_drawn_otherwise(head: Codes) -> None:
+    dark = []
+    for seed in range(15):
+        image = synthesise(head, np.random.default_rng(seed), SynthesisRules(noise=0))
+        dark.append(np.percentile(image[head == 0], 20) < np.median(image[head > 0]))
+    assert np.mean(dark) > 0.9
+
+
+def test_codes_beyond_the_table_are_refused_by_numpy_not_wrapped(head: Codes) -> None:
+    with pytest.raises(IndexError):
+        synthesise(np.full((6, 6, 6), TABLE, np.uint16), np.random.default_rng(0), SynthesisRules())
