@@ -114,7 +114,7 @@ def check_settings(kind: type[S], values: Mapping[str, Any], *, where: str, line
 def _fault(kind: type[Settings], place: Place, fault: str, message: str, came: Any, lines: Mapping[Place, int]) -> str:
     """One sentence on one entry of a file."""
     line = next((lines[place[:n]] for n in range(len(place), 0, -1) if place[:n] in lines), None)
-    name = ".".join(str(part) for part in place) + ("" if line is None else f" (line {line})")
+    name = ("" if line is None else f"line {line}, ") + ".".join(str(part) for part in place)
     if fault == "extra_forbidden":
         near = ", ".join(nearest_names(str(place[-1]), _settings_at(kind, place[:-1]).model_fields))
         return f"{name}: unknown setting; the nearest are {near}"
