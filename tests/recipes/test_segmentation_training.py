@@ -22,7 +22,7 @@ from medlore.recipes.segmentation.batches import Dealer, batches_ahead, make_dea
 from medlore.recipes.segmentation.cohort import Cohort, read_cohort
 from medlore.recipes.segmentation.network import PromptedSegmenter, new_prompts
 from medlore.recipes.segmentation.settings import LossSettings, ScheduleSettings, SegmentationSettings, SizeSettings
-from medlore.recipes.segmentation.study import settings_rules
+from medlore.recipes.segmentation.workshop import settings_rules
 from medlore.recipes.segmentation.training import Plan, learning_rate, train_segmenter
 from medlore.models.segmenter import Segmenter
 

@@ -19,6 +19,10 @@ def decompose(
     only: str | None = typer.Option(
         None, help="Of a segmenter's study: `teacher` trains the teacher alone; the same command without it goes on."
     ),
+    add_expert: str | None = typer.Option(
+        None, "--add-expert", help="Of a segmenter's study: train an expert of this region and add it to --pack; all else stays as it is."
+    ),
+    pack: Path | None = typer.Option(None, "--pack", help="With --add-expert: the pack that gets the expert; default OUT/pack."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Read everything, print sizes, ranks and shares; train nothing."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
@@ -27,8 +31,23 @@ def decompose(
     if is_segmentation_study(study):
         from medlore.recipes.segmentation import screen
 
-        screen.run_on_screen(study, out, only=only, as_json=as_json, seed=seed, device=device)
+        if add_expert is None:
+            _refuse({"--pack": pack}, "a run with --add-expert")
+            screen.run_on_screen(study, out, only=only, dry_run=dry_run, as_json=as_json, steps=steps, seed=seed, device=device)
+        else:
+            _refuse({"--only": only, "--dry-run": dry_run or None}, "a run without --add-expert")
+            screen.add_on_screen(study, out, region=add_expert, pack=pack, as_json=as_json, steps=steps, seed=seed, device=device)
         return
+    _refuse({"--only": only, "--add-expert": add_expert, "--pack": pack}, "a segmenter's study (kind: segmenter)")
     from medlore.recipes.decomposition.screen import run_on_screen
 
     run_on_screen(study, out, dry_run=dry_run, as_json=as_json, steps=steps, seed=seed, device=device)
+
+
+def _refuse(flags: dict[str, object], accepted: str) -> None:
+    """Flags that could not act are refused rather than passed over."""
+    from medlore.errors import InputError
+
+    given = [name for name, value in flags.items() if value is not None]
+    if given:
+        raise InputError(", ".join(given), "given here", accepted, "leave it out")

@@ -151,7 +151,7 @@ def make_dealer(
 ) -> Dealer:
     """A dealer of a cohort's training cases.
 
-    A list is drawn by its weight; within it every case alike; of a case's regions each by the root of its number of labels, or,
+    A list is drawn by its weight; within it every case alike; of a case's regions each by its number of labels to the power 3/4, or,
     without `by_region`, all of them at once (a network without experts can be asked labels of several regions in one patch).
     """
     rows = {pair: prompt.row for pair, prompt in cohort.prompts.items()}
@@ -172,10 +172,10 @@ def sources_of(cohort: Cohort, *, by_region: bool = True) -> list[Source]:
 
 
 def _chances(cohort: Cohort, case: CachedCase) -> dict[str, float]:
-    """Region -> how often it is asked of a case: by the root of its labels, little where all of them are known to be absent."""
+    """Region -> how often it is asked of a case: more for more labels, little where all of them are known to be absent."""
     there, known = cohort.regions_of(case), cohort.regions_of(case, absent=True)
     counts = {region: len(cohort.labels_of(case, region)) for region in there}
-    return {region: counts[region] ** 0.5 if region in counts else _ABSENT_SHARE for region in known}
+    return {region: counts[region] ** 0.75 if region in counts else _ABSENT_SHARE for region in known}
 
 
 def region_shares(cohort: Cohort) -> dict[str, float]:

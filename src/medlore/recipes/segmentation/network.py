@@ -21,15 +21,18 @@ class PromptedSegmenter(nn.Module):
         segmenter: the network.
         prompts: (n, query_width), one row a prompt.
         learn_prompts: whether the rows are trained; else they are a frozen buffer.
+        known_rows: of rows that are trained, the first so many stay as they are to the last bit.
     """
 
     prompts: Tensor
 
-    def __init__(self, segmenter: Segmenter, prompts: Tensor, *, learn_prompts: bool) -> None:
+    def __init__(self, segmenter: Segmenter, prompts: Tensor, *, learn_prompts: bool, known_rows: int = 0) -> None:
         super().__init__()
         self.segmenter = segmenter
         if learn_prompts:
             self.prompts = nn.Parameter(prompts.detach().clone().float())
+            if known_rows:
+                self.prompts.register_hook(lambda gradient: _without_first(gradient, known_rows))
         else:
             self.register_buffer("prompts", prompts.detach().clone().float())
         self.routed = any(isinstance(module, ExpertLayer) for module in segmenter.modules())
@@ -58,6 +61,11 @@ class PromptedSegmenter(nn.Module):
     @staticmethod
     def _experts(regions: Sequence[str] | None) -> list[str | None]:
         return [None if region == WHOLE_BODY else region for region in regions or ()]
+
+
+def _without_first(gradient: Tensor, rows: int) -> Tensor:
+    """Rows whose gradient is always zero are never moved: Adam's moments stay zero, and prompts have no weight decay."""
+    return torch.cat([torch.zeros_like(gradient[:rows]), gradient[rows:]])
 
 
 def new_prompts(count: int, width: int, *, seed: int) -> Tensor:

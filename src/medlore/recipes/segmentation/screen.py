@@ -14,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from medlore.files import json_text
+from medlore.recipes.segmentation.add_expert import add_expert
+from medlore.recipes.segmentation.dry_run import plan_segmenter
 from medlore.recipes.segmentation.study import SegmentationResult, decompose_segmenter
 from medlore.recipes.segmentation.training import Progress as Tell
 
@@ -56,9 +58,13 @@ class Narrator:
         self.console.print(text, highlight=False, soft_wrap=True)
 
 
-def run_on_screen(study: Path, out: Path, *, only: str | None, as_json: bool, **flags: Any) -> None:
-    """Run a study and print its table."""
+def run_on_screen(study: Path, out: Path, *, only: str | None, dry_run: bool, as_json: bool, **flags: Any) -> None:
+    """Run a study and print its table, or print what it would do."""
     with Narrator(Console(stderr=True)) as narrator:
+        if dry_run:
+            found = plan_segmenter(study, out, say=narrator.say, **flags)
+            print_plan(found, as_json=as_json)
+            return
         done = decompose_segmenter(study, out, only=only, narrate=narrator, say=narrator.say, **flags)
     if as_json:
         sys.stdout.write(json_text({"packs": done.packs, "table": done.table}) + "\n")
@@ -66,21 +72,57 @@ def run_on_screen(study: Path, out: Path, *, only: str | None, as_json: bool, **
     print_result(done)
 
 
+def add_on_screen(study: Path, out: Path, *, region: str, pack: Path | None, as_json: bool, **flags: Any) -> None:
+    """Add one expert to a pack and say where the new pack is."""
+    with Narrator(Console(stderr=True)) as narrator:
+        done = add_expert(study, out, region=region, pack=pack, narrate=narrator, say=narrator.say, **flags)
+    if as_json:
+        sys.stdout.write(json_text({"packs": done.packs, "table": done.table}) + "\n")
+        return
+    print_result(done)
+
+
+def print_plan(found: dict[str, Any], *, as_json: bool) -> None:
+    """What a study would do, for people or as one JSON object."""
+    if as_json:
+        sys.stdout.write(json_text(found) + "\n")
+        return
+    console = Console(highlight=False, width=max(Console().width, 100))
+    for name, parts in found["cases"].items():
+        console.print(f"{name}: " + ", ".join(f"{count} {part}" for part, count in parts.items()))
+    for region, count in found["labels"].items():
+        console.print(f"{region}: {count} labels, {found['patches'].get(region, 0):.1%} of the patches")
+    for name, told in found["networks"].items():
+        sizes = ", ".join(f"{part} {count:,}" for part, count in told["parameters"].items())
+        console.print(
+            f"{name}: {told['state']} ({told['identity']}), {told['steps']} steps, {told['patches']} patches; parameters: {sizes}; "
+            f"{told['trainable']:,} trainable, {told['training_bytes'] / 1e6:.0f} MB without maps"
+        )
+    if "student_share_of_teacher" in found:
+        console.print(f"the student has {found['student_share_of_teacher']:.1%} of the teacher's parameters")
+        ranks = {region: sorted(layers.values()) for region, layers in found["ranks"].items()}
+        console.print("ranks: " + "; ".join(f"{r} {v[0]} to {v[-1]}" for r, v in ranks.items()) + f" {found['ranks_note']}".rstrip())
+    console.print(f"device {found['device']}; nothing was trained")
+
+
 def print_result(done: SegmentationResult) -> None:
     """The table, and where the packs are."""
     console = Console(width=max(Console().width, 100))
-    if done.table:
-        console.print(_table(done.table))
+    for note in dict.fromkeys(row["note"] for row in done.table):
+        console.print(_table([row for row in done.table if row["note"] == note], note))
     for name, pack in done.packs.items():
         console.print(f"{name}: {pack}", highlight=False)
     if "pack" in done.packs:
-        console.print(f"next: medlore info {done.packs['pack']}; medlore segment --model {done.packs['pack']} IMAGE", highlight=False)
+        console.print(
+            f"next: medlore info {done.packs['pack']}; medlore segment --model {done.packs['pack']} --image FILE", highlight=False
+        )
 
 
-def _table(rows: list[dict[str, Any]]) -> Table:
+def _table(rows: list[dict[str, Any]], note: str) -> Table:
     """A row a label, a column a network."""
     networks = list(dict.fromkeys(row["network"] for row in rows))
-    table = Table(title="Dice on the test cases, on the network's grid")
+    title = f"Dice on training cases: {note}" if note else "Dice on the test cases"
+    table = Table(title=f"{title}, on the network's grid")
     for column in ("list", "label", "cases", *networks):
         table.add_column(column)
     held: dict[tuple[str, str], dict[str, Any]] = {}

@@ -11,7 +11,7 @@ from medlore.linalg.matricize import Layout
 from medlore.models.segmenter import SegmenterConfig
 from medlore.recipes.run import DeviceChoice, Settings
 
-Variant = Literal["teacher", "experts", "shared", "single"]
+Variant = Literal["teacher", "experts", "shared", "single", "experts-uniform", "experts-given", "experts-stable-rank"]
 RankRule = Literal["uniform", "given", "stable-rank"]
 BatchMode = Literal["mixed", "region"]
 Precision = Literal["fp32", "bf16"]
@@ -119,9 +119,11 @@ class StudentSettings(ScheduleSettings):
 
     Attributes:
         sizes: prompts keep the teacher's width.
+        start: `teacher` begins with evenly spaced entries of the teacher's weights, `random` with a draw.
     """
 
     sizes: SizeSettings = SizeSettings(features=(8, 16, 32, 64, 128))
+    start: Literal["teacher", "random"] = "teacher"
 
 
 class ExpertSettings(Settings):
@@ -172,6 +174,8 @@ class SegmentationSettings(Settings):
         patches: rules of drawing and augmenting a patch; see `medlore.data.patches.PatchRules`.
         synthesis: rules of images that are made from label maps; see `medlore.data.synthesis.SynthesisRules`.
         preprocessing: constants that the pack carries; laid over the defaults.
+        variants: what is trained and measured: the teacher, the student with experts (always), the student without (`shared`), one
+            student a region (`single`), the student with experts of another rank rule (`experts-uniform` and so on).
         batches: `mixed` regions in a batch, or one `region` a batch.
         validate_every: steps between two validations; 0 for the end alone.
         validation_cases: at most so many a list, the first ones.
@@ -222,6 +226,10 @@ class SegmentationSettings(Settings):
     def full_preprocessing(self) -> dict[str, Any]:
         """The defaults with this study's values laid over them."""
         return {**DEFAULT_PREPROCESSING, **self.preprocessing}
+
+    def with_rule(self, rule: RankRule) -> SegmentationSettings:
+        """The same study with experts of another rank rule."""
+        return self.model_copy(update={"experts": self.experts.model_copy(update={"rule": rule})})
 
     def decides(self, *parts: str) -> dict[str, Any]:
         """The settings that decide a network's weights; a finished one is taken over only when they are the same."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,23 +16,31 @@ from medlore.recipes.segmentation.validation import WindowSettings, dice_of_case
 
 
 def measure_network(
-    name: str, network: PromptedSegmenter, cohort: Cohort, windows: WindowSettings, facts: dict[str, Any]
+    name: str,
+    network: PromptedSegmenter,
+    cohort: Cohort,
+    windows: WindowSettings,
+    facts: dict[str, Any],
+    *,
+    notes: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """One row a label: Dice over the test cases. Size and cost of the network go into `facts`.
 
-    Lists without a test case give no row: what was trained on is not measured.
+    Lists without a test case give no row, since what was trained on is not measured; only those that `notes` says something of
+    (`no held-out patient`) are shown on their training cases, and their rows carry the note.
     """
+    notes = {entry: note for entry, note in (notes or {}).items() if not cohort.parts["test"].get(entry)}
+    cases = [*cohort.cases("test"), *((entry, case) for entry, case in cohort.cases("train") if entry in notes)]
     began = time.process_time()
-    rows = dice_of_cases(network, cohort, cohort.cases("test"), windows)
+    rows = dice_of_cases(network, cohort, cases, windows)
     seconds = time.process_time() - began
-    volumes = len(cohort.cases("test"))
     facts.setdefault(name, {}).update(
         parameters=parameters_of(network),
         window_gflops=round(window_flops(network, windows) / 1e9, 3),
-        cpu_seconds_per_volume=round(seconds / volumes, 3) if volumes else None,
+        cpu_seconds_per_volume=round(seconds / len(cases), 3) if cases else None,
         cases=rows,
     )
-    return [{"network": name, **row} for row in _by_label(rows)]
+    return [{"network": name, **row, "note": notes.get(row["list"], "")} for row in _by_label(rows)]
 
 
 def parameters_of(network: PromptedSegmenter) -> dict[str, int]:

@@ -271,7 +271,7 @@ class _Loop:
         """The step to go on with."""
         if not self.checkpoint.is_file():
             return 0
-        state = torch.load(self.checkpoint, map_location=self.accelerator.device, weights_only=True)
+        state = self._checkpoint_state()
         try:
             self.network.load_state_dict(state["network"])
             self.optimiser.load_state_dict(state["optimiser"])
@@ -283,6 +283,13 @@ class _Loop:
         vars(self.history).update(state["history"])
         self.sums.update(state["sums"])
         return int(state["step"])
+
+    def _checkpoint_state(self) -> dict[str, Any]:
+        try:
+            return dict(torch.load(self.checkpoint, map_location=self.accelerator.device, weights_only=True))
+        except (RuntimeError, OSError, ValueError, EOFError) as error:
+            fix = "delete the file to begin this network again"
+            raise CheckpointError(str(self.checkpoint), "damaged", "a checkpoint of this study", fix) from error
 
     def keep_average(self) -> None:
         """Put the averaged weights in place of the last ones."""

@@ -53,25 +53,21 @@ def dice_of_cases(
     rows = []
     for name, case in cases:
         image = _image(case, windows)
-        for region in cohort.regions_of(case):
-            labels = cohort.labels_of(case, region)
-            counts = _counts(network, cohort, case, image, labels, region, windows)
+        for expert, labels in _questions(network, cohort, case):
+            counts = _counts(network, cohort, case, image, labels, expert, windows)
             for label, (common, answered, true) in zip(labels, counts, strict=True):
                 both = answered + true
-                dice = 1.0 if both == 0 else 2 * common / both
-                key = cohort.prompts[case.modality, label].key
-                rows.append(
-                    {
-                        "list": name,
-                        "case": case.name,
-                        "region": region,
-                        "label": key,
-                        "dice": dice,
-                        "truth": int(true),
-                        "found": int(answered),
-                    }
-                )
+                prompt = cohort.prompts[case.modality, label]
+                row = {"list": name, "case": case.name, "region": prompt.region, "label": prompt.key}
+                rows.append(row | {"dice": 1.0 if both == 0 else 2 * common / both, "truth": int(true), "found": int(answered)})
     return rows
+
+
+def _questions(network: PromptedSegmenter, cohort: Cohort, case: CachedCase) -> list[tuple[str | None, list[str]]]:
+    """(expert, labels): all labels at once where the network has no experts."""
+    if not network.routed:
+        return [(None, cohort.labels_of(case))]
+    return [(None if r == WHOLE_BODY else r, cohort.labels_of(case, r)) for r in cohort.regions_of(case)]
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -95,7 +91,7 @@ def _mean(values: list[float]) -> float | None:
 
 
 def _image(case: CachedCase, windows: WindowSettings) -> Tensor:
-    """1 x y z; made from the label map, always the same one, where the case has no image of its own."""
+    """1 x y z float32; made from the label map, always the same one, where the case has no image of its own."""
     if case.image is not None:
         return torch.from_numpy(np.array(case.image, np.float32))[None]
     rng = np.random.default_rng([windows.seed, sum(case.name.encode())])
@@ -118,7 +114,7 @@ def _counts(
     case: CachedCase,
     image: Tensor,
     labels: Sequence[str],
-    region: str,
+    expert: str | None,
     windows: WindowSettings,
 ) -> np.ndarray:
     """(labels, 3): common voxels, answered voxels, true voxels."""
@@ -126,9 +122,9 @@ def _counts(
     rows = torch.tensor([[cohort.prompts[case.modality, label].row for label in labels]], device=device)
 
     def predict(pixels: Tensor) -> Tensor:
-        expert = None if region == WHOLE_BODY else [region] * len(pixels)
+        regions = None if expert is None else [expert] * len(pixels)
         with torch.no_grad(), autocast(device, windows.precision):
-            return network(pixels, rows.expand(len(pixels), -1), expert)[0].float()
+            return network(pixels, rows.expand(len(pixels), -1), regions)[0].float()
 
     grid = WindowGrid(tuple(image.shape[1:]), windows.roi_size, windows.overlap)  # type: ignore[arg-type]
     counts = np.zeros((len(labels), 3), np.int64)
