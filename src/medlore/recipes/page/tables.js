@@ -7,6 +7,7 @@ for (const table of document.querySelectorAll("table")) {
     const cells = [...body.rows].map((row) => row.cells[column]);
     const numeric = cells.some((cell) => cell.classList.contains("number"));
     head.classList.toggle("number", numeric);
+    if (numeric) cells.filter((cell) => cell.dataset.key === "").forEach((cell) => cell.classList.add("number"));
     const sort = () => {
       const down = head.getAttribute("aria-sort") === "ascending";
       const sign = down ? -1 : 1;
