@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def export(
     weights, region = bundle.weights, bundle.region
     if expert is not None:
         weights, region = weights.only(expert), expert
-        prompts = prompts and _of_region(prompts, expert)
+        prompts = prompts and _of_region(prompts, expert, bundle.preprocessing.get("label_regions", {}))
     about = _about(bundle, source, text or prompt_embeddings)
     write_segmenter_pack(out, weights, prompts=prompts, preprocessing=bundle.preprocessing, region=region, about=about)
     return _summary(out, bundle, prompts, bound_now=text is not None or prompt_embeddings is not None)
@@ -115,10 +115,11 @@ def _refuse_to_replace(out: Path) -> None:
         raise InputError("--out", f"{out} is there and is no pack", "a new folder, or a pack to replace", "name another folder")
 
 
-def _of_region(prompts: PromptTable, region: str) -> PromptTable | None:
-    """The prompts that this region's expert was made for; labels outside the vocabulary stay."""
-    others = {e.key for e in default_vocabulary().entries() if e.region != region}
-    kept = [row for row, key in enumerate(prompts.keys) if key not in others]
+def _of_region(prompts: PromptTable, region: str, own: Mapping[str, str]) -> PromptTable | None:
+    """The prompts that this region's expert was made for; labels that neither the pack (`own`) nor the vocabulary places stay."""
+    regions: dict[str, str] = {e.key: e.region for e in default_vocabulary().entries()}
+    regions |= own
+    kept = [row for row, key in enumerate(prompts.keys) if regions.get(key, region) == region]
     if not kept:
         return None
     return PromptTable(tuple(prompts.keys[row] for row in kept), prompts.embeddings[kept], prompts.text_sha256)

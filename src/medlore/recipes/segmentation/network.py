@@ -58,8 +58,7 @@ class PromptedSegmenter(nn.Module):
         queries = self.prompts[rows]  # b q width
         return model.deep_logits(features, queries) if deep else [model.decode(features, queries)]
 
-    @staticmethod
-    def _experts(regions: Sequence[str] | None) -> list[str | None]:
+    def _experts(self, regions: Sequence[str] | None) -> list[str | None]:
         return [None if region == WHOLE_BODY else region for region in regions or ()]
 
 

@@ -6,7 +6,7 @@ cases; write the packs and the report. Every finished network is taken over by t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -101,26 +101,29 @@ def decompose_segmenter(
 
 
 def _run(shop: Workshop, only: str | None) -> SegmentationResult:
-    settings, cohort = shop.settings, shop.cohort
+    """All networks, then the packs, and the measuring last: it takes minutes, and nothing waits for it."""
     teacher, packs = _teacher(shop)
-    if only == "teacher":
-        return SegmentationResult(packs, measured(shop, "teacher", teacher, cohort))
-    rows = measured(shop, "teacher", teacher, cohort) if "teacher" in settings.variants else []
+    made = [("teacher", teacher, shop.cohort)] if only == "teacher" or "teacher" in shop.settings.variants else []
+    if only is None:
+        made += list(_students(shop, teacher))
+        if shop.writes:
+            packs["pack"] = write_trained_pack(shop.out / "pack", made[-1][1], shop.cohort, shop.settings, role="student with experts")
+    return SegmentationResult(packs, [row for name, network, cohort in made for row in measured(shop, name, network, cohort)])
+
+
+def _students(shop: Workshop, teacher: PromptedSegmenter) -> Iterator[tuple[str, PromptedSegmenter, Cohort]]:
+    """Name, network and data of every student, trained; the one of the pack comes last."""
+    settings, cohort = shop.settings, shop.cohort
     if "shared" in settings.variants:
-        plain = shop.finish(plain_order(shop), plain_student(shop, teacher), teacher=teacher)
-        rows += measured(shop, "shared", plain, cohort)
+        yield "shared", shop.finish(plain_order(shop), plain_student(shop, teacher), teacher=teacher), cohort
     for region in cohort.regions if "single" in settings.variants else ():
         order = single_order(shop, region)
-        rows += measured(shop, order.name, shop.finish(order, plain_student(shop, teacher), teacher=teacher), order.cohort)
+        yield order.name, shop.finish(order, plain_student(shop, teacher), teacher=teacher), order.cohort
     for variant in settings.variants:
         if variant.startswith("experts-"):
             other = replace(shop, settings=settings.with_rule(cast("RankRule", variant.removeprefix("experts-"))))
-            rows += measured(other, variant, _experts(other, teacher, variant), cohort)
-    student = _experts(shop, teacher, "experts")
-    rows += measured(shop, "experts", student, cohort)
-    if shop.writes:
-        packs["pack"] = write_trained_pack(shop.out / "pack", student, cohort, settings, role="student with experts")
-    return SegmentationResult(packs, rows)
+            yield variant, _experts(other, teacher, variant), cohort
+    yield "experts", _experts(shop, teacher, "experts"), cohort
 
 
 def measured(shop: Workshop, name: str, network: PromptedSegmenter, cohort: Cohort) -> Rows:

@@ -7,6 +7,7 @@ run that goes on from a checkpoint ends where an unbroken one ends (bit-equal on
 from __future__ import annotations
 
 import math
+import pickle
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -287,7 +288,7 @@ class _Loop:
     def _checkpoint_state(self) -> dict[str, Any]:
         try:
             return dict(torch.load(self.checkpoint, map_location=self.accelerator.device, weights_only=True))
-        except (RuntimeError, OSError, ValueError, EOFError) as error:
+        except (RuntimeError, OSError, ValueError, EOFError, pickle.UnpicklingError) as error:
             fix = "delete the file to begin this network again"
             raise CheckpointError(str(self.checkpoint), "damaged", "a checkpoint of this study", fix) from error
 

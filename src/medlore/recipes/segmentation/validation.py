@@ -55,11 +55,11 @@ def dice_of_cases(
         image = _image(case, windows)
         for expert, labels in _questions(network, cohort, case):
             counts = _counts(network, cohort, case, image, labels, expert, windows)
-            for label, (common, answered, true) in zip(labels, counts, strict=True):
+            for label, (common, answered, true) in zip(labels, counts.tolist(), strict=True):  # plain numbers: they go into checkpoints
                 both = answered + true
                 prompt = cohort.prompts[case.modality, label]
                 row = {"list": name, "case": case.name, "region": prompt.region, "label": prompt.key}
-                rows.append(row | {"dice": 1.0 if both == 0 else 2 * common / both, "truth": int(true), "found": int(answered)})
+                rows.append(row | {"dice": 1.0 if both == 0 else 2 * common / both, "truth": true, "found": answered})
     return rows
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -212,6 +213,6 @@ def _record(folder: Path) -> dict[str, Any]:
 def _read_weights(path: Path) -> dict[str, Any]:
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (RuntimeError, OSError, ValueError, EOFError) as error:
+    except (RuntimeError, OSError, ValueError, EOFError, pickle.UnpicklingError) as error:
         fix = f"delete {path.parent} and run again: the network is then trained anew"
         raise CheckpointError(str(path), "damaged", "the weights of a finished network", fix) from error
