@@ -83,8 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("MEDLORE_TRACEBACK"):
             raise
-        fault = f"a fault of MedLoRE itself: {type(error).__name__}: {error}"
-        return _report(f"{fault}. To do: run again with MEDLORE_TRACEBACK=1 and report what it prints", 1)
+        what = f"a fault of MedLoRE itself: {type(error).__name__}: {error}"
+        return _report(f"{what}. To do: run again with MEDLORE_TRACEBACK=1 and report what it prints", 1)
     if status == _STOPPED:  # Typer has caught the Ctrl-C itself
         return _report(_STOPPED_MESSAGE, 1)
     return status if isinstance(status, int) else 0

@@ -61,7 +61,8 @@ def segment(
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
     from medlore.recipes.run import read_settings
-    from medlore.recipes.segment import SegmentSettings, plan_cases, segment_cases
+    from medlore.recipes.segment import plan_cases, segment_cases
+    from medlore.recipes.segment_settings import SegmentSettings
 
     settings = read_settings(
         SegmentSettings,

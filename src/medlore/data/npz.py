@@ -53,7 +53,12 @@ def read_npz(path: str | Path, *, split: str | None = None, task: Task | None = 
 
 def _load(path: Path) -> dict[str, NDArray[Any]]:
     if not zipfile.is_zipfile(path):  # NumPy would take it for a pickle
-        raise DataError(str(path), "not an npz file of plain arrays (no archive of arrays)", "a file of numpy.savez", "copy it again, or name its format")
+        raise DataError(
+            str(path),
+            "not an npz file of plain arrays (no archive of arrays)",
+            "a file of numpy.savez",
+            "copy it again, or name its format",
+        )
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:  # np.load leaks a broken file's handle
             return {name: archive[name] for name in archive.files}

@@ -177,7 +177,8 @@ def replaceable(name: str, norm: _NormBase, way: str) -> str | None:
 
 def _never_gathered(norm: _NormBase) -> bool:
     if isinstance(norm, _InstanceNorm):  # does not count its batches
-        return bool((norm.running_mean == 0).all() and (norm.running_var == 1).all())
+        mean, variance = norm.running_mean, norm.running_var
+        return mean is not None and variance is not None and not mean.any() and bool(torch.eq(variance, 1).all())
     return norm.num_batches_tracked is not None and int(norm.num_batches_tracked) == 0
 
 

@@ -93,12 +93,12 @@ def segment_cases(settings: SegmentSettings, *, watcher: Watcher | None = None) 
     watcher = watcher or Silence()
     cases = collect_cases(settings)
     names = folder_names(cases)
-    model: SegmentingModel | None = load_model(settings)  # a fault of the model ends the run before it starts
-    _check_flags(settings, model.facts, cases)
-    told, notes, device = _told_of(model)
+    loaded = load_model(settings)  # a fault of the model ends the run before it starts
+    _check_flags(settings, loaded.facts, cases)
+    told, notes, device = _told_of(loaded)
     alone = settings.engine == "local" and settings.workers == 1
-    if not alone:
-        model = None  # each worker loads its own; this process keeps none
+    model: SegmentingModel | None = loaded if alone else None  # each worker loads its own; this process keeps none
+    del loaded
     with _OutputLock(settings.out), Run("segment", settings.out, settings=settings, device=device) as run:
         run.results = {"model": told, "cases": [], "notes": notes}
         entries: list[dict[str, Any]] = run.results["cases"]
