@@ -9,15 +9,21 @@ import typer
 
 app = typer.Typer()
 
+_SEGMENTER = "Segmenter: a pack and about five masks"
 _IMAGES, _MODEL, _METHOD, _TRAINING, _RUN = "Images", "Backbone", "Method and ranks", "Training", "Run"
 # Flags that stand for a setting of the same name; the rest say how the run goes.
-_NOT_SETTINGS = {"settings", "out", "resume", "dry_run", "as_json", "no_augment", "no_checkpoints"}
+_NOT_SETTINGS = {"settings", "out", "resume", "dry_run", "as_json", "no_augment", "no_checkpoints", "pack", "cases", "region", "steps"}
 
 
 @app.command(
-    help="Tune a pre-trained network on a few labelled images, choose the epoch on validation images, measure once on test images."
+    help="Tune a pre-trained network on a few labelled images, choose the epoch on validation images, measure once on test images. "
+    "With PACK and --cases: tune a segmenter on about five masks."
 )
 def finetune(
+    pack: Path | None = typer.Argument(None, help="Pack or file of a segmenter that is tuned on --cases; without it, images."),
+    cases: Path | None = typer.Option(None, help="jsonl with masks; see docs/segmentation-training.md.", rich_help_panel=_SEGMENTER),
+    region: str | None = typer.Option(None, help="Region whose expert is the start and answers later.", rich_help_panel=_SEGMENTER),
+    steps: int | None = typer.Option(None, help="Optimiser steps.", rich_help_panel=_SEGMENTER),
     data: Path | None = typer.Option(
         None, help="Folder of class folders, MedFMC or VTAB-1k folder or list, CSV, .npz or .zip.", rich_help_panel=_IMAGES
     ),
@@ -102,6 +108,17 @@ def finetune(
 ) -> None:
     values: dict[str, Any] = {name: value for name, value in locals().items() if name not in _NOT_SETTINGS}
     from medlore.errors import InputError
+
+    if pack is not None or cases is not None:
+        from medlore.recipes.segmentation.tuning_screen import tune_on_screen
+
+        named = values.pop("model")
+        if pack is not None and named is not None:
+            raise InputError("PACK, --model", "both", "one of them", "leave --model out")
+        values |= {"region": region, "steps": steps, "patches": {"augment": False} if no_augment else None}
+        values |= {"checkpoints": False if no_checkpoints else None}
+        tune_on_screen(pack or named, cases, out, file=settings, flags=values, dry_run=dry_run, as_json=as_json)
+        return
     from medlore.recipes.accelerators import is_main_process
     from medlore.recipes.finetune import FinetuneSettings
     from medlore.recipes.finetune import dry_run as look

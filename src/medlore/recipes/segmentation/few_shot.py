@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import pydantic
@@ -110,7 +111,7 @@ def tune_segmenter(
         StepError: the training diverged.
     """
     out = Path(out)
-    bundle = load_segmenter(settings.model if settings.model.startswith(PREFIX) else Path(settings.model))
+    bundle = _load(settings)
     shop = open_workshop(_as_study(settings, bundle), folder=Path.cwd(), out=out, narrate=narrate, say=say)
     region = _the_region(shop.cohort)
     with Run("finetune", out, settings=settings, seed=settings.seed, device=str(shop.accelerator.device)) as run:
@@ -134,6 +135,41 @@ def tune_segmenter(
             table=table, networks=shop.facts, trainable=trainable, skipped=list(shop.cohort.faults), cases=shop.case_counts()
         )
     return FewShotResult(pack, table, trainable, plan)
+
+
+def plan_tuning(settings: FewShotSettings) -> dict[str, Any]:
+    """What `tune_segmenter` would do: cases, prompts, start, ranks, and the share of numbers that are trained. Nothing is kept.
+
+    Raises:
+        InputError, DataError: as `tune_segmenter`.
+    """
+    bundle = _load(settings)
+    with TemporaryDirectory() as folder:
+        shop = open_workshop(_as_study(settings, bundle), folder=Path.cwd(), out=Path(folder))
+        region = _the_region(shop.cohort)
+        start = _start(bundle, region)
+        plan = plan_of(start, settings)
+        network = _network(start, bundle, shop.cohort, settings, plan)
+        whole = sum(p.numel() for p in start.parameters())
+        trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
+        return {
+            "settings": settings.model_dump(mode="json"),
+            "device": str(shop.accelerator.device),
+            "region": region,
+            "prompts": list(shop.cohort.keys),
+            "known_prompts": sorted(set(shop.cohort.keys) & set(bundle.prompts.keys if bundle.prompts else ())),
+            "cases": shop.case_counts()["cases"],
+            "skipped": list(shop.cohort.faults),
+            "parameters": whole,
+            "trainable": trainable,
+            "trainable_share": round(trainable / whole, 4),
+            "learning_rate": shop.settings.student.learning_rate,
+            "ranks": {} if plan is None else {layer.name: layer.rank for layer in plan.layers},
+        }
+
+
+def _load(settings: FewShotSettings) -> SegmenterBundle:
+    return load_segmenter(settings.model if settings.model.startswith(PREFIX) else Path(settings.model))
 
 
 def _as_study(settings: FewShotSettings, bundle: SegmenterBundle) -> SegmentationSettings:

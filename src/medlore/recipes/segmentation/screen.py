@@ -108,14 +108,19 @@ def print_plan(found: dict[str, Any], *, as_json: bool) -> None:
 def print_result(done: SegmentationResult) -> None:
     """The table, and where the packs are."""
     console = Console(width=max(Console().width, 100))
-    for note in dict.fromkeys(row["note"] for row in done.table):
-        console.print(_table([row for row in done.table if row["note"] == note], note))
+    print_tables(done.table, console)
     for name, pack in done.packs.items():
         console.print(f"{name}: {pack}", highlight=False)
     if "pack" in done.packs:
         console.print(
             f"next: medlore info {done.packs['pack']}; medlore segment --model {done.packs['pack']} --image FILE", highlight=False
         )
+
+
+def print_tables(rows: list[dict[str, Any]], console: Console) -> None:
+    """The test cases, and apart from them what was seen in training."""
+    for note in dict.fromkeys(row["note"] for row in rows):
+        console.print(_table([row for row in rows if row["note"] == note], note))
 
 
 def _table(rows: list[dict[str, Any]], note: str) -> Table:
