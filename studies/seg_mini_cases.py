@@ -150,11 +150,11 @@ def _write_head(source: Path, image: Path, mask: Path, *, family: str, seed: int
     chances = {"t1_like": 0.0, "t2_like": 0.0, "flair_like": 0.0, **({} if family == "random" else {f"{family}_like": 1.0})}
     rules = SynthesisRules(**chances)
     codes = volume.array.astype(np.uint16)
-    codes = strip_skull(codes, rng, least_share=0.0) if stripped else codes
-    grey = synthesise(codes, rng, rules, contrast=draw_contrast(rng, rules))
+    kept = strip_skull(codes, rng, least_share=0.0) if stripped else codes
+    grey = synthesise(codes, rng, rules, contrast=draw_contrast(rng, rules), keep=kept > 0 if stripped else None)
     image.parent.mkdir(parents=True, exist_ok=True)
     write_nifti(image, np.rint(np.clip(grey * 4, 0, 4095)).astype(np.int16), volume)
-    write_nifti(mask, codes, volume)
+    write_nifti(mask, kept, volume)
 
 
 def _head_line(mask: Path, number: int, split: str) -> dict[str, Any]:

@@ -180,11 +180,15 @@ def test_heads_are_drawn_with_exact_labels_and_normalised_greys(tmp_path: Path) 
 def test_what_is_stripped_from_the_image_is_stripped_from_the_masks(tmp_path: Path) -> None:
     values = {"white matter": [2], "cerebrospinal fluid": [24]}
     case = cached(tmp_path, head_codes(), synthesise=True, labels=tuple(values), mask_values=values)
-    rules = PatchRules(synthesis=SynthesisRules(skull_strip=1, noise=0), warp=WarpRules(probability=0))
+    rules = PatchRules(synthesis=SynthesisRules(skull_strip=1), warp=WarpRules(probability=0), grey=STILL)
     whole = 0
     for seed in range(16):
         patch = draw(case, seed, rules, labels=tuple(values), size=(44, 44, 44))
         fluid = patch.labels.index("cerebrospinal fluid") if "cerebrospinal fluid" in patch.labels else None
         count = 0 if fluid is None else int(patch.targets[fluid].sum())
         whole += count == case.voxels["cerebrospinal fluid"]
+        image = patch.image[0].numpy()
+        seen = image > image[0, 0, 0]  # the corner is air
+        assert (seen[patch.targets.any(0).numpy()]).mean() > 0.5
+        assert seen.mean() < 0.5
     assert 0 < whole < 16  # sometimes the fluid stays, sometimes it goes, in image and mask alike

@@ -77,7 +77,7 @@ def test_stripping_leaves_the_brain_whole(head: Codes, seed: int) -> None:
     assert np.array_equal(stripped[brain], head[brain])
     assert stripped.dtype == head.dtype
     far = np.linalg.norm(np.argwhere(stripped) - 19.5, axis=1).max()  # the brain ends at 12
-    assert far < 12 + 6.5
+    assert far < 17.5
     assert np.array_equal(stripped[stripped > 0], head[stripped > 0])
 
 
@@ -97,6 +97,22 @@ def test_air_is_dark_unless_it_is_drawn_otherwise(head: Codes) -> None:
         image = synthesise(head, np.random.default_rng(seed), SynthesisRules(noise=0))
         dark.append(np.percentile(image[head == 0], 20) < np.median(image[head > 0]))
     assert np.mean(dark) > 0.9
+
+
+def test_air_is_exactly_zero_where_it_was_cleared(head: Codes) -> None:
+    clear = 0
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        contrast = draw_contrast(rng, SynthesisRules())
+        keep = head == 2
+        image = synthesise(head, rng, SynthesisRules(), contrast=contrast, keep=keep if seed % 2 else None)
+        if seed % 2:
+            assert not image[~keep].any()
+            assert image[keep].any()
+        else:
+            assert (image[head == 0] == 0).all() == (not contrast.noisy_air)
+            clear += not contrast.noisy_air
+    assert 0 < clear < 6
 
 
 def test_codes_beyond_the_table_are_refused_by_numpy_not_wrapped(head: Codes) -> None:

@@ -25,6 +25,7 @@ from medlore.errors import InputError
 
 _SIDED = re.compile(r"(^|\W)(left|right)(\W|$)", re.IGNORECASE)
 _OTHER_SHARE = 0.25  # how often a label that cannot be in the volume is asked for, against one that lies elsewhere in it
+_VIEW = 0.3  # by how much of its length a field of view may be longer than the head, on either side
 _COARSE = 5  # every how many voxels a whole label map is looked at for its grey statistics
 
 
@@ -148,32 +149,33 @@ def _taken(
 def _synthesised(case: CachedCase, codes: Array, rng: np.random.Generator, rules: PatchRules) -> tuple[Array, Array, float]:
     """Codes (without what was stripped), normalised image, and the value of air."""
     contrast = draw_contrast(rng, rules.synthesis)
-    stripped = rng.random() < rules.synthesis.skull_strip
-    if stripped:
-        kept = strip_skull(codes, rng)
-        stripped, codes = kept is not codes, kept
-    image = synthesise(codes, rng, rules.synthesis, contrast=contrast)
+    kept = strip_skull(codes, rng) if rng.random() < rules.synthesis.skull_strip else codes
+    stripped = kept is not codes
+    image = synthesise(codes, rng, rules.synthesis, contrast=contrast, keep=kept > 0 if stripped else None)
     reference = _reference(case, contrast, rng, stripped=stripped)
     intensity = intensity_of(reference, "mri", where=case.name, rule=rules.intensity)
     image = intensity.apply(image)
-    air = (float(contrast.mean[0]) - intensity.mean) / intensity.deviation
+    air = ((0.0 if stripped else float(contrast.mean[0])) - intensity.mean) / intensity.deviation
     if rules.augment:  # what the coarse statistics leave out: bias, blur and noise over the whole head
         image *= np.float32(rng.uniform(1 - rules.grey.gain / 2, 1 + rules.grey.gain / 2))
         image += np.float32(rng.uniform(-rules.grey.shift, rules.grey.shift) / 2)
-    return codes, image, air
+    return kept, image, air
 
 
 def _reference(case: CachedCase, contrast: Contrast, rng: np.random.Generator, *, stripped: bool) -> Array:
-    """Grey values over the whole head's box, as they would be measured: the patch alone does not tell them."""
+    """Grey values over the box of all values above 0, as a whole scan would have it: the patch alone does not tell them."""
     codes = _coarse(str(case.codes_file))
-    if stripped:
-        codes = np.where(codes < FIRST_OUTSIDE, codes, 0)
     if rng.random() < 0.5:  # many scans end above the neck
         codes = codes[:, :, int(rng.uniform(0, 0.4) * codes.shape[2]) :]
-    box = bounding_box(codes > 0)
-    codes = codes if box is None else box.apply(codes)
-    texture = np.broadcast_to(rng.standard_normal(codes.shape), codes.shape)
-    return contrast.correct(contrast.draw(codes, rng, texture=texture))
+    if stripped:
+        codes = np.where(codes < FIRST_OUTSIDE, codes, 0)
+    if stripped or not contrast.noisy_air:
+        box = bounding_box(codes > 0)
+        codes = codes if box is None else box.apply(codes)
+    else:  # noise fills the whole field of view
+        codes = np.pad(codes, [(int(rng.uniform(0, _VIEW) * n), int(rng.uniform(0, _VIEW) * n)) for n in codes.shape])
+    grey = contrast.draw(codes, rng, texture=np.asarray(rng.standard_normal(codes.shape)))
+    return contrast.correct(np.where(codes > 0, grey, 0) if stripped else grey)
 
 
 @functools.lru_cache(maxsize=256)

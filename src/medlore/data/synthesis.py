@@ -88,6 +88,11 @@ class Contrast:
     gamma: float = 1.0
     family: str = field(default="random")
 
+    @property
+    def noisy_air(self) -> bool:
+        """Whether air has values above 0, as most scanners give; else it was set to 0."""
+        return bool(self.deviation[0] > 0 or self.mean[0] > 0)
+
     def draw(self, codes: Array, rng: np.random.Generator, *, texture: Array | None = None) -> Array:
         """Grey values of codes, of the same shape, float32, before blur and bias."""
         index = codes.astype(np.intp)
@@ -124,14 +129,17 @@ def draw_contrast(rng: np.random.Generator, rules: SynthesisRules) -> Contrast:
     low, high = rules.deviation
     deviation = (rng.uniform(low, high) * rng.uniform(0.5, 1.5, TABLE)).astype(np.float32)
     deviation[FIRST_OUTSIDE:] *= np.float32(rng.uniform(1, 2.5))
-    mean[0] = other[0] = 0 if rng.random() < 0.8 else rng.uniform(0, 20)
-    deviation[0] = 0 if mean[0] == 0 and rng.random() < 0.7 else rng.uniform(0, 5)
+    noisy = rng.random() < 0.5
+    mean[0] = other[0] = rng.uniform(0, 20) if noisy and rng.random() < 0.3 else 0
+    deviation[0] = rng.uniform(0, 5) if noisy else 0
     for table in (mean, other, deviation):
         table[list(_LEFT)] = table[list(_LEFT.values())]
     return Contrast(np.clip(mean, 0, TOP), deviation, np.clip(other, 0, TOP), float(np.exp(rng.normal(0, rules.gamma))), family)
 
 
-def synthesise(codes: Array, rng: np.random.Generator, rules: SynthesisRules, *, contrast: Contrast | None = None) -> Array:
+def synthesise(
+    codes: Array, rng: np.random.Generator, rules: SynthesisRules, *, contrast: Contrast | None = None, keep: Array | None = None
+) -> Array:
     """An image of a label map.
 
     Args:
@@ -139,6 +147,7 @@ def synthesise(codes: Array, rng: np.random.Generator, rules: SynthesisRules, *,
         rng: draws; the same generator state and codes give the same image.
         rules: the generator's numbers.
         contrast: drawn before, e.g. to normalise by it; else it is drawn here.
+        keep: x y z Boolean, what a skull stripping has left: all else is exactly 0, with a sharp edge.
 
     Returns:
         x y z float32, 0 to about 255.
@@ -153,8 +162,12 @@ def synthesise(codes: Array, rng: np.random.Generator, rules: SynthesisRules, *,
     image = contrast.correct(image)
     noise = np.float32(rng.uniform(0, rules.noise))
     if rng.random() < 0.5:
-        image += noise * rng.standard_normal(shape, np.float32) * (1 if rng.random() < 0.5 else (codes > 0))
+        image += noise * rng.standard_normal(shape, np.float32)
         np.abs(image, out=image)
+    if not contrast.noisy_air:
+        image[codes == 0] = 0
+    if keep is not None:
+        image *= keep
     return image
 
 
