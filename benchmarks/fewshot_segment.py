@@ -96,7 +96,7 @@ def section(done: Sequence[Mapping[str, Any]], command: str) -> str:
     lines = [
         HEADING,
         "",
-        f"Hippocampus MR (three labels), {SHOTS} training patients a draw, {len(draws)} draws, the same test patients for all. Mean Dice over",
+        f"Hippocampus MR (three labels), {SHOTS} training patients a draw, {len(draws)} draws, one set of test patients. Mean Dice over",
         f"labels (95 % interval over draws), on the network's grid. {done[0]['steps']} steps, model {done[0]['model']}, {cores} cores.",
         "`known`: the pack has seen these labels on other patients. `renamed`: new names, prompts start at random.",
         "",

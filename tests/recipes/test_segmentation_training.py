@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,20 +11,20 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-import sys
-
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny_segmentation import write_study  # noqa: E402
+from tiny_segmentation import write_study
 
+from medlore.data.synthesis import SynthesisRules
 from medlore.errors import StepError
+from medlore.models.segmenter import Segmenter
 from medlore.recipes.run import read_settings
 from medlore.recipes.segmentation.batches import Dealer, batches_ahead, make_dealer
 from medlore.recipes.segmentation.cohort import Cohort, read_cohort
 from medlore.recipes.segmentation.network import PromptedSegmenter, new_prompts
-from medlore.recipes.segmentation.settings import LossSettings, ScheduleSettings, SegmentationSettings, SizeSettings
-from medlore.recipes.segmentation.workshop import settings_rules
+from medlore.recipes.segmentation.settings import LossSettings, ScheduleSettings, SegmentationSettings
 from medlore.recipes.segmentation.training import Plan, learning_rate, train_segmenter
-from medlore.models.segmenter import Segmenter
+from medlore.recipes.segmentation.validation import WindowSettings, make_validation
+from medlore.recipes.segmentation.workshop import settings_rules
 
 SCHEDULE = ScheduleSettings(steps=4, batch_size=2, accumulate=2, learning_rate=3e-3, ema=0.9)
 
@@ -50,34 +50,38 @@ def network_of(study: tuple[SegmentationSettings, Cohort], *, dropout: float = 0
 
 
 def plan_of(schedule: ScheduleSettings = SCHEDULE, *, minutes: float = 0.0) -> Plan:
-    return Plan(schedule, LossSettings(), seed=5, precision="fp32", checkpoint_minutes=minutes, log_every=3)
+    return Plan(schedule, LossSettings(), seed=5, precision="fp32", validate_every=2, checkpoint_minutes=minutes, log_every=3)
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """Stands for the end of the process."""
 
 
 def test_a_killed_run_ends_where_an_unbroken_one_ends(study: tuple[SegmentationSettings, Cohort], tmp_path: Path) -> None:
     accelerator, checkpoint = Accelerator(cpu=True), tmp_path / "c.pt"
     whole = network_of(study)
-    told = train_segmenter(whole, dealer_of(study), plan_of(), accelerator=accelerator, checkpoint=tmp_path / "w.pt")
+    score = make_validation(study[1], WindowSettings((16, 16, 16), 0.0, "fp32", SynthesisRules()), cases=1)
+    told = train_segmenter(whole, dealer_of(study), plan_of(), accelerator=accelerator, checkpoint=tmp_path / "w.pt", validate=score)
 
     def kill(step: int, _steps: int, _text: str) -> None:
         if step == 3:  # the checkpoint of step 2 is there, that of step 3 is not
-            raise Killed
+            raise KilledError
 
     broken = network_of(study)
-    with pytest.raises(Killed):
-        train_segmenter(broken, dealer_of(study), plan_of(), accelerator=accelerator, checkpoint=checkpoint, progress=kill)
+    with pytest.raises(KilledError):
+        train_segmenter(broken, dealer_of(study), plan_of(), accelerator=accelerator, checkpoint=checkpoint, progress=kill, validate=score)
     resumed = network_of(study)
     seen: list[int] = []
     history = train_segmenter(
-        resumed, dealer_of(study), plan_of(), accelerator=accelerator, checkpoint=checkpoint, progress=lambda s, _n, _t: seen.append(s)
-    )
+        resumed, dealer_of(study), plan_of(), accelerator=accelerator, checkpoint=checkpoint,
+        progress=lambda s, _n, _t: seen.append(s), validate=score,
+    )  # fmt: skip
     assert seen == [3, 4]
     for (name, one), other in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(one, other), name
     assert history.losses == told.losses
+    assert history.scores == told.scores
+    assert [s["step"] for s in history.scores] == [2, 4]
 
 
 def test_the_loader_does_not_change_what_is_drawn(study: tuple[SegmentationSettings, Cohort]) -> None:
@@ -85,12 +89,15 @@ def test_the_loader_does_not_change_what_is_drawn(study: tuple[SegmentationSetti
     direct = [dealer.batch(n) for n in numbers]
     for workers in (0, 2):
         for one, other in zip(direct, batches_ahead(dealer, numbers, workers=workers), strict=True):
-            assert one.names == other.names and torch.equal(one.images, other.images) and torch.equal(one.targets, other.targets)
+            assert one.names == other.names
+            assert torch.equal(one.images, other.images)
+            assert torch.equal(one.targets, other.targets)
 
 
 def test_a_region_batch_holds_one_region_and_mixed_ones_several(study: tuple[SegmentationSettings, Cohort]) -> None:
     homogeneous = [set(dealer_of(study, mode="region").batch(n).regions) for n in range(6)]
-    assert all(len(found) == 1 for found in homogeneous) and len(set.union(*homogeneous)) == 2
+    assert all(len(found) == 1 for found in homogeneous)
+    assert len(set.union(*homogeneous)) == 2
     assert any(len(set(dealer_of(study).batch(n).regions)) == 2 for n in range(6))
 
 
@@ -112,14 +119,14 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(study: tu
         train_segmenter(network, dealer, plan_of(schedule, minutes=9), accelerator=Accelerator(cpu=True), checkpoint=checkpoint)
     assert str(checkpoint) in str(caught.value)
     held = torch.load(checkpoint, weights_only=True)
-    assert held["step"] == 2 and all(torch.isfinite(v).all() for v in held["network"].values())
+    assert held["step"] == 2
+    assert all(torch.isfinite(v).all() for v in held["network"].values())
 
 
 def test_training_lowers_the_loss(study: tuple[SegmentationSettings, Cohort], tmp_path: Path) -> None:
     schedule = ScheduleSettings(steps=40, batch_size=2, learning_rate=1e-2)
-    history = train_segmenter(
-        network_of(study, dropout=0.0), dealer_of(study), plan_of(schedule, minutes=9), accelerator=Accelerator(cpu=True), checkpoint=tmp_path / "c.pt"
-    )
+    network, plan = network_of(study, dropout=0.0), plan_of(schedule, minutes=9)
+    history = train_segmenter(network, dealer_of(study), plan, accelerator=Accelerator(cpu=True), checkpoint=tmp_path / "c.pt")
     assert history.losses[-1]["masks"] < 0.85 * history.losses[0]["masks"]
     assert 0 <= history.waited <= history.seconds
 

@@ -8,7 +8,9 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
-SIZES = "{features: [4, 8, 8], patch: 4, query_width: 16, projection_width: 16, mask_width: 16, feedforward: 16, heads: 2, decoder_layers: 1%s}"
+SIZES = (
+    "{features: [4, 8, 8], patch: 4, query_width: 16, projection_width: 16, mask_width: 16, feedforward: 16, heads: 2, decoder_layers: 1%s}"
+)
 STUDY = f"""kind: segmenter
 name: tiny
 data:

@@ -56,8 +56,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The tensors on a device."""
-        moved = (t.to(device, non_blocking=True) for t in (self.images, self.targets, self.rows, self.valid))
-        return Batch(*moved, self.regions, self.names)
+        images, targets, rows, valid = (t.to(device, non_blocking=True) for t in (self.images, self.targets, self.rows, self.valid))
+        return Batch(images, targets, rows, valid, self.regions, self.names)
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def plan_segmenter(
     shop = open_workshop(settings, folder=Path(study).resolve().parent, out=Path(out), say=say)
     check_experts_have_cases(shop.cohort, shop.cohort.regions)
     teacher = None if settings.teacher.source is not None else _teacher(shop)
-    facts = {
+    facts: dict[str, Any] = {
         "settings": settings.model_dump(mode="json"),
         "device": str(shop.accelerator.device),
         "cases": shop.case_counts(),

@@ -63,7 +63,7 @@ def window_flops(network: PromptedSegmenter, windows: WindowSettings) -> int:
     device = next(network.parameters()).device
     channels = network.segmenter.config.image_channels
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network.segmenter(torch.zeros(1, channels, *windows.roi_size, device=device), network.prompts[:1])
+        network.segmenter(torch.zeros(1, channels, *windows.roi_size, device=device), network.prompts.detach()[:1])
     return int(counter.get_total_flops())
 
 

@@ -124,7 +124,8 @@ def _counts(
     def predict(pixels: Tensor) -> Tensor:
         regions = None if expert is None else [expert] * len(pixels)
         with torch.no_grad(), autocast(device, windows.precision):
-            return network(pixels, rows.expand(len(pixels), -1), regions)[0].float()
+            logits: Tensor = network(pixels, rows.expand(len(pixels), -1), regions)[0]
+            return logits.float()
 
     grid = WindowGrid(tuple(image.shape[1:]), windows.roi_size, windows.overlap)  # type: ignore[arg-type]
     counts = np.zeros((len(labels), 3), np.int64)
