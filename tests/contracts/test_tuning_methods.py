@@ -89,7 +89,7 @@ def installed(variant: str, base: Backbone) -> Tuning:
     rule = METHODS[name].rule
     plan = None if rule is None else plan_ranks(base.model, rule="uniform:4", alpha="rslora" if name == "rslora" else "rank")
     options = TuningOptions(bottleneck=4, prompt_length=3, mini_loras=2)
-    fields = {"plan": plan, "steps": STEPS, "last_blocks": 1, "batches": lambda: [images(1), images(2)], "options": options}
+    fields = {"plan": plan, "steps": 2 * STEPS, "last_blocks": 1, "batches": lambda: [images(1), images(2)], "options": options}
     return install_method(name, base.model, Request(head=base.head_name, sample=images(0, 1), **{**fields, **changes}))
 
 

@@ -13,7 +13,9 @@ import torch
 from tests.recipes.tiny_backbone import striped, write_backbone
 
 from medlore.errors import DataError, TargetError
-from medlore.recipes.finetune import FinetuneResult, FinetuneSettings, finetune
+from medlore.layers.methods import METHODS
+from medlore.models.backbones import load_backbone
+from medlore.recipes.finetune import FinetuneResult, FinetuneSettings, choose_plan, finetune
 from medlore.recipes.tuned import load_tuned
 
 
@@ -57,6 +59,15 @@ def test_component_masks_reach_the_run(vit: Path, tmp_path: Path) -> None:
     assert masked.plan.layers == plain.plan.layers
     assert [e["train_loss"] for e in masked.history.epochs] != [e["train_loss"] for e in plain.history.epochs]
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_an_equal_rank_is_equal_in_parameters(vit: Path) -> None:
+    settings = [FinetuneSettings(model=str(vit), method=m, rank="equal", scale=0.2, mini_loras=2) for m in ("lora", "melora")]
+    backbone = load_backbone(vit, classes=3)
+    lora, melora = (choose_plan(s, backbone, METHODS[s.method]) for s in settings)
+    assert lora is not None
+    assert melora is not None
+    assert {layer.rank for layer in melora.layers} == {2 * layer.rank for layer in lora.layers}
 
 
 def test_a_card_that_was_changed_is_refused(vit: Path, tmp_path: Path) -> None:

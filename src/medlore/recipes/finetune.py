@@ -262,7 +262,8 @@ def choose_plan(settings: FinetuneSettings, backbone: Backbone, method: Method) 
     if method.rule == "stable-rank":
         return planned("stable-rank", settings.scale, settings.budget)
     if settings.rank == "equal":
-        return planned(f"uniform:{max(1, round(planned('stable-rank', settings.scale, settings.budget).uniform_rank))}")
+        pairs = settings.mini_loras if settings.method == "melora" else 1  # that share the parameters of one
+        return planned(f"uniform:{pairs * max(1, round(planned('stable-rank', settings.scale, settings.budget).uniform_rank))}")
     return planned(f"uniform:{settings.rank}")
 
 
