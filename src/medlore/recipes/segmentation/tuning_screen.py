@@ -46,6 +46,9 @@ def tune_on_screen(
         names = ", ".join("--" + name.replace("_", "-") for name in strange)
         known = ", ".join("--" + name.replace("_", "-") for name in FewShotSettings.model_fields if name in _FLAGS)
         raise InputError(names, "given for a segmenter", known, "leave out what is for images")
+    for what, value, fix in (("PACK", model, "name a pack of a segmenter"), ("--cases", cases, "give a jsonl with masks")):
+        if value is None and file is None:
+            raise InputError(what, "nothing", "a pack and a list of cases", fix)
     settings = read_settings(FewShotSettings, file, model=None if model is None else str(model), cases=cases, **given)
     if dry_run:
         _print_plan(plan_tuning(settings), as_json=as_json)
