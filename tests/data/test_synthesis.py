@@ -86,6 +86,16 @@ def test_stripping_is_clean_more_often_than_not(head: Codes) -> None:
     assert 0.05 < np.mean(left_over) < 0.5
 
 
+def test_fluid_around_the_spinal_cord_goes_with_the_cord(head: Codes) -> None:
+    codes = head.copy()
+    codes[18:22, 18:22, :6] = 512
+    codes[15:18, 18:22, :6] = 24
+    for seed in range(8):
+        stripped = strip_skull(codes, np.random.default_rng(seed))
+        assert not (stripped[15:18, 18:22, :3] == 24).any()
+        assert (stripped[head == 2] == 2).all()
+
+
 def test_a_patch_without_brain_is_not_stripped() -> None:
     codes = np.full((10, 10, 10), 507, np.uint16)
     assert strip_skull(codes, np.random.default_rng(0)) is codes

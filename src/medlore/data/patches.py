@@ -18,7 +18,7 @@ from torch import Tensor
 from medlore.data.geometry import Array, Shape, bounding_box
 from medlore.data.intensity import PUBLISHED_RULE, IntensityRule, intensity_of
 from medlore.data.masks import code_table
-from medlore.data.synthesis import FIRST_OUTSIDE, Contrast, SynthesisRules, draw_contrast, strip_skull, synthesise
+from medlore.data.synthesis import FIRST_OUTSIDE, OUTER_FLUID, Contrast, SynthesisRules, draw_contrast, strip_skull, synthesise
 from medlore.data.training_cache import CachedCase
 from medlore.data.volume_augmentation import GreyRules, WarpRules, change_greys, cut, draw_coordinates, draw_view, take
 from medlore.errors import InputError
@@ -165,15 +165,16 @@ def _synthesised(case: CachedCase, codes: Array, rng: np.random.Generator, rules
 def _reference(case: CachedCase, contrast: Contrast, rng: np.random.Generator, *, stripped: bool) -> Array:
     """Grey values over the box of all values above 0, as a whole scan would have it: the patch alone does not tell them."""
     codes = _coarse(str(case.codes_file))
-    if rng.random() < 0.5:  # many scans end above the neck
-        codes = codes[:, :, int(rng.uniform(0, 0.4) * codes.shape[2]) :]
     if stripped:
-        codes = np.where(codes < FIRST_OUTSIDE, codes, 0)
-    if stripped or not contrast.noisy_air:
+        brain = bounding_box((codes > 0) & (codes < FIRST_OUTSIDE) & (codes != OUTER_FLUID))
+        codes = codes if brain is None else np.where(brain.apply(codes) < FIRST_OUTSIDE, brain.apply(codes), 0)
+    elif rng.random() < 0.5:  # many scans end above the neck
+        codes = codes[:, :, int(rng.uniform(0, 0.4) * codes.shape[2]) :]
+    if not stripped and contrast.noisy_air:  # noise fills the whole field of view
+        codes = np.pad(codes, [(int(rng.uniform(0, _VIEW) * n), int(rng.uniform(0, _VIEW) * n)) for n in codes.shape])
+    elif not stripped:
         box = bounding_box(codes > 0)
         codes = codes if box is None else box.apply(codes)
-    else:  # noise fills the whole field of view
-        codes = np.pad(codes, [(int(rng.uniform(0, _VIEW) * n), int(rng.uniform(0, _VIEW) * n)) for n in codes.shape])
     grey = contrast.draw(codes, rng, texture=np.asarray(rng.standard_normal(codes.shape)))
     return contrast.correct(np.where(codes > 0, grey, 0) if stripped else grey)
 

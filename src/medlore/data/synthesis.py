@@ -32,7 +32,7 @@ _BETWEEN = {
 FIRST_OUTSIDE = 500  # codes from here on lie outside of brain and fluid
 OUTER_FLUID = 24
 _SIDES = (((3, 1, 1), (1, 0, 0)), ((1, 3, 1), (0, 1, 0)), ((1, 1, 3), (0, 0, 1)))
-_SOFT, _SKIN, _BONE, _MARROW, _EYE, _VEIN, _ARTERY = 507, 511, 515, 516, 506, 514, 502
+_SOFT, _SKIN, _BONE, _MARROW, _EYE, _VEIN, _ARTERY, _CORD = 507, 511, 515, 516, 506, 514, 502, 512
 
 
 @dataclass(frozen=True)
@@ -189,6 +189,9 @@ def strip_skull(codes: Array, rng: np.random.Generator, *, least_share: float = 
         keep = _dilated(brain, int(rng.integers(2, 5)))
     else:
         keep = _dilated(brain, 1) & (codes < FIRST_OUTSIDE) if rng.random() < 0.5 else brain
+    cord = codes == _CORD
+    if cord.any():  # the mask ends below the brainstem, and so does the fluid
+        keep &= brain | ~_dilated(cord, 8)
     return np.where(keep, codes, 0).astype(codes.dtype)
 
 
