@@ -90,7 +90,7 @@ def test_fluid_around_the_spinal_cord_goes_with_the_cord(head: Codes) -> None:
     codes = head.copy()
     codes[18:22, 18:22, :6] = 512
     codes[15:18, 18:22, :6] = 24
-    for seed in range(8):
+    for seed in range(20):
         stripped = strip_skull(codes, np.random.default_rng(seed))
         assert not (stripped[15:18, 18:22, :3] == 24).any()
         assert (stripped[head == 2] == 2).all()
