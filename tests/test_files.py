@@ -54,6 +54,22 @@ def test_a_folder_of_somebody_else_is_never_replaced(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["Documents", "file"]
 
 
+def test_a_patients_folder_is_no_forerunner_of_its_masks(tmp_path: Path) -> None:
+    for name in ("image.nii.gz", "corrected by hand.nii.gz"):
+        write_text(tmp_path / "patient" / name, "precious")
+
+    def save_masks() -> None:
+        with atomic_folder(tmp_path / "patient") as folder:
+            for name in ("image.nii.gz", "liver.nii.gz", "case.json"):
+                (folder / name).touch()
+
+    with pytest.raises(InputError, match="holds other things"):
+        save_masks()
+    assert {p.name: p.read_text() for p in (tmp_path / "patient").iterdir()} == dict.fromkeys(
+        ("image.nii.gz", "corrected by hand.nii.gz"), "precious"
+    )
+
+
 def test_a_broken_folder_leaves_the_old_one(tmp_path: Path) -> None:
     with atomic_folder(tmp_path / "pack") as folder:
         (folder / "good").touch()

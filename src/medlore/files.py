@@ -49,7 +49,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """A temporary folder beside `path` that replaces it when the block ends well, and vanishes when it does not.
 
-    Only an empty folder or a forerunner is replaced: a folder that shares no name with the new one is somebody's, and stays.
+    Only an empty folder or a forerunner is replaced: a folder that shares no record (`.json`, `.safetensors`) with the new one is
+    somebody's, and stays. Names of data alone say nothing: an `image.nii.gz` lies in many a patient's folder.
 
     Raises:
         InputError: `path` is a file, or a folder with other things in it.
@@ -82,7 +83,9 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 def _refuse_a_strangers_folder(final: Path, made: Path) -> None:
     there = {item.name for item in final.iterdir()} if final.is_dir() else set()
-    if there and there.isdisjoint(item.name for item in made.iterdir()):
+    names = {item.name for item in made.iterdir()}
+    records = {name for name in names if name.endswith((".json", ".safetensors"))}
+    if there and there.isdisjoint(records or names):
         came = f"holds other things ({', '.join(sorted(there)[:3])}{', ...' if len(there) > 3 else ''}), which would be lost"
         raise InputError(str(final), came, "a new or empty folder, or an earlier result of the same kind", "name another folder")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,15 +17,17 @@ from tiny_segmentation import write_study
 
 from medlore.data.synthesis import SynthesisRules
 from medlore.errors import StepError
-from medlore.models.segmenter import Segmenter
+from medlore.layers.expert_surgery import install_experts
+from medlore.models.segmenter import Segmenter, expert_targets
 from medlore.recipes.run import read_settings
 from medlore.recipes.segmentation.batches import Dealer, batches_ahead, make_dealer
 from medlore.recipes.segmentation.cohort import Cohort, read_cohort
+from medlore.recipes.segmentation.few_shot import _TunedSegmenter
 from medlore.recipes.segmentation.network import PromptedSegmenter, new_prompts
 from medlore.recipes.segmentation.settings import LossSettings, ScheduleSettings, SegmentationSettings
 from medlore.recipes.segmentation.training import Plan, learning_rate, train_segmenter
 from medlore.recipes.segmentation.validation import WindowSettings, make_validation
-from medlore.recipes.segmentation.workshop import settings_rules
+from medlore.recipes.segmentation.workshop import Order, Workshop, settings_rules, silent
 
 SCHEDULE = ScheduleSettings(steps=4, batch_size=2, accumulate=2, learning_rate=3e-3, ema=0.9)
 
@@ -121,6 +124,39 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(study: tu
     held = torch.load(checkpoint, weights_only=True)
     assert held["step"] == 2
     assert all(torch.isfinite(v).all() for v in held["network"].values())
+
+
+def test_labels_that_go_to_another_expert_make_another_network(study: tuple[SegmentationSettings, Cohort], tmp_path: Path) -> None:
+    settings, cohort = study
+    regions = sorted({prompt.region for prompt in cohort.prompts.values()})
+    assert len(regions) > 1
+    swapped = {pair: replace(p, region=regions[1] if p.region == regions[0] else regions[0]) for pair, p in cohort.prompts.items()}
+    shop = Workshop(settings, cohort, tmp_path, Accelerator(cpu=True), silent)
+
+    def identity(data: Cohort, *, by_region: bool) -> str:
+        return shop.identity(Order("any", SCHEDULE, data, ("student", "experts"), by_region=by_region))
+
+    moved = replace(cohort, prompts=swapped)
+    assert moved.keys == cohort.keys
+    assert identity(moved, by_region=True) != identity(cohort, by_region=True)
+    assert identity(moved, by_region=False) == identity(cohort, by_region=False)
+
+
+def test_a_few_shot_network_answers_with_its_expert_where_no_region_is_named(study: tuple[SegmentationSettings, Cohort]) -> None:
+    config = study[0].teacher.sizes.config()
+    model = Segmenter(config, dropout=0.0)
+    targets = set(expert_targets(config))
+    install_experts(
+        model, experts=["new"], ranks=dict.fromkeys([(name, "new") for name in targets], 2), targets=lambda name, _m: name in targets,
+        scaling=1.0, base="frozen",
+    )  # fmt: skip
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.ones_(parameter)
+    network = _TunedSegmenter(model, new_prompts(1, config.query_width, seed=0), learn_prompts=True).eval()
+    pixels, rows = torch.randn(1, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 1, dtype=torch.long)
+    with torch.no_grad():
+        assert torch.equal(network(pixels, rows)[0], network(pixels, rows, ["liver"])[0])
 
 
 def test_training_lowers_the_loss(study: tuple[SegmentationSettings, Cohort], tmp_path: Path) -> None:

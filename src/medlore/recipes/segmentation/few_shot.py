@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import pydantic
 import torch
+from torch import Tensor
 
 from medlore.assets import PREFIX
 from medlore.data.cases import read_cases
@@ -252,7 +253,11 @@ def _network(
 
 
 class _TunedSegmenter(PromptedSegmenter):
-    """Every sample takes the one new expert, whatever its region is called."""
+    """Every sample takes the one new expert, whatever its region is called, and where none is named (`whole body`) too."""
+
+    def forward(self, images: Tensor, rows: Tensor, regions: Sequence[str] | None = None, *, deep: bool = False) -> list[Tensor]:
+        """As the network that it is, with the new expert."""
+        return super().forward(images, rows, regions or [_NEW] * len(images), deep=deep)
 
     def _experts(self, regions: Sequence[str] | None) -> list[str | None]:
         return [_NEW for _ in regions or ()]

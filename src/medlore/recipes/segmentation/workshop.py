@@ -91,10 +91,13 @@ class Workshop:
         return {name: {part: len(lists[name]) for part, lists in self.cohort.parts.items()} for name in self.cohort.weights}
 
     def identity(self, order: Order, teacher: PromptedSegmenter | None = None) -> str:
-        """A hash of all that decides a network's weights: settings, training data, prompts, teacher."""
+        """A hash of all that decides a network's weights: settings, training data, prompts and who answers them, teacher."""
         taught_by = None if teacher is None else hash_of(teacher)
         told: list[Any] = [self.settings.decides(*order.parts), order.cohort.fingerprint(), list(order.cohort.keys), taught_by]
         told += [order.begins_with] if order.begins_with else []
+        routing = sorted({(prompt.key, prompt.region) for prompt in order.cohort.prompts.values()})
+        if order.by_region and len({region for _, region in routing}) > 1:
+            told.append(routing)
         return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
     def folder(self, name: str) -> Path:
