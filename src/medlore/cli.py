@@ -19,7 +19,7 @@ from rich.console import Console
 from medlore.errors import InputError, MedloreError, StepError
 
 # The verbs in the order in which people meet them; each is `medlore.commands.<verb>` with a Typer app named `app`.
-VERBS = ("demo", "doctor", "info", "ranks", "finetune", "predict", "decompose", "export", "evaluate", "segment", "view")
+VERBS = ("demo", "doctor", "info", "ranks", "finetune", "predict", "decompose", "export", "evaluate", "segment", "study", "view")
 
 
 class _Verbs(typer.core.TyperGroup):

@@ -73,6 +73,11 @@ def read_settings(kind: type[S], file: str | Path | None = None, **flags: Any) -
 Place = tuple[str | int, ...]
 
 
+def lines_in(file: str | Path) -> dict[Place, int]:
+    """Where each key and list entry of a YAML file that `read_settings` has read stands: place -> line, from 1."""
+    return _lines_of(yaml.compose(existing_file(file).read_text(encoding="utf-8"), yaml.SafeLoader))
+
+
 def _lines_of(node: yaml.Node | None, place: Place = (), seen: set[int] | None = None) -> dict[Place, int]:
     """Where each key and list entry of a YAML file stands: (tasks, 0, name) -> line; what an alias repeats is looked at once."""
     seen = set() if seen is None else seen
