@@ -15,14 +15,15 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_segmentation import write_study
 
+from medlore.data.cases import Case
 from medlore.data.synthesis import SynthesisRules
-from medlore.errors import StepError
+from medlore.errors import InputError, StepError
 from medlore.layers.expert_surgery import install_experts
 from medlore.models.segmenter import Segmenter, expert_targets
 from medlore.recipes.run import read_settings
 from medlore.recipes.segmentation.batches import Dealer, batches_ahead, make_dealer
-from medlore.recipes.segmentation.cohort import Cohort, read_cohort
-from medlore.recipes.segmentation.few_shot import _TunedSegmenter
+from medlore.recipes.segmentation.cohort import Cohort, read_cohort, with_split
+from medlore.recipes.segmentation.few_shot import FewShotSettings, _TunedSegmenter
 from medlore.recipes.segmentation.network import PromptedSegmenter, new_prompts
 from medlore.recipes.segmentation.settings import LossSettings, ScheduleSettings, SegmentationSettings
 from medlore.recipes.segmentation.training import Plan, learning_rate, train_segmenter
@@ -124,6 +125,30 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(study: tu
     held = torch.load(checkpoint, weights_only=True)
     assert held["step"] == 2
     assert all(torch.isfinite(v).all() for v in held["network"].values())
+
+
+def test_a_patient_of_the_test_is_never_trained_on() -> None:
+    told = {("a", 0): "test", ("b", 0): "train", ("b", 1): "validation"}
+    cases = [
+        Case(
+            Path(f"{patient}{n}.nii.gz"),
+            ("liver",),
+            "ct",
+            other={"patient": patient} | ({"split": told[patient, n]} if (patient, n) in told else {}),
+        )
+        for patient in "abc"
+        for n in range(3)
+    ]
+    parts = [(case.other["patient"], case.other["split"]) for case in with_split(cases, 0.0, 0)]
+    assert parts == [("a", "test")] * 3 + [("b", "train"), ("b", "validation"), ("b", "validation")] + [("c", "train")] * 3
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_no_generator_takes_is_refused(seed: int, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="seed"):
+        read_settings(SegmentationSettings, write_study(tmp_path), seed=seed)
+    with pytest.raises(InputError, match="seed"):
+        read_settings(FewShotSettings, model="pack", cases="cases.jsonl", seed=seed)
 
 
 def test_labels_that_go_to_another_expert_make_another_network(study: tuple[SegmentationSettings, Cohort], tmp_path: Path) -> None:

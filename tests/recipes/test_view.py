@@ -235,3 +235,9 @@ def test_the_page_of_a_case_opens_in_a_browser(tmp_path: Path) -> None:
         assert tab.run("document.documentElement.scrollWidth") <= 420
         assert tab.console == []
         assert all(url.startswith(("file:", "data:")) for url in tab.requests)
+
+
+def test_a_report_cannot_name_the_folder_above(tmp_path: Path) -> None:
+    case_folder(tmp_path)
+    folder = write_report(tmp_path / "run", {"cases": [{"name": "x", "state": "done", "folder": ".."}]}, verb="segment")
+    assert 'class="slices"' not in view(folder).read_text()

@@ -80,7 +80,9 @@ def _any_run(report: Mapping[str, Any], folder: Path) -> Page:
 def _segment_run(report: Mapping[str, Any], folder: Path) -> Page:
     """One case: the viewer. Several: a table and a picture each; every case folder has a page of its own."""
     cases = [case for case in report["results"].get("cases", ()) if isinstance(case, Mapping)]
-    there = [folder / name for case in cases if (name := Path(str(case.get("folder", ""))).name) and (folder / name).is_dir()]
+    there = [
+        folder / name for case in cases if (name := Path(str(case.get("folder", ""))).name) not in ("", "..") and (folder / name).is_dir()
+    ]
     sections = [Section("Cases", _case_table(cases))]
     if len(there) == 1 and is_case_folder(there[0]):
         sections = [*case_sections(there[0]), *sections]

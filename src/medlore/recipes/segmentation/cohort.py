@@ -152,17 +152,20 @@ def _prompts(cases: Iterable[CachedCase], settings: SegmentationSettings) -> dic
 
 
 def with_split(cases: Sequence[Case], held_out: float, seed: int) -> list[Case]:
-    """The cases with a `split` each; where a line does not say it, by patient and seeded.
+    """The cases with a `split` each; where a line does not say it, that of the patient's other lines, else by patient and seeded.
 
     Args:
         cases: of one list.
         held_out: share of the patients for the test, and again for validation.
         seed: of the shuffle.
     """
-    free = sorted({_patient(case) for case in cases if "split" not in case.other})
+    said: dict[str, str] = {}
+    for part in PARTS:  # a patient with lines in several is kept out of the training
+        said |= {_patient(case): part for case in cases if case.other.get("split") == part}
+    free = sorted({_patient(case) for case in cases if "split" not in case.other} - said.keys())
     held = round(held_out * len(free))
     order = [free[i] for i in np.random.default_rng([seed, len(free)]).permutation(len(free))]
-    part_of = {p: "test" if i < held else "validation" if i < 2 * held else "train" for i, p in enumerate(order)}
+    part_of = said | {p: "test" if i < held else "validation" if i < 2 * held else "train" for i, p in enumerate(order)}
     return [c if "split" in c.other else replace(c, other={**c.other, "split": part_of[_patient(c)]}) for c in cases]
 
 

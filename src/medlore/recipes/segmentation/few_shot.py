@@ -73,7 +73,7 @@ class FewShotSettings(Settings):
     max_prompts: int = pydantic.Field(default=8, ge=1)
     patches: dict[str, Any] = pydantic.Field(default_factory=dict)
     weights: Literal["fp16", "fp32"] = "fp16"
-    seed: int = 0
+    seed: int = pydantic.Field(default=0, ge=0, lt=2**32)
     device: DeviceChoice = "auto"
     precision: Precision = "fp32"
 

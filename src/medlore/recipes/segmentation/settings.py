@@ -203,7 +203,7 @@ class SegmentationSettings(Settings):
     validation_cases: int = pydantic.Field(default=8, ge=0)
     checkpoint_minutes: float = pydantic.Field(default=5.0, ge=0)
     workers: int = pydantic.Field(default=0, ge=0)
-    seed: int = 0
+    seed: int = pydantic.Field(default=0, ge=0, lt=2**32)
     device: DeviceChoice = "auto"
     precision: Precision = "fp32"
     weights: Literal["fp32", "fp16"] = "fp16"

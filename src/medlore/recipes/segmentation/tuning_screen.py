@@ -86,4 +86,4 @@ def _print_result(done: FewShotResult, *, as_json: bool) -> None:
     print_tables(done.table, console)
     if not done.table:
         console.print('no test case: give lines `"split": "test"` to measure')
-    console.print(f"pack: {done.pack}\nnext: medlore segment --model {done.pack} --image FILE")
+    console.print(f"pack: {done.pack}\nnext: medlore segment --model {done.pack} --image FILE --labels all --modality NAME")
