@@ -184,3 +184,12 @@ def test_a_folder_with_broken_images_is_described_and_does_not_pass(tmp_path: Pa
     shown = capsys.readouterr()
     assert [Path(fault.split(": ")[0]).name for fault in json.loads(shown.out)["faults"]] == ["text.png", "cut.png"]
     assert "2 of the above cannot be used as they are" in shown.err
+
+
+def test_names_that_are_data_are_printed_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = r"^layers\.0\.attention\.q_proj"
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8, "rank_pattern": {name: 5}}))
+    assert main(["info", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert f"  {name}: 5" in shown
+    assert "peft type: LORA" in shown

@@ -110,7 +110,8 @@ def _print_fact(name: str, value: Any, *, indent: str = "") -> None:
     elif isinstance(value, Mapping):
         console.print(f"{indent}{name}:", markup=False)
         for key, item in value.items():
-            _print_fact(str(key).replace("_", " "), item, indent=indent + "  ")
+            # Below the first level keys may be data (layer names, labels, files): they are shown as they are.
+            _print_fact(str(key), item, indent=indent + "  ")
     else:
         console.print(f"{indent}{name}: {_plain(value)}", markup=False)
 
