@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medlore.errors import InputError, TargetError
+from medlore.layers.methods import Request, install_method
 from medlore.layers.tuning import modules
 from medlore.layers.tuning.adapters import ParallelAdapter, RepAdapter, SerialAdapter
 from medlore.layers.tuning.anatomy import blocks_with_parts
@@ -336,3 +337,21 @@ def test_dinov2_and_clip_take_every_kind(kind: Any) -> None:
         before = model(pixel_values=x).logits
         add_modules(model, AddedModules(kind), "classifier")
         assert torch.equal(model(pixel_values=x).logits, before) != kind.startswith("vpt")
+
+
+def test_repadapter_goes_into_windows_that_are_filled_up() -> None:
+    import transformers
+
+    config = transformers.SwinConfig(
+        image_size=64, patch_size=4, embed_dim=16, depths=[2, 2], num_heads=[2, 2], window_size=7, num_labels=3
+    )
+    torch.manual_seed(0)
+    model, x = transformers.SwinForImageClassification(config).eval(), torch.randn(2, 3, 64, 64)
+    tuning = install_method("repadapter", model, Request(head="classifier", sample=x))
+    for name, parameter in model.named_parameters():
+        if ".tuning." in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    with torch.no_grad():
+        before = model.eval()(pixel_values=x).logits
+        after = tuning.merged().eval()(pixel_values=x).logits
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-6)

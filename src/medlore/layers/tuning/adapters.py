@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medlore.errors import InputError
-from medlore.layers.tuning.anatomy import blocks_with_parts
+from medlore.layers.tuning.anatomy import attends_in_windows, blocks_with_parts
 from medlore.layers.tuning.attach import Extra, add_to_linear, attach, attached, detach
 from medlore.layers.tuning.options import ADAPTER_SIZES, AdapterSizes, TuningOptions
 
@@ -88,10 +88,15 @@ class RepAdapter(Extra):
         dense: Tensor = torch.block_diag(*self.up)
         return dense
 
-    def fold_into(self, readers: Iterable[nn.Module]) -> None:
+    def fold_into(self, readers: Iterable[nn.Module], *, norm: nn.Module | None = None) -> None:
         """Let the linear layers that read the norm answer alone what they answer behind this adapter.
 
-        W (y + s(U(Dy + d) + u)) + b = (W + s W U D) y + b + s W (U d + u).
+        With M = s U D and v = s (U d + u): W (y + M y + v) + b = (W + W M) y + (b + W v).
+
+        Args:
+            readers: these layers.
+            norm: takes up v instead, as (I + M)⁻¹ v in its bias. Needed where zeros are put between norm and readers (the windows
+                of Swin are filled up with them): they never met the adapter.
         """
         with torch.no_grad():
             up = self.dense_up()
@@ -99,7 +104,10 @@ class RepAdapter(Extra):
             shift = self.scale * (up @ self.down.bias + self.up_bias)
             for reader in readers:
                 weight: Any = reader.weight
-                add_to_linear(reader, weight @ matrix, weight @ shift)
+                add_to_linear(reader, weight @ matrix, None if norm is not None else weight @ shift)
+            if norm is not None:
+                whole = torch.eye(len(matrix), dtype=torch.float64, device=matrix.device) + matrix.double()
+                add_to_linear(norm, torch.zeros_like(shift), torch.linalg.solve(whole, shift.double()))
 
 
 def install_adapters(model: nn.Module, options: TuningOptions) -> None:
@@ -127,14 +135,12 @@ def install_repadapters(model: nn.Module, options: TuningOptions) -> None:
 
 def fold_repadapters(model: nn.Module) -> nn.Module:
     """Take up every RepAdapter into the layers behind its norm; the network is plain afterwards."""
-    readers = {
-        norm: names
-        for block in blocks_with_parts(model, "--method repadapter")
-        for norm, names in zip(block.norms, (block.projections, block.mlp_inputs), strict=True)
-    }
+    blocks = blocks_with_parts(model, "--method repadapter")
+    readers = {norm: names for block in blocks for norm, names in zip(block.norms, (block.projections, block.mlp_inputs), strict=True)}
+    windowed = {block.norms[0] for block in blocks if attends_in_windows(model.get_submodule(block.attention))}
     for name, module, extra in attached(model):
         if isinstance(extra, RepAdapter):
-            extra.fold_into(model.get_submodule(reader) for reader in readers[name])
+            extra.fold_into((model.get_submodule(reader) for reader in readers[name]), norm=module if name in windowed else None)
             detach(module)
     return model
 

@@ -10,6 +10,8 @@ from medlore.errors import TargetError
 from medlore.layers.surgery import blocks_of
 from medlore.ranks.targets import Target, find_targets
 
+BIAS_TABLE = "relative_position_bias_table"
+
 
 @dataclass(frozen=True)
 class Block:
@@ -64,6 +66,11 @@ def blocks_with_parts(model: nn.Module, where: str) -> list[Block]:
     if faults or not found:
         raise _no_blocks(where, f"{len(faults)} blocks of another build" if faults else "a network without such blocks", faults)
     return found
+
+
+def attends_in_windows(attention: nn.Module) -> bool:
+    """Whether an attention has a table of position biases, as Swin's has: its windows may be filled up with zeros."""
+    return any(name.rsplit(".", 1)[-1] == BIAS_TABLE for name, _ in attention.named_parameters())
 
 
 def _block(model: nn.Module, name: str, targets: list[Target]) -> Block | None:

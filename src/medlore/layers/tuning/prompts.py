@@ -18,11 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medlore.errors import InputError, TargetError
-from medlore.layers.tuning.anatomy import Block, blocks_with_parts
+from medlore.layers.tuning.anatomy import BIAS_TABLE, Block, attends_in_windows, blocks_with_parts
 from medlore.layers.tuning.attach import Extra, attach
 from medlore.layers.tuning.options import TuningOptions
-
-_BIAS_TABLE = "relative_position_bias_table"
 
 
 def install_prompts(model: nn.Module, options: TuningOptions, *, deep: bool) -> None:
@@ -36,7 +34,7 @@ def install_prompts(model: nn.Module, options: TuningOptions, *, deep: bool) -> 
         raise InputError("prompt_length", f"got {options.prompt_length}", "a whole number from 1", "take 10")
     blocks = blocks_with_parts(model, "--method vpt")
     bound = math.sqrt(6 / (_patch_values(model) + blocks[0].width))
-    biased = [_has_bias_table(model.get_submodule(block.attention)) for block in blocks]
+    biased = [attends_in_windows(model.get_submodule(block.attention)) for block in blocks]
     if all(biased):
         _install_in_windows(model, blocks, options.prompt_length, bound, deep=deep)
     elif not any(biased):
@@ -202,14 +200,10 @@ def _merging_steps(module: nn.Module) -> list[nn.Module]:
     return steps if linear.in_features == 2 * linear.out_features else []
 
 
-def _has_bias_table(attention: nn.Module) -> bool:
-    return any(name.rsplit(".", 1)[-1] == _BIAS_TABLE for name, _ in attention.named_parameters())
-
-
 def _bias_module(attention: nn.Module, name: str) -> nn.Module:
     """The submodule whose answer is the position bias."""
     for child in attention.children():
-        if _BIAS_TABLE in child._parameters:
+        if BIAS_TABLE in child._parameters:
             return child
     raise TargetError(
         "--method vpt",
