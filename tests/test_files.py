@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -164,3 +165,13 @@ def test_hash_of_a_folder_sees_names_and_contents(tmp_path: Path) -> None:
     write_text(tmp_path / "a" / "y", "2")
     assert len({first, second, sha256_of(tmp_path / "a")}) == 3
     assert sha256_of(write_text(tmp_path / "abc", "abc")) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_a_pipe_or_a_folder_is_never_replaced_by_a_file(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for place in (pipe, tmp_path):
+        with pytest.raises(InputError, match="Accepted: a file to be made"):
+            write_text(place, "text")
+    assert pipe.is_fifo()
+    assert [p.name for p in tmp_path.iterdir()] == ["pipe"]

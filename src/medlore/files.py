@@ -24,9 +24,13 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     Suffixes are kept (`.nii.gz`, `.safetensors`), since writers choose their format by them.
 
     Raises:
+        InputError: `path` is a folder, a device or a pipe: a device would be replaced by the file.
         StepError: the folder cannot be written, or the disk is full.
     """
     final = Path(path)
+    if final.exists() and not final.is_file():
+        kind = "a folder" if final.is_dir() else "a device or a pipe"
+        raise InputError(str(final), f"is {kind}", "a file to be made, or one to be replaced", "name another file")
     _make_folder(final.parent)
     suffix = "".join(final.suffixes[-2:])
     try:
