@@ -123,3 +123,14 @@ def test_wrong_use_is_one_message_and_writes_nothing(
     assert "Traceback" not in shown.err
     assert not shown.out
     assert [p.name for p in weights.parent.iterdir()] == ["vit.safetensors"]
+
+
+def test_a_trained_adapter_is_never_replaced_by_a_configuration(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = tmp_path / "trained"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    (adapter / "adapter_model.safetensors").write_bytes(b"weeks of work")
+    assert main(["ranks", str(weights), "--out", str(tmp_path / "fresh.json"), "--peft", str(adapter)]) == 2
+    assert "holds a trained adapter" in capsys.readouterr().err
+    assert (adapter / "adapter_model.safetensors").read_bytes() == b"weeks of work"
+    assert not (tmp_path / "fresh.json").exists()

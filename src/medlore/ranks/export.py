@@ -97,10 +97,21 @@ def lora_config(
 
 
 def write_peft_config(config: LoraConfig, folder: str | Path) -> Path:
-    """Write `adapter_config.json` into a new folder, for `peft.PeftConfig.from_pretrained`."""
+    """Write `adapter_config.json` into a new folder, for `peft.PeftConfig.from_pretrained`.
+
+    Raises:
+        InputError: the folder holds a trained adapter, whose weights the new configuration would not fit.
+    """
+    refuse_a_trained_adapter(folder)
     with atomic_folder(folder) as temporary:
         config.save_pretrained(str(temporary))
     return Path(folder) / "adapter_config.json"
+
+
+def refuse_a_trained_adapter(folder: str | Path) -> None:
+    """A folder with trained factors is not for a bare configuration; asked before anything is written."""
+    if trained := sorted(Path(folder).glob("adapter_model.*")):
+        raise InputError(str(folder), f"holds a trained adapter ({trained[0].name})", "a new folder", "name another folder")
 
 
 def _module_of(name: str, parts: tuple[PlannedLayer, ...], *, is_attention: bool) -> PeftModule:

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from medlore.files import atomic_path, json_text
 from medlore.ranks.allocate import plan_ranks
-from medlore.ranks.export import write_peft_config
+from medlore.ranks.export import refuse_a_trained_adapter, write_peft_config
 from medlore.ranks.plan import PLAN_SCHEMA, RankPlan
 from medlore.ranks.planned import PlannedLayer
 
@@ -37,6 +37,8 @@ def show_ranks(source: str, *, out: Path | None, plot: Path | None, peft: Path |
         as_json: print one JSON object in place of the table.
         options: further arguments of `plan_ranks`.
     """
+    if peft is not None:
+        refuse_a_trained_adapter(peft)
     with _progress() as advance:
         plan = plan_ranks(source, progress=advance, **options)
     with warnings.catch_warnings():
