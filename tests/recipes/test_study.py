@@ -239,7 +239,11 @@ def test_faults_of_words_come_at_once_with_their_lines(place: Path) -> None:
     with pytest.raises(InputError, match="4 faults") as caught:
         read_study(write_study(place, text, "words"))
     told = "\n".join(caught.value.faults)
-    for part in ("line 4, shotss: unknown", "line 8, methods.1.method", "line 9, settings.epoch: unknown setting; the nearest are epochs"):
+    for part in (
+        "line 4, shotss: unknown",
+        "line 8, methods.1.method: no such method; the nearest are linear-probe",
+        "line 9, settings.epoch: unknown setting; the nearest are epochs",
+    ):
         assert part in told
 
 

@@ -144,7 +144,11 @@ def cells_of(study: StudySettings, *, trials: int | None = None) -> list[StudyCe
 def _cell(
     study: StudySettings, entry: DataEntry, shots: Shots, draw: int, seed: int, contender: Contender, trials: int | None
 ) -> StudyCell:
-    layers = [study.settings, *([study.shots_settings[shots]] if shots in study.shots_settings else []), contender]
+    layers: list[FinetuneSettings | Contender] = [
+        study.settings,
+        *([study.shots_settings[shots]] if shots in study.shots_settings else []),
+        contender,
+    ]
     merged = merged_settings(*layers)
     # one seed for all contenders of a draw: they share the start of the head and the order of the images
     changes = {"flip": entry.flip, "seed": 1000 * seed + draw, "bootstrap": 0, "checkpoints": False}
@@ -158,7 +162,7 @@ def _cell(
         "settings": given,
         "rates": rates,
     }
-    names = {"data": entry.name, "shots": shots, "draw": draw, "method": contender.name, "seed": seed}
+    names: dict[str, Any] = {"data": entry.name, "shots": shots, "draw": draw, "method": contender.name, "seed": seed}
     return StudyCell(**names, **told, fingerprint=_fingerprint(names | told))
 
 

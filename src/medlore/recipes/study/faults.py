@@ -115,7 +115,7 @@ def _entry_of(study: StudySettings, name: str) -> int:
 
 def _of_data(study: StudySettings, folder: Path) -> Iterator[Fault]:
     """Reads every set and makes every draw; images themselves are not opened."""
-    rules = {"validation_shots": study.validation_shots, "data_seed": study.data_seed}
+    rules: dict[str, object] = {"validation_shots": study.validation_shots, "data_seed": study.data_seed}
     for i, entry in enumerate(study.data):
         seen: set[str] = set()
         plain = entry.model_dump(mode="json", exclude={"group"})

@@ -46,8 +46,8 @@ def _parts(entry_text: str, rules_text: str, folder: str, shots: Shots, draw: in
         test_fraction=entry["test_fraction"],
     )
     if entry["data"] == DIGITS:
-        pool, test = digits(entry["test_limit"] or _DIGITS_TEST_IMAGES, seed=rules["data_seed"])
-        found = split_images(pool, split, test=test)
+        pool, judges = digits(entry["test_limit"] or _DIGITS_TEST_IMAGES, seed=rules["data_seed"])
+        found = split_images(pool, split, test=judges)
     else:
         found = _read(entry, split, Path(folder))
     test, limit = found.test, entry["test_limit"]

@@ -8,6 +8,8 @@ import pydantic
 
 from medlore.data.images import Format
 from medlore.data.transforms import Flip
+from medlore.errors import nearest_names
+from medlore.layers.methods import METHODS
 from medlore.recipes.finetune_settings import FinetuneSettings, MethodName
 from medlore.recipes.run import Settings
 
@@ -64,6 +66,13 @@ class MethodEntry(Settings):
     def _one_word(cls, value: object) -> object:
         return {"method": value} if isinstance(value, str) else value
 
+    @pydantic.field_validator("method", mode="before")
+    @classmethod
+    def _known(cls, value: object) -> object:
+        if isinstance(value, str) and value not in METHODS:
+            raise ValueError(f"no such method; the nearest are {', '.join(nearest_names(value, METHODS))}")
+        return value
+
 
 class TuningRules(Settings):
     """Hyper-parameters that are tried, the same number for every method, judged on validation images alone.
@@ -78,11 +87,11 @@ class StudySettings(Settings):
     """A grid of tuning runs; `docs/studies.md` explains each field."""
 
     name: str
-    data: tuple[DataEntry, ...] = pydantic.Field(min_length=1)
-    shots: tuple[Shots, ...] = pydantic.Field(min_length=1)
+    data: tuple[DataEntry, ...]
+    shots: tuple[Shots, ...]
     draws: int = pydantic.Field(default=5, ge=1)
-    seeds: tuple[pydantic.NonNegativeInt, ...] = pydantic.Field(default=(0,), min_length=1)
-    methods: tuple[MethodEntry, ...] = pydantic.Field(min_length=1)
+    seeds: tuple[pydantic.NonNegativeInt, ...] = (0,)
+    methods: tuple[MethodEntry, ...]
     reference: str | None = None
     equal_controls: bool = True
     validation_shots: int | Literal["all", "none"] | None = None
@@ -91,6 +100,13 @@ class StudySettings(Settings):
     tuning: TuningRules = TuningRules()
     settings: FinetuneSettings = FinetuneSettings()
     shots_settings: dict[Shots, FinetuneSettings] = pydantic.Field(default_factory=dict)
+
+    @pydantic.field_validator("data", "shots", "seeds", "methods")
+    @classmethod
+    def _not_empty(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not value:
+            raise ValueError("at least one")
+        return value
 
     @pydantic.field_validator("shots")
     @classmethod

@@ -124,6 +124,6 @@ def means_over_sets(tables: Sequence[SetTable], groups: Mapping[str, str | None]
             for data, mean in means.items():
                 by_group.setdefault(groups.get(data) or "", []).append(mean)
             of_groups = None if "" in by_group else statistics.fmean(statistics.fmean(values) for values in by_group.values())
-            entry = {"shots": shots, "method": name, "sets": len(means), "mean_of_sets": statistics.fmean(means.values())}
+            entry: dict[str, Any] = {"shots": shots, "method": name, "sets": len(means), "mean_of_sets": statistics.fmean(means.values())}
             found.append(entry | {"groups": None if "" in by_group else len(by_group), "mean_of_groups": of_groups})
     return found
