@@ -16,6 +16,7 @@ from medlore.errors import InputError, TargetError, UnknownNameError
 from medlore.linalg.cholesky import GramMatrix, exact_enclosure, svd_enclosure
 from medlore.linalg.lanczos import BlockKrylov, Enclosure, leading_space_bound
 from medlore.linalg.passes import gamma
+from medlore.linalg.threads import one_thread
 
 Rounding = Literal["half-even", "half-up", "floor", "ceil"]
 Decision = Literal["lanczos", "cholesky", "trace", "proof", "exact"]
@@ -103,7 +104,8 @@ def stable_rank(
     _check_options(rounding, scale, tolerance)
     A, frobenius2 = _as_matrix(W)
     question = _Question(min(A.shape), rounding, scale, tolerance)
-    return _answer(A, question, frobenius2, proof=proof, rng=np.random.default_rng(seed))
+    with one_thread():
+        return _answer(A, question, frobenius2, proof=proof, rng=np.random.default_rng(seed))
 
 
 def spectral_norm(W: torch.Tensor | Array, *, tolerance: float = 1e-4, proof: bool = False, seed: int = 0) -> SpectralNorm:

@@ -242,7 +242,9 @@ def _distillation(shop: _Workshop, teacher: MultiTaskNetwork | None) -> Distilla
 
 def _fits_in_memory(settings: DecomposeSettings, teacher: MultiTaskNetwork) -> bool:
     """Whether the teacher's answers to all steps may be kept: every student sees the same images in the same step."""
-    width = feature_width(teacher.body, settings.image_size) + sum(head.out_features for head in teacher.heads.values() if isinstance(head, nn.Linear))
+    width = feature_width(teacher.body, settings.image_size) + sum(
+        head.out_features for head in teacher.heads.values() if isinstance(head, nn.Linear)
+    )
     return 4 * settings.steps * settings.batch_size * width <= _ANSWER_BYTES
 
 
