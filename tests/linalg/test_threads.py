@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import scipy.linalg  # noqa: F401 - its own BLAS is there from the start
 import torch
 from threadpoolctl import threadpool_info, threadpool_limits
 
