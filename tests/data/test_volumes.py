@@ -65,7 +65,8 @@ def test_a_blob_stays_in_its_place_in_the_world(code, angles, spacing, network, 
     grey = prepared.intensity.undo(prepared.pixels[0].numpy())
     seen = grey > -250
     places = np.argwhere(seen) @ prepared.path.network_affine[:3, :3].T + prepared.path.network_affine[:3, 3]
-    assert np.abs(places.mean(axis=0) - centre).max() < 0.6  # mm
+    # mm; of the network's slices of 3 mm, the last may be above the threshold on one side alone
+    assert np.abs(places.mean(axis=0) - centre).max() < 0.9
     masks = back(prepared, torch.from_numpy(seen[None].astype(np.float32)), resample)
     mask = prepared.path.reorientation.undo(masks.whole(0))
     assert mask.shape == shape
