@@ -159,7 +159,7 @@ def test_other_data_under_the_same_name_is_trained_on_anew(finished: Path, tmp_p
 
 
 def test_what_is_measured_is_what_the_pack_holds() -> None:
-    from medlore.recipes.decompose import as_stored
+    from medlore.recipes.stored_weights import as_stored
 
     layer = torch.nn.Linear(4, 4)
     before = layer.weight.detach().clone()

@@ -66,12 +66,16 @@ def test_what_cannot_act_is_refused_by_name(values: dict[str, Any], names: set[s
 
 @pytest.mark.parametrize("values", ACTIVE)
 def test_what_acts_or_asks_for_nothing_passes(values: dict[str, Any]) -> None:
-    refuse_idle(FinetuneSettings(**values))
+    settings = FinetuneSettings(**values)
+    assert not idle_settings(settings)
+    refuse_idle(settings)
 
 
 def test_heads_act_on_a_weights_file(tmp_path: Path) -> None:
     (tmp_path / "vit.pth").write_bytes(b"x")
-    refuse_idle(FinetuneSettings(model=str(tmp_path / "vit.pth"), heads=3))
+    settings = FinetuneSettings(model=str(tmp_path / "vit.pth"), heads=3)
+    assert not idle_settings(settings)
+    refuse_idle(settings)
 
 
 @pytest.mark.parametrize("method", list(METHODS))

@@ -14,8 +14,8 @@ from threadpoolctl import ThreadpoolController
 def one_thread() -> Iterator[None]:
     """Inside, torch and the BLAS of NumPy and SciPy use one thread; the old numbers come back after it.
 
-    Their threads wait for each other actively after every small operation: on two cores, a certified stable rank of a
-    1024 x 1024 matrix took 384 ms with two threads of each and 49 ms with one.
+    Their threads wait for each other actively after every small operation: with two of each on two cores, a certified
+    stable rank takes several times as long as with one.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -19,7 +19,7 @@ from torch import nn
 
 from medlore.assets import PREFIX
 from medlore.data.transforms import Preprocessing
-from medlore.errors import StepError, UnknownNameError
+from medlore.errors import UnknownNameError
 from medlore.files import atomic_folder, atomic_path, read_json, write_json
 from medlore.layers.expert_surgery import install_experts
 from medlore.layers.experts import ExpertLayer
@@ -34,6 +34,7 @@ from medlore.recipes.decomposition.tasks import Task, fingerprint, read_tasks
 from medlore.recipes.decomposition.training import Distillation, Progress, Schedule, make_accelerator, train_network
 from medlore.recipes.export_classifier import write_backbone
 from medlore.recipes.run import Run, choose_device, read_settings, seed_everything
+from medlore.recipes.stored_weights import as_stored
 
 _STUDENTS = ("shufflenet", "resnet-18", "vit-small")
 _SCALING = 2.0  # of every expert, whatever its rank, as in LoRKD's form with unequal ranks
@@ -261,22 +262,6 @@ def _compare(
     if variant.startswith("experts"):
         as_stored(network, settings.weights)
     return measure(variant, network, tasks, shop.preprocessing)
-
-
-@torch.no_grad()
-def as_stored(network: nn.Module, weights: str) -> None:
-    """Round the weights to the type that the pack holds, so that what is measured is what is shipped.
-
-    Raises:
-        StepError: a value is too large for that type.
-    """
-    if weights == "fp32":
-        return
-    for name, value in network.state_dict().items():
-        if value.dtype == torch.float32:
-            value.copy_(value.half().float())
-            if not torch.isfinite(value).all():
-                raise StepError(name, "values beyond 65504", "values that fp16 holds", "give `weights: fp32` in the study")
 
 
 def _finish(

@@ -25,7 +25,8 @@ from medlore.recipes.segmentation.study import (
     with_experts,
 )
 from medlore.recipes.segmentation.table import parameters_of
-from medlore.recipes.segmentation.workshop import Order, Workshop, open_workshop, round_to
+from medlore.recipes.segmentation.workshop import Order, Workshop, open_workshop
+from medlore.recipes.stored_weights import as_stored
 
 
 def plan_segmenter(
@@ -68,7 +69,7 @@ def _teacher(shop: Workshop) -> PromptedSegmenter:
     network, order = new_teacher(shop), teacher_order(shop)
     if shop.state_of(order) == "trained":
         network = shop.finish(order, network)
-        round_to(network, shop.settings.weights)
+        as_stored(network, shop.settings.weights)
     return network
 
 

@@ -33,7 +33,8 @@ from medlore.recipes.segmentation.network import PromptedSegmenter, new_prompts
 from medlore.recipes.segmentation.packs import in_type
 from medlore.recipes.segmentation.settings import DataSettings, LossSettings, Precision, ScheduleSettings, SegmentationSettings
 from medlore.recipes.segmentation.table import measure_network
-from medlore.recipes.segmentation.workshop import Narrator, Order, Workshop, hash_of, open_workshop, round_to, silent
+from medlore.recipes.segmentation.workshop import Narrator, Order, Workshop, hash_of, open_workshop, silent
+from medlore.recipes.stored_weights import as_stored
 
 Method = Literal["sr-lora", "lora", "full", "scratch"]
 RATES: dict[Method, float] = {"sr-lora": 2e-3, "lora": 2e-3, "full": 5e-4, "scratch": 1e-3}
@@ -126,7 +127,7 @@ def tune_segmenter(
         order = Order(settings.method, schedule, shop.cohort, ("student",), begins_with=hash_of(network))
         trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
         network = shop.finish(order, network)
-        round_to(network, settings.weights)
+        as_stored(network, settings.weights)
         table += measure_network(settings.method, network, shop.cohort, shop.windows(), shop.facts)
         pack = _write(out / "pack", network, bundle, shop.cohort, settings, region)
         run.add_output("pack", pack)

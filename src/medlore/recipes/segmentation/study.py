@@ -29,7 +29,8 @@ from medlore.recipes.segmentation.network import PromptedSegmenter, new_prompts
 from medlore.recipes.segmentation.packs import write_trained_pack
 from medlore.recipes.segmentation.settings import RankRule, SegmentationSettings
 from medlore.recipes.segmentation.table import measure_network
-from medlore.recipes.segmentation.workshop import Narrator, Order, Workshop, open_workshop, round_to, silent
+from medlore.recipes.segmentation.workshop import Narrator, Order, Workshop, open_workshop, silent
+from medlore.recipes.stored_weights import as_stored
 
 Rows = list[dict[str, Any]]
 
@@ -160,7 +161,7 @@ def _teacher(shop: Workshop) -> tuple[PromptedSegmenter, dict[str, Path]]:
     if settings.teacher.source is not None:
         return _given_teacher(shop).eval().requires_grad_(requires_grad=False), {}
     network = shop.finish(teacher_order(shop), new_teacher(shop))
-    round_to(network, settings.weights)
+    as_stored(network, settings.weights)
     packs = {"teacher": write_trained_pack(shop.out / "teacher", network, cohort, settings, role="teacher")} if shop.writes else {}
     return network.requires_grad_(requires_grad=False), packs
 
@@ -216,7 +217,7 @@ def _experts(shop: Workshop, teacher: PromptedSegmenter, name: str) -> PromptedS
     ranks = choose_expert_ranks(shop.settings.experts, student.segmenter.config, labels_by_region(shop.cohort), teacher.segmenter)
     shop.facts["expert ranks" if name == "experts" else f"ranks of {name}"] = by_region(ranks)
     student = shop.finish(experts_order(shop, name), with_experts(shop, student, ranks), teacher=teacher)
-    round_to(student, shop.settings.weights)
+    as_stored(student, shop.settings.weights)
     return student
 
 

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from medlore.data.patches import PatchRules
-from medlore.errors import CheckpointError, StepError
+from medlore.errors import CheckpointError
 from medlore.files import atomic_path, read_json, write_json
 from medlore.recipes.run import choose_device
 from medlore.recipes.segmentation.accelerators import make_accelerator
@@ -178,22 +178,6 @@ def open_workshop(
     cache = out / "cache" if settings.cache is None else folder / settings.cache
     cohort = read_cohort(settings, folder=folder, cache=cache, say=say)
     return Workshop(settings, cohort, out, make_accelerator(device, out / "logs"), narrate)
-
-
-@torch.no_grad()
-def round_to(network: PromptedSegmenter, weights: str) -> None:
-    """Round the weights to the type that the pack holds, so that what is measured is what is shipped.
-
-    Raises:
-        StepError: a value is too large for that type.
-    """
-    if weights == "fp32":
-        return
-    for name, value in network.state_dict().items():
-        if value.dtype == torch.float32:
-            value.copy_(value.half().float())
-            if not torch.isfinite(value).all():
-                raise StepError(name, "values beyond 65504", "values that fp16 holds", "give `weights: fp32` in the study")
 
 
 def hash_of(network: PromptedSegmenter) -> str:
