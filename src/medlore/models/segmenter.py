@@ -15,6 +15,8 @@ from medlore.errors import InputError
 from medlore.models.positional import positional_encoding
 from medlore.models.unet3d import UNet3d
 
+MASK_ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "none": nn.Identity}
+
 
 @dataclass(frozen=True)
 class SegmenterConfig:
@@ -33,6 +35,8 @@ class SegmenterConfig:
         decoder_layers: cross-attention layers of the query decoder.
         heads: attention heads.
         feedforward: hidden width of a decoder layer's perceptron.
+        mask_activation: after the mask embedding: `gelu` as published, or `none`. With GELU no entry of an embedding goes below
+            -0.17 and logits of the background become negative slowly; without it a network learns much faster from nothing.
 
     Raises:
         InputError: sizes that do not fit each other.
@@ -50,6 +54,7 @@ class SegmenterConfig:
     decoder_layers: int = 6
     heads: int = 8
     feedforward: int = 2048
+    mask_activation: str = "gelu"
 
     def __post_init__(self) -> None:
         faults = list(_config_faults(self))
@@ -89,7 +94,9 @@ def _config_faults(c: SegmenterConfig) -> list[str]:
         faults.append(f"query_width {c.query_width} is no multiple of {c.heads} heads")
     if len(c.deep_widths) >= max(len(c.features) - 1, 1):
         faults.append(f"{len(c.deep_widths)} deep_widths; the decoder has {len(c.features) - 2} maps below full resolution")
-    numbers = {f.name: getattr(c, f.name) for f in fields(c)}
+    if c.mask_activation not in MASK_ACTIVATIONS:
+        faults.append(f"mask_activation {c.mask_activation!r} is none of {', '.join(MASK_ACTIVATIONS)}")
+    numbers = {f.name: getattr(c, f.name) for f in fields(c) if f.name != "mask_activation"}
     small = [name for name, value in numbers.items() if min(value if isinstance(value, tuple) else (value,), default=1) < 1]
     if small:
         faults.append(f"{', '.join(small)} must be at least 1")
@@ -203,10 +210,11 @@ class Segmenter(nn.Module):
         self.transformer_decoder = QueryDecoder(
             width, layers=config.decoder_layers, heads=config.heads, feedforward=config.feedforward, dropout=dropout
         )
+        activation = MASK_ACTIVATIONS[config.mask_activation]
         if config.deep_widths:
             lower = zip(config.deep_widths, config.features[1:], strict=False)
-            self.mid_mask_embed_proj = nn.ModuleList(_perceptron(width, hidden, out, last=nn.GELU()) for hidden, out in lower)
-        self.mask_embed_proj = _perceptron(width, config.mask_width, config.features[0], last=nn.GELU())
+            self.mid_mask_embed_proj = nn.ModuleList(_perceptron(width, hidden, out, last=activation()) for hidden, out in lower)
+        self.mask_embed_proj = _perceptron(width, config.mask_width, config.features[0], last=activation())
 
     def encode(self, x: Tensor, *, deep: bool = False) -> Features:
         """The window's pixel and image embeddings.

@@ -64,6 +64,7 @@ class SizeSettings(Settings):
     decoder_layers: int = 2
     heads: int = 4
     feedforward: int = 256
+    mask_activation: Literal["gelu", "none"] = "none"
 
     def config(self) -> SegmenterConfig:
         """The network's own record.
