@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import typer
@@ -28,9 +29,19 @@ def export(
     from medlore.recipes.export_classifier import export_classifier, is_classifier_pack, print_classifier_export, required
 
     if is_classifier_pack(source):
+        flags = {"--text": text, "--tokenizer": tokenizer, "--prompt-embeddings": prompt_embeddings, "--lora-alpha": lora_alpha}
+        _refuse(flags, "given for the pack of a classifier", "--expert and --format")
         print_classifier_export(export_classifier(source, required(expert, "--expert"), format or "safetensors", out), as_json=as_json)
         return
-    if format is not None:
-        raise typer.BadParameter("--format is for classifier packs; a segmenter is written as a pack of safetensors files")
+    _refuse({"--format": format}, "given for a segmenter", "no format: a segmenter is written as a pack of safetensors files")
     summary = run(source, out, expert=expert, text=text, tokenizer=tokenizer, prompt_embeddings=prompt_embeddings, lora_alpha=lora_alpha)
     print_export(summary, as_json=as_json)
+
+
+def _refuse(flags: Mapping[str, object], came: str, accepted: str) -> None:
+    """Flags that could not act are refused rather than passed over."""
+    from medlore.errors import InputError
+
+    given = [name for name, value in flags.items() if value is not None]
+    if given:
+        raise InputError(", ".join(given), came, accepted, "leave it out")

@@ -111,7 +111,7 @@ def load_backbone(
     from medlore.models.image_size import check_image_size, image_size_of, with_image_size
 
     path = asset_path(str(source)) if str(source).startswith(PREFIX) else Path(source)
-    with _quiet_transformers():
+    with quiet_transformers():
         if path.is_file():
             if keep_head:
                 raise InputError("keep_head", f"True with the weights file {path}", "a transformers folder", "name the folder")
@@ -146,7 +146,7 @@ def load_backbone(
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """What did not load we report ourselves; bars and notes of the loader would only hide it."""
     from transformers.utils import logging
 

@@ -24,7 +24,7 @@ from medlore.models.text import TextEncoder, read_text_encoder
 from medlore.models.vocabulary import MODALITIES, REGIONS, WHOLE_BODY
 
 KIND = "segmenter"
-BASE_FILE, PROMPTS_FILE = "base.safetensors", "prompts.safetensors"
+BASE_FILE, PROMPTS_FILE = packs.BASE, "prompts.safetensors"
 _MERGED_BYTES = 2 << 30
 
 # How SAT and LoRKD prepare a volume; a pack of another training carries its own values.
@@ -264,7 +264,7 @@ def _load_pack(path: Path, table: PromptTable | None, encoder: TextEncoder | Non
     absent = {name: f"{e['file']} is missing" for name, e in told_experts.items() if not (path / e["file"]).is_file()}
     there = {name: e for name, e in told_experts.items() if name not in absent}
     experts = _PackExperts(path, manifest, there, base, verify=verify)
-    weights = SegmenterWeights(config, base, experts, form=manifest["form"], lora_alpha=manifest["lora_alpha"])
+    weights = SegmenterWeights(config, base, experts, form=manifest["form"], lora_alpha=manifest.get("lora_alpha"))
     told = manifest.get("prompts")
     if table is None and told is not None:
         rows = packs.read_pack_file(path, manifest, PROMPTS_FILE, verify=verify)["embeddings"].float()

@@ -19,6 +19,7 @@ from torch import Tensor
 from medlore.errors import CheckpointError, InputError
 from medlore.linalg.factors import delta_weight, factor_shapes
 from medlore.linalg.matricize import Layout
+from medlore.models import packs
 from medlore.models.segmenter import PUBLISHED, Segmenter, SegmenterConfig
 from medlore.models.statefile import State, read_state
 from medlore.models.vocabulary import REGIONS
@@ -153,6 +154,7 @@ def read_segmenter(path: str | Path, *, lora_alpha: float | None = None) -> Segm
         CheckpointError: not a segmenter, an unsupported backbone, or a file that fits only in part.
     """
     path = Path(path)
+    _refuse_part_of_pack(path)
     try:
         state = read_state(path)
         if recognise(state) != "segmenter":
@@ -165,6 +167,15 @@ def read_segmenter(path: str | Path, *, lora_alpha: float | None = None) -> Segm
         return segmenter_weights(state, lora_alpha=lora_alpha)
     except (CheckpointError, InputError) as error:
         raise (error if str(path) in error.where else error.at(str(path))) from error
+
+
+def _refuse_part_of_pack(path: Path) -> None:
+    """The base of a pack looks like a published file, but heads, patch and activation stand in its manifest alone."""
+    if packs.is_pack(path.parent) and path.name == packs.BASE and path.is_file():
+        fix = f"name the folder {path.parent}"
+        raise CheckpointError(
+            str(path), "the base of a pack, whose sizes and experts stand in the manifest beside it", "the whole pack", fix
+        )
 
 
 def segmenter_weights(state: State, *, lora_alpha: float | None = None) -> SegmenterWeights:

@@ -3,7 +3,7 @@
 ::
 
     PACK/
-    ├── manifest.json            schema medlore/expert-pack/1, kind "classifier": student, tasks, ranks, hashes, licence, metrics
+    ├── manifest.json            schema medlore/expert-pack/2, kind "classifier": student, tasks, ranks, hashes, licence, metrics
     ├── base.safetensors         the shared base
     ├── experts/NAME.safetensors factors and head of one expert
     └── README.md                the model card, where there is one
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from medlore.assets import PREFIX, asset_path
 from medlore.errors import CheckpointError, InputError, UnknownNameError
 from medlore.files import sha256_of
-from medlore.layers.expert_surgery import install_experts, merge
+from medlore.layers.expert_surgery import BatchNormWay, install_experts, merge
 from medlore.linalg.matricize import Layout
 from medlore.models import packs
 from medlore.models.multitask import MultiTaskNetwork
@@ -31,7 +31,7 @@ from medlore.models.statefile import read_state
 from medlore.models.students import StudentKind, build_student, feature_width
 
 KIND = "classifier"
-_BASE = "base.safetensors"
+_FILE = "experts/{}.safetensors"
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -140,7 +140,7 @@ def save_classifier_pack(
         "parameters": sum(v.numel() for share in shares.values() for v in share.values() if v.is_floating_point()),
         "experts": {k: _entry_json(e) for k, e in experts.items()},
     }
-    files = {_BASE: shares[None], **{_file_of(expert): shares[expert] for expert in experts}}
+    files = {packs.BASE: shares[None], **{_file_of(expert): shares[expert] for expert in experts}}
     return packs.write_pack(path, manifest, files)
 
 
@@ -185,10 +185,15 @@ def read_classifier_manifest(folder: Path) -> dict[str, Any]:
     faults += ["experts: none"] if not manifest["experts"] else []
     for name, entry in manifest["experts"].items():
         faults += _expert_faults(name, entry)
+        faults += [] if _FILE.format(name) in manifest["files"] else [f"files: no {_FILE.format(name)}"]
+    way = manifest.get("batchnorm", "refuse")
+    faults += [] if way in get_args(BatchNormWay) else [f"batchnorm: {way!r}"]
     if faults:
         place = str(folder / packs.MANIFEST)
         raise CheckpointError(place, f"{len(faults)} fault(s)", "what `medlore decompose` writes", "fetch the pack anew", faults=faults)
     _check_files(folder, manifest["files"])
+    if packs.format_of(manifest) == 1 and any(name.endswith(".lora_scaling") for name in read_state(folder / packs.BASE)):
+        raise packs.older(folder, "its scalings are kept by position")
     return manifest
 
 
@@ -280,7 +285,7 @@ def _load_strictly(network: nn.Module, state: Mapping[str, Tensor], where: str) 
             where,
             f"{len(faults)} keys that do not fit",
             "the keys and shapes of the described student",
-            "this pack belongs to another base",
+            "fetch the pack anew, or make it again with the study: its manifest tells of another network than its files hold",
             faults=faults,
         )
     network.load_state_dict(dict(state))
@@ -294,7 +299,7 @@ def _stored(value: Tensor, dtype: torch.dtype) -> Tensor:
 def _file_of(expert: str) -> str:
     if set("/\\\0") & set(expert) or expert.startswith("."):
         raise InputError("expert name", repr(expert), "letters, digits, blanks, - and _", "rename the task")
-    return f"experts/{expert}.safetensors"
+    return _FILE.format(expert)
 
 
 def _entry_json(entry: ExpertEntry) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from medlore.models.positional import positional_encoding
 from medlore.models.unet3d import UNet3d
 
 MASK_ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "none": nn.Identity}
+PUBLISHED_ACTIVATION = "gelu"
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class SegmenterConfig:
     decoder_layers: int = 6
     heads: int = 8
     feedforward: int = 2048
-    mask_activation: str = "gelu"
+    mask_activation: str = PUBLISHED_ACTIVATION
 
     def __post_init__(self) -> None:
         faults = list(_config_faults(self))
@@ -84,7 +85,15 @@ class SegmenterConfig:
 
 
 def _config_faults(c: SegmenterConfig) -> list[str]:
-    faults = []
+    numbers = {f.name: getattr(c, f.name) for f in fields(c) if f.name != "mask_activation"}
+    lists = ("features", "strides", "deep_widths")
+    faults = [
+        f"{name} {value!r} is no {'list of whole numbers' if name in lists else 'whole number'}"
+        for name, value in numbers.items()
+        if isinstance(value, tuple) != (name in lists) or any(type(v) is not int for v in (value if isinstance(value, tuple) else (value,)))
+    ]
+    if faults:
+        return faults
     if len(c.strides) != len(c.features) or len(c.features) < 2:
         faults.append(f"{len(c.features)} features and {len(c.strides)} strides; as many of both, at least two")
     reaches = list(itertools.accumulate(c.strides, lambda a, b: a * b))
@@ -94,9 +103,8 @@ def _config_faults(c: SegmenterConfig) -> list[str]:
         faults.append(f"query_width {c.query_width} is no multiple of {c.heads} heads")
     if len(c.deep_widths) >= max(len(c.features) - 1, 1):
         faults.append(f"{len(c.deep_widths)} deep_widths; the decoder has {len(c.features) - 2} maps below full resolution")
-    if c.mask_activation not in MASK_ACTIVATIONS:
+    if not isinstance(c.mask_activation, str) or c.mask_activation not in MASK_ACTIVATIONS:
         faults.append(f"mask_activation {c.mask_activation!r} is none of {', '.join(MASK_ACTIVATIONS)}")
-    numbers = {f.name: getattr(c, f.name) for f in fields(c) if f.name != "mask_activation"}
     small = [name for name, value in numbers.items() if min(value if isinstance(value, tuple) else (value,), default=1) < 1]
     if small:
         faults.append(f"{', '.join(small)} must be at least 1")

@@ -18,6 +18,7 @@ from medlore.files import atomic_folder, json_text, sha256_of, write_json
 from medlore.layers.expert_surgery import merge
 from medlore.layers.interchange import save_peft
 from medlore.models import packs
+from medlore.models.backbones import quiet_transformers
 from medlore.models.classifier_pack import KIND, ClassifierPack, load_classifier_pack, with_classifier
 
 ExportFormat = Literal["safetensors", "onnx", "torch-export", "peft"]
@@ -53,7 +54,7 @@ def export_classifier(pack: str | Path, expert: str, format: str, out: str | Pat
     with torch.no_grad():
         wanted = network(pixel_values=example).logits
     writers: dict[str, Callable[[], Tensor]] = {}
-    with atomic_folder(out) as folder:
+    with atomic_folder(out) as folder, quiet_transformers():
         writers["safetensors"] = lambda: _write_safetensors(folder, opened, network, example)
         writers["onnx"] = lambda: _write_onnx(folder, network, example)
         writers["torch-export"] = lambda: _write_torch_export(folder, network, example)
@@ -106,7 +107,7 @@ def _export_base(pack: ClassifierPack, format: str, out: str | Path) -> dict[str
             "--format", f"{format!r} for the shared base, which has no head", "safetensors", "name an expert, or take that format"
         )
     body: Any = merge(pack.network.body, None)
-    with atomic_folder(out) as folder:
+    with atomic_folder(out) as folder, quiet_transformers():
         write_backbone(folder, body, pack.manifest["preprocessing"])
         files = {p.relative_to(folder).as_posix(): sha256_of(p) for p in sorted(folder.rglob("*")) if p.is_file()}
     return {"format": format, "expert": BASE, "out": str(out), "files": files, "largest_difference": 0.0}

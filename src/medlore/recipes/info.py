@@ -15,6 +15,7 @@ from medlore.files import read_json, sha256_of
 from medlore.models import packs
 from medlore.models.bundle import KIND, PROMPTS_FILE, load_segmenter
 from medlore.models.checkpoints import SegmenterWeights, recognise
+from medlore.models.segmenter import PUBLISHED_ACTIVATION
 from medlore.models.statefile import State, read_state
 from medlore.models.vocabulary import Entry, canonical_modality, default_vocabulary
 
@@ -134,13 +135,22 @@ def _describe_pack(path: Path, lora_alpha: float | None) -> Facts | None:
         return _segmenter_pack(path, manifest, lora_alpha)
     from medlore.models.classifier_pack import read_classifier_manifest
 
-    return _classifier_pack(read_classifier_manifest(path))
+    if lora_alpha is not None:
+        raise InputError("--lora-alpha", "given for a pack", "no alpha: a pack knows its scalings", "leave it out")
+    return _classifier_pack(path, read_classifier_manifest(path))
 
 
-def _classifier_pack(manifest: Mapping[str, Any]) -> Facts:
+def _unread(path: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """A note on weights in the folder that no reader of the pack looks at."""
+    names = packs.strangers(path, manifest)
+    return [f"not of this pack, and never read: {', '.join(names)}"] if names else []
+
+
+def _classifier_pack(path: Path, manifest: Mapping[str, Any]) -> Facts:
     shown = ("name", "parameters", "student", "teacher", "preprocessing", "layout", "weights")
     experts = [_classifier_expert(name, entry) for name, entry in manifest["experts"].items()]
-    return {"kind": "classifier pack", **{key: manifest.get(key) for key in shown}, "experts": experts, "files": manifest["files"]}
+    facts = {"kind": "classifier pack", **{key: manifest.get(key) for key in shown}, "experts": experts, "files": manifest["files"]}
+    return facts | {"notes": _unread(path, manifest)}
 
 
 def _classifier_expert(name: str, entry: Mapping[str, Any]) -> Facts:
@@ -170,7 +180,11 @@ def _segmenter_pack(path: Path, manifest: Mapping[str, Any], lora_alpha: float |
         "about": manifest.get("about"),
         "sha256": bundle.sha256,
         "files": manifest["files"],
-        "notes": [*bundle.notes, *([] if prompts else [f"no {PROMPTS_FILE}: prompts must be given when it is used"])],
+        "notes": [
+            *bundle.notes,
+            *_unread(path, manifest),
+            *([] if prompts else [f"no {PROMPTS_FILE}: prompts must be given when it is used"]),
+        ],
     }
 
 
@@ -210,6 +224,7 @@ def _segmenter(weights: SegmenterWeights, *, name: str) -> Facts:
         "features": list(config.features),
         "convs_per_stage": config.convs_per_stage,
         "query_width": config.query_width,
+        **({"mask_activation": config.mask_activation} if config.mask_activation != PUBLISHED_ACTIVATION else {}),
         "form": weights.form,
         "lora_alpha": weights.lora_alpha,
         "experts": [_expert(weights, region) for region in weights.experts],
