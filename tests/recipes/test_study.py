@@ -175,20 +175,51 @@ def test_a_cell_that_fails_costs_no_other_and_runs_again(place: Path, tmp_path: 
 def test_tuning_never_sees_the_test_images(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = read_study(write_study(place, TEXT + "tuning: {rate_factors: [1, 0.001, 10]}\n"))
     cell = next(cell for cell in cells_of(study) if cell.method == "sr-lora")
-    seen = []
-    real = worker.finetune
+    seen, judged = [], []
+    real, real_judge = worker.finetune, worker.judge
 
     def watched(settings: Any, **parts: Any) -> Any:
-        seen.append((settings.learning_rate, parts["test"]))
+        seen.append((settings.learning_rate, parts["test"], len(parts["train"])))
         return real(settings, **parts)
 
+    def looked(model: Any, *args: Any, **how: Any) -> Any:
+        judged.append(len(seen))
+        return real_judge(model, *args, **how)
+
     monkeypatch.setattr(worker, "finetune", watched)
+    monkeypatch.setattr(worker, "judge", looked)
     monkeypatch.setattr(worker, "best_validation", lambda result: {0.001: 0.4, 1e-6: 0.9}.get(seen[-1][0], 0.5))
     record = work_on(cell, str(place), 0)
     assert record["state"] == "done", record
-    assert [rate for rate, _ in seen] == [pytest.approx(1e-3), pytest.approx(1e-6), pytest.approx(1e-2), pytest.approx(1e-6)]
-    assert [test is None for _, test in seen] == [True, True, True, False]  # the test images are given once, to the rate that was chosen
+    assert [rate for rate, _, _ in seen] == [pytest.approx(1e-3), pytest.approx(1e-6), pytest.approx(1e-2)]
+    assert [test for _, test, _ in seen] == [None] * 3
+    assert judged == [3]  # once, after all trials
     assert record["learning_rate"] == pytest.approx(1e-6)
+
+
+def test_the_chosen_network_is_judged_as_a_tuning_run_would(place: Path) -> None:
+    """The network that the trials chose is the one a run of its own at that rate would have given."""
+    study = read_study(write_study(place, TEXT + "tuning: {rate_factors: [1, 300]}\n"))
+    cell = next(cell for cell in cells_of(study) if cell.method == "sr-lora")
+    record = work_on(cell, str(place), 0)
+    parts = worker.parts_of(cell.entry, cell.rules, str(place), shots=cell.shots, draw=cell.draw)
+    scores = {}
+    for rate in cell.rates:
+        settings = worker.FinetuneSettings.model_validate({**cell.settings, "learning_rate": rate})
+        scores[rate] = worker.finetune(settings, train=parts.train, validation=parts.validation, test=parts.test).metrics
+    assert record["metrics"] == scores[record["learning_rate"]]
+    assert len({str(metrics) for metrics in scores.values()}) == 2  # or the comparison would say nothing
+
+
+def test_without_validation_all_training_images_train(place: Path) -> None:
+    study = read_study(write_study(place, TEXT + "validation_shots: none\n"))
+    cell = cells_of(study)[0]
+    record = work_on(cell, str(place), 0)
+    parts = worker.parts_of(cell.entry, cell.rules, str(place), shots=cell.shots, draw=cell.draw)
+    assert parts.validation is None
+    best, _ = worker.tried_on_validation(worker.FinetuneSettings.model_validate(cell.settings), parts, cell.rates)
+    assert best.result.report["data"]["train"]["images"] == len(parts.train) == record["images"]["train"]
+    assert (record["validation"], record["trials"][0]["validation"]) == (None, None)
 
 
 def made(method: str, draw: int, score: float | None, *, seed: int = 0, data: str = "a", state: str = "done") -> dict[str, Any]:

@@ -30,10 +30,11 @@ from medlore.recipes.examples import feature_examples, image_examples, preproces
 from medlore.recipes.finetune_settings import FinetuneSettings
 from medlore.recipes.idle_settings import refuse_idle
 from medlore.recipes.image_splits import ImageSplits, read_splits, split_images
+from medlore.recipes.judging import judge
 from medlore.recipes.predictions import write_predictions
 from medlore.recipes.rank_tracking import RankTracking, plot_tracked
 from medlore.recipes.run import Run
-from medlore.recipes.training import Examples, History, Trainer, predict_logits, probabilities
+from medlore.recipes.training import Examples, History, Trainer
 from medlore.recipes.tuned import save_tuned
 from medlore.recipes.tuning_screen import print_notes
 from medlore.recipes.watching import ProgressBar, Tracking, Watchers
@@ -313,21 +314,10 @@ def _conclude(settings: FinetuneSettings, prepared: _Prepared, history: History,
     if prepared.tracking is not None:
         facts["stable_rank"] = prepared.tracking.weights
     report = facts | {"best_epoch": history.best_epoch, "stopped": history.stopped, "history": history.epochs}
-    scores, targets, metrics = None, None, {}
+    scores, targets, metrics = None, None, dict[str, float | None]()
     if splits.test is not None:
-        test = image_examples(splits.test, preprocessing_of(backbone))
-        logits = predict_logits(model, test.inputs, len(test), accelerator=accelerator)
-        scores, targets = probabilities(logits, splits.test.task).numpy(), test.targets
-        report["test"] = classification_report(
-            targets,
-            scores,
-            classes=splits.test.classes,
-            task=splits.test.task,
-            seed=settings.seed,
-            bootstrap=settings.bootstrap,
-            groups=splits.test.groups,
-        )
-        metrics = {name: entry["value"] for name, entry in report["test"]["metrics"].items()}
+        found = judge(model, backbone, splits.test, settings=settings, accelerator=accelerator)
+        report["test"], metrics, scores, targets = found.report, found.metrics, found.scores, found.targets
     return FinetuneResult(metrics, report, history, scores, targets, model, backbone, prepared.plan, written)
 
 
@@ -386,10 +376,10 @@ def _facts(settings: FinetuneSettings, prepared: _Prepared) -> dict[str, Any]:
 def _about(part: ImageSet | None) -> dict[str, Any] | None:
     if part is None:
         return None
-    return {"name": part.name, "source": part.source, "images": len(part), "counts": part.counts(), "sha256": _content_hash(part)}
+    return {"name": part.name, "source": part.source, "images": len(part), "counts": part.counts(), "sha256": content_hash(part)}
 
 
-def _content_hash(part: ImageSet) -> str:
+def content_hash(part: ImageSet) -> str:
     """Hash of names and labels: two runs with the same one saw the same images."""
     lines = [f"{item.key}\t{','.join(map(str, item.labels))}" for item in part.items]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
@@ -400,8 +390,8 @@ def _fingerprint(settings: FinetuneSettings, prepared: _Prepared, processes: int
     free = {"bootstrap", "track", "checkpoints", "device"}
     facts = settings.model_dump(mode="json", exclude=free)
     facts["weights"] = prepared.backbone.sha256
-    facts["train"] = _content_hash(prepared.splits.train)
-    facts["validation"] = None if prepared.splits.validation is None else _content_hash(prepared.splits.validation)
+    facts["train"] = content_hash(prepared.splits.train)
+    facts["validation"] = None if prepared.splits.validation is None else content_hash(prepared.splits.validation)
     facts["processes"] = processes  # each takes its own draws
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

@@ -229,6 +229,6 @@ def plan_study(file: str | Path, *, only: Sequence[str] = (), trials: int | None
         "cells": len(cells),
         "finished": len(finished),
         "trials": tried,
-        "trainings": left * (1 if tried == 1 else tried + 1),
+        "trainings": left * tried,
         "hours_left": round(left * sum(seconds) / len(seconds) / 3600, 3) if seconds else None,
     }

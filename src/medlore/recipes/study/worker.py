@@ -1,4 +1,4 @@
-"""One cell, in whatever process or machine it is: tune on validation images, train, look at the test images once."""
+"""One cell, in whatever process or machine it is: train at each learning rate, choose on validation, look at the test images once."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ import gc
 import math
 import os
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medlore.errors import MedloreError
+from medlore.errors import InputError, MedloreError
 from medlore.recipes.comparison import measure_of
-from medlore.recipes.finetune import FinetuneResult, finetune
+from medlore.recipes.finetune import FinetuneResult, content_hash, finetune
 from medlore.recipes.finetune_settings import FinetuneSettings
 from medlore.recipes.image_splits import ImageSplits
+from medlore.recipes.judging import Judgement, judge
 from medlore.recipes.run import peak_memory_bytes
 from medlore.recipes.study.cells import StudyCell
 from medlore.recipes.study.parts import parts_of
@@ -57,28 +60,64 @@ def record_of(cell: StudyCell) -> dict[str, Any]:
 def _measured(cell: StudyCell, folder: str) -> dict[str, Any]:
     parts = parts_of(cell.entry, cell.rules, folder, shots=cell.shots, draw=cell.draw)
     settings = FinetuneSettings.model_validate(cell.settings)
-    begun = time.perf_counter()
-    trials = [{"learning_rate": rate, "validation": tried_on_validation(settings, parts, rate)} for rate in cell.rates[: _needed(cell)]]
-    chosen = best_rate(trials) if trials else cell.rates[0]
-    tuned = time.perf_counter()
-    result = finetune(_at(settings, chosen), train=parts.train, validation=parts.validation, test=parts.test)
-    return _facts(cell, parts, result) | {
-        "learning_rate": chosen,
+    best, trials = tried_on_validation(settings, parts, cell.rates)
+    if parts.test is None:
+        raise InputError(str(cell), "no test images", "a set with test images", "give test_data, or a test_fraction above 0")
+    judged = judge(best.result.model, best.result.backbone, parts.test, settings=settings)
+    return _facts(cell, parts, best, judged) | {
+        "learning_rate": best.rate,
         "trials": trials,
-        "tuning_seconds": round(tuned - begun, 2),
-        "training_seconds": round(time.perf_counter() - tuned, 2),
+        "tuning_seconds": round(sum(trial["seconds"] for trial in trials), 2),
+        "training_seconds": best.seconds,
     }
 
 
-def _needed(cell: StudyCell) -> int:
-    """How many trials: where there is nothing to choose from, none."""
-    return len(cell.rates) if len(cell.rates) > 1 else 0
+@dataclass(frozen=True)
+class Trial:
+    """A training at one learning rate.
+
+    Attributes:
+        rate: peak learning rate.
+        validation: score of the epoch that was kept; None where not defined, or without validation images.
+        seconds: of the training.
+        result: what it left.
+    """
+
+    rate: float
+    validation: float | None
+    seconds: float
+    result: FinetuneResult
+
+    def as_values(self) -> dict[str, Any]:
+        """Plain values for the record of a cell."""
+        return {"learning_rate": self.rate, "validation": self.validation, "seconds": self.seconds}
 
 
-def tried_on_validation(settings: FinetuneSettings, parts: ImageSplits, rate: float) -> float | None:
-    """Validation score of the best epoch at one learning rate; the run is not even given the test images."""
-    result = finetune(_at(settings, rate), train=parts.train, validation=parts.validation, test=None)
-    return best_validation(result)
+def tried_on_validation(settings: FinetuneSettings, parts: ImageSplits, rates: Sequence[float]) -> tuple[Trial, list[dict[str, Any]]]:
+    """Train at each learning rate; the trial with the highest validation score, the first of equals, and what all of them found.
+
+    No training is given the test images. The networks of the others are let go, so two are in memory at most.
+    """
+    best, told = _trial(settings, parts, rates[0]), []
+    told.append(best.as_values())
+    for rate in rates[1:]:
+        trial = _trial(settings, parts, rate)
+        told.append(trial.as_values())
+        best = trial if _rated(trial) > _rated(best) else best
+        del trial  # not kept beside the next one
+    return best, told
+
+
+def _trial(settings: FinetuneSettings, parts: ImageSplits, rate: float) -> Trial:
+    # without test images here, and perhaps without any for validation: nothing may be held out of the training images in their place
+    given = settings.model_copy(update={"learning_rate": rate, "test_fraction": 0.0, "validation_fraction": 0.0})
+    begun = time.perf_counter()
+    result = finetune(given, train=parts.train, validation=parts.validation, test=None)
+    return Trial(rate, best_validation(result), round(time.perf_counter() - begun, 2), result)
+
+
+def _rated(trial: Trial) -> float:
+    return -math.inf if trial.validation is None else trial.validation
 
 
 def best_validation(result: FinetuneResult) -> float | None:
@@ -88,38 +127,24 @@ def best_validation(result: FinetuneResult) -> float | None:
     return None if value is None or not math.isfinite(value) else float(value)
 
 
-def best_rate(trials: list[dict[str, Any]]) -> float:
-    """The learning rate with the highest validation score, the first of equals.
-
-    Example:
-        >>> best_rate([{"learning_rate": 1e-3, "validation": 0.7}, {"learning_rate": 3e-3, "validation": 0.7}])
-        0.001
-    """
-    return float(max(trials, key=lambda trial: -math.inf if trial["validation"] is None else trial["validation"])["learning_rate"])
-
-
-def _at(settings: FinetuneSettings, rate: float) -> FinetuneSettings:
-    return settings.model_copy(update={"learning_rate": rate})
-
-
-def _facts(cell: StudyCell, parts: ImageSplits, result: FinetuneResult) -> dict[str, Any]:
+def _facts(cell: StudyCell, parts: ImageSplits, best: Trial, judged: Judgement) -> dict[str, Any]:
     measure = measure_of(parts.train) if cell.measure == "auto" else cell.measure
-    report = result.report
+    report = best.result.report
     images = {name: None if part is None else len(part) for name, part in vars(parts).items() if name in ("train", "validation", "test")}
     return {
         "measure": measure,
-        "score": result.metrics[measure],
-        "majority": report["test"]["majority"][measure],
-        "metrics": result.metrics,
-        "validation": best_validation(result),
+        "score": judged.metrics[measure],
+        "majority": judged.report["majority"][measure],
+        "metrics": judged.metrics,
+        "validation": best.validation,
         "trained_parameters": report["trainable_parameters"],
         "head_parameters": report["head_parameters"],
         "factor_parameters": report["factor_parameters"],
         "steps": report["steps"],
         "best_epoch": report["best_epoch"],
         "images": images,
-        "test_sha256": report["data"]["test"]["sha256"],
-        "train_sha256": report["data"]["train"]["sha256"],
+        "test_sha256": None if parts.test is None else content_hash(parts.test),
+        "train_sha256": content_hash(parts.train),
     }
 
 
