@@ -15,6 +15,7 @@ from medlore.recipes.segmentation.network import PromptedSegmenter
 from medlore.recipes.segmentation.study import (
     by_region,
     experts_order,
+    given_teacher,
     labels_by_region,
     new_teacher,
     plain_order,
@@ -47,7 +48,8 @@ def plan_segmenter(
     settings = read_study(study, steps=steps, **flags)
     shop = open_workshop(settings, folder=Path(study).resolve().parent, out=Path(out), say=say)
     check_experts_have_cases(shop.cohort, shop.cohort.regions)
-    teacher = None if settings.teacher.source is not None else _teacher(shop)
+    given = settings.teacher.source is not None
+    teacher = given_teacher(shop) if given else _teacher(shop)
     facts: dict[str, Any] = {
         "settings": settings.model_dump(mode="json"),
         "device": str(shop.accelerator.device),
@@ -57,10 +59,10 @@ def plan_segmenter(
         "patches": {region: round(share, 4) for region, share in region_shares(shop.cohort).items()},
         "networks": {},
     }
-    if teacher is not None:
+    if not given:
         facts["networks"]["teacher"] = _network(shop, teacher_order(shop), teacher, None)
-        facts |= _student(shop, teacher)
-        facts["networks"] |= facts.pop("students")
+    facts |= _student(shop, teacher)
+    facts["networks"] |= facts.pop("students")
     return facts
 
 
@@ -75,7 +77,7 @@ def _teacher(shop: Workshop) -> PromptedSegmenter:
 
 def _student(shop: Workshop, teacher: PromptedSegmenter) -> dict[str, Any]:
     settings, cohort = shop.settings, shop.cohort
-    trained = shop.state_of(teacher_order(shop)) == "trained"
+    trained = settings.teacher.source is not None or shop.state_of(teacher_order(shop)) == "trained"
     orders = [plain_order(shop)] if "shared" in settings.variants else []
     orders += [single_order(shop, region) for region in cohort.regions] if "single" in settings.variants else []
     plain = plain_student(shop, teacher)

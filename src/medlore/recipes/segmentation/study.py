@@ -159,7 +159,7 @@ def _teacher(shop: Workshop) -> tuple[PromptedSegmenter, dict[str, Path]]:
     """The teacher, frozen, with one row of the table for each prompt of the study."""
     settings, cohort = shop.settings, shop.cohort
     if settings.teacher.source is not None:
-        return _given_teacher(shop).eval().requires_grad_(requires_grad=False), {}
+        return given_teacher(shop).eval().requires_grad_(requires_grad=False), {}
     network = shop.finish(teacher_order(shop), new_teacher(shop))
     as_stored(network, settings.weights)
     packs = {"teacher": write_trained_pack(shop.out / "teacher", network, cohort, settings, role="teacher")} if shop.writes else {}
@@ -175,7 +175,8 @@ def new_teacher(shop: Workshop) -> PromptedSegmenter:
     )
 
 
-def _given_teacher(shop: Workshop) -> PromptedSegmenter:
+def given_teacher(shop: Workshop) -> PromptedSegmenter:
+    """The teacher that the study names, with its own prompts."""
     wanted = shop.settings.teacher
     source = str(wanted.source)
     bundle = load_segmenter(

@@ -1,0 +1,187 @@
+"""A trained segmenter pack against k-means of the grey values, on volumes that its training has not seen.
+
+    python studies/seg_mini_cases.py --data DIR --out runs/seg-mini/cases
+    python -m benchmarks.shipped_segmenter --pack medlore:seg-mini --cases runs/seg-mini/cases --page docs/results.md
+
+Template: the ICBM152 T1 template, skull-stripped, against its tissue maps above one half. Heads: whole heads of seven contrasts, drawn
+from a label map that was kept out of the training. Hippocampi: crops of 40 patients that were kept out. K-means has three classes and
+takes for each tissue the class that fits the truth best; once it sees the image as it is, once inside the true mask of the brain,
+which no user has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks._page import put_section
+from medlore.data.cases import Case, read_cases
+from medlore.data.geometry import Array
+from medlore.data.masks import read_masks
+from medlore.data.nifti import Volume
+from medlore.data.volumes import read_volume
+from medlore.metrics.masks import dice
+from medlore.recipes.demo_segmentation import template_file, tissue_truth
+from medlore.recipes.segmenting import LoadedSegmenter, load_segmenter
+from medlore.recipes.tissue_baseline import best_dice, kmeans_classes
+
+TISSUES = ("grey matter", "white matter")
+NUCLEI = ("brain ventricle", "thalamus", "caudate nucleus", "putamen", "pallidum", "amygdala", "hippocampus", "brainstem", "cerebellum")
+HIPPOCAMPUS = ("hippocampus", "anterior hippocampus", "posterior hippocampus")
+HEADING = "## The shipped segmenter on volumes that it has not seen"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One label of one volume: Dice of the pack and, for tissues, of k-means on the image and inside the true brain."""
+
+    volume: str
+    label: str
+    dice: float
+    kmeans: float | None = None
+    kmeans_in_brain: float | None = None
+
+
+def template_rows(model: LoadedSegmenter) -> list[Row]:
+    """Grey and white matter of the ICBM152 template."""
+    volume = read_volume(template_file())
+    found = model.segment(volume, list(TISSUES), modality="mri")
+    classes = kmeans_classes(volume.array, volume.array > 0)
+    truths = [(label, truth) for label in TISSUES if (truth := tissue_truth(label)) is not None]
+    return [Row("ICBM152", label, dice(found.segmentation.mask(label), t), *(2 * (best_dice(classes, t),))) for label, t in truths]
+
+
+def head_rows(model: LoadedSegmenter, case: Case) -> list[Row]:
+    """Tissues and nuclei of a synthesised head whose label map is known."""
+    volume = read_volume(case.image)
+    truths = truths_of(case, volume)
+    labels = [label for label in (*TISSUES, *NUCLEI) if label in truths]
+    found = model.segment(volume, labels, modality="mri")
+    whole, brain = (kmeans_classes(volume.array, inside) for inside in (volume.array > 0, truths["brain"] | truths["cerebrospinal fluid"]))
+    name = str(case.dataset).removeprefix("synthesised_")
+    rows = []
+    for label in labels:
+        trivial = [best_dice(classes, truths[label]) for classes in (whole, brain)] if label in TISSUES else []
+        rows.append(Row(name, label, dice(found.segmentation.mask(label), truths[label]), *trivial))
+    return rows
+
+
+def hippocampus_rows(model: LoadedSegmenter, case: Case) -> list[Row]:
+    """Three labels of a crop around one hippocampus."""
+    volume = read_volume(case.image)
+    truths = truths_of(case, volume)
+    found = model.segment(volume, list(HIPPOCAMPUS), modality="mri")
+    return [Row(str(case.dataset), label, dice(found.segmentation.mask(label), truths[label])) for label in HIPPOCAMPUS]
+
+
+def stray_ml(found: Array, truth: Array, voxel_ml: float) -> float:
+    """Volume of the largest connected part of an answer that does not touch the truth, in millilitres."""
+    from scipy import ndimage
+
+    parts, count = ndimage.label(found)
+    sizes = np.bincount(parts.reshape(-1), minlength=count + 1)
+    sizes[0] = 0
+    sizes[np.unique(parts[truth])] = 0
+    return float(sizes.max(initial=0)) * voxel_ml
+
+
+def truths_of(case: Case, volume: Volume) -> dict[str, Array]:
+    """Label -> Boolean mask on the volume's grid."""
+    maps = read_masks(case, volume)
+    return {label: np.isin(maps.codes, codes) for label, codes in maps.members.items()}
+
+
+def stray_hippocampus(model: LoadedSegmenter, case: Case) -> float:
+    """The largest part called hippocampus, in a whole head, that touches none."""
+    volume = read_volume(case.image)
+    found = model.segment(volume, ["hippocampus"], modality="mri").segmentation
+    return stray_ml(found.mask("hippocampus"), truths_of(case, volume)["hippocampus"], found.voxel_ml())
+
+
+def held_out(folder: Path, name: str) -> list[Case]:
+    """Test cases of a list of `studies/seg_mini_cases.py`."""
+    return [case for case in read_cases(folder / f"{name}.jsonl") if case.other.get("split") == "test"]
+
+
+def mean(rows: Sequence[Row], label: str, volume: str | None = None) -> float:
+    """Mean Dice of a label."""
+    return float(np.mean([row.dice for row in rows if row.label == label and volume in (None, row.volume)]))
+
+
+def section(told: dict[str, Any], command: str) -> str:
+    """The section of docs/results.md."""
+    rows: list[Row] = told["rows"]
+    heads = list(dict.fromkeys(row.volume for row in rows if row.kmeans is not None))
+    lines = [
+        HEADING,
+        "",
+        f"    {command}",
+        "",
+        f"Pack {told['pack']}, {told['precision']}. Dice; in brackets three-class k-means of the image as it is, and inside the true mask",
+        "of the brain, each tissue by the class that fits the truth best. ICBM152: the real template, truth is its tissue maps above one",
+        "half. The others are whole heads synthesised from a label map that no training saw; they cannot show lesions, atrophy and",
+        "artefacts of real scanners.",
+        "",
+        "| head | grey matter | white matter | " + " | ".join(NUCLEI) + " |",
+        "|---" * (3 + len(NUCLEI)) + "|",
+    ]
+    by = {(row.volume, row.label): row for row in rows}
+    for head in heads:
+        cells = [f"{row.dice:.3f} ({row.kmeans:.3f}, {row.kmeans_in_brain:.3f})" for row in (by[head, label] for label in TISSUES)]
+        cells += [f"{by[head, label].dice:.2f}" if (head, label) in by else "" for label in NUCLEI]
+        lines.append(f"| {head} | " + " | ".join(cells) + " |")
+    crops = [row for row in rows if row.volume == told["crops"]]
+    told_crops = ", ".join(f"{label} {mean(crops, label):.3f}" for label in HIPPOCAMPUS)
+    lines += [
+        "",
+        f"Hippocampi of {len(crops) // len(HIPPOCAMPUS)} held-out patients (crops, real MR): mean Dice {told_crops}.",
+        f"Largest part called hippocampus that touches none, over the whole heads: {told['stray_ml']:.2f} ml.",
+        f"{told['seconds']:.1f} s a whole head with {len(TISSUES) + len(NUCLEI)} labels (this machine, other work beside it).",
+    ]
+    return "\n".join([*lines, ""])
+
+
+def measure(model: LoadedSegmenter, cases: Path, pack: str, *, patients: int) -> dict[str, Any]:
+    """Everything that the section tells."""
+    rows = template_rows(model)
+    heads, began = held_out(cases, "synthesised"), time.perf_counter()
+    for case in heads:
+        rows += head_rows(model, case)
+        sys.stderr.write(
+            f"{case.dataset}: " + ", ".join(f"{r.label} {r.dice:.3f}" for r in rows if str(case.dataset).endswith(r.volume)) + "\n"
+        )
+    seconds = (time.perf_counter() - began) / max(len(heads), 1)
+    crops = held_out(cases, "hippocampus")[:patients]
+    for case in crops:
+        rows += hippocampus_rows(model, case)
+    stray = max(stray_hippocampus(model, case) for case in heads)
+    name = str(crops[0].dataset) if crops else ""
+    return {"pack": pack, "precision": model.model.precision, "rows": rows, "stray_ml": stray, "seconds": seconds, "crops": name}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the arguments and measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pack", default="medlore:seg-mini", help="pack folder or medlore:NAME")
+    parser.add_argument("--cases", type=Path, required=True, help="folder of studies/seg_mini_cases.py")
+    parser.add_argument("--patients", type=int, default=40, help="at most so many crops of a hippocampus")
+    parser.add_argument("--page", type=Path, help="page of results whose section is replaced; else it is printed")
+    arguments = parser.parse_args(argv)
+    told = measure(load_segmenter(arguments.pack), arguments.cases, arguments.pack, patients=arguments.patients)
+    command = f"python -m benchmarks.shipped_segmenter --pack {arguments.pack} --cases runs/seg-mini/cases"
+    text = section(told, command)
+    if arguments.page is None:
+        sys.stdout.write(text)
+    else:
+        put_section(arguments.page, text)
+
+
+if __name__ == "__main__":
+    main()
