@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from medlore.files import json_text
 from medlore.recipes.decompose import decompose, plan
-from medlore.recipes.decomposition import training
 from medlore.recipes.decomposition.report import print_table
+from medlore.recipes.narration import Narrator
 
 
 def run_on_screen(study: Path, out: Path, *, dry_run: bool, as_json: bool, **flags: Any) -> None:
@@ -20,21 +19,8 @@ def run_on_screen(study: Path, out: Path, *, dry_run: bool, as_json: bool, **fla
     if dry_run:
         _print_plan(plan(study, **flags), as_json=as_json)
         return
-    bars = Progress(
-        TextColumn("{task.description:20s}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[text]}"),
-        console=Console(stderr=True),
-    )
-
-    def narrate(name: str) -> training.Progress:
-        bar = bars.add_task(name, total=None, text="")
-        return lambda step, steps, text: bars.update(bar, completed=step, total=steps, text=text)
-
-    with bars:
-        done = decompose(study, out, narrate=narrate, **flags)
+    with Narrator(Console(stderr=True)) as narrator:
+        done = decompose(study, out, narrate=narrator, **flags)
     if as_json:
         sys.stdout.write(json_text({"pack": done.pack, "table": done.table}) + "\n")
         return

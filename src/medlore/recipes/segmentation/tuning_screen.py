@@ -11,9 +11,10 @@ from rich.console import Console
 
 from medlore.errors import InputError
 from medlore.files import json_text
+from medlore.recipes.narration import Narrator
 from medlore.recipes.run import read_settings
 from medlore.recipes.segmentation.few_shot import FewShotResult, FewShotSettings, plan_tuning, tune_segmenter
-from medlore.recipes.segmentation.screen import Narrator, print_tables
+from medlore.recipes.segmentation.screen import print_tables
 
 
 def tune_on_screen(
