@@ -74,6 +74,31 @@ def test_the_dry_run_knows_what_is_trained(done: tuple[Path, SegmentationResult]
     assert not (tmp_path / "networks").exists()
 
 
+def test_a_second_stage_begins_with_the_first_ones_weights(done: tuple[Path, SegmentationResult], tmp_path: Path) -> None:
+    """One step at a vanishing rate leaves the first stage's teacher as it was; other sizes are refused."""
+    folder, first = done
+    text = (folder / "study.yaml").read_text().replace("learning_rate: 3.0e-3, ema: 0.9", "learning_rate: 1.0e-12")
+    stage = folder / "stage-2.yaml"
+    stage.write_text(text.replace("teacher: {", f"teacher: {{start: {first.packs['teacher']}, "))
+    second = decompose_segmenter(stage, tmp_path / "out", only="teacher").packs["teacher"]
+    before, after = (load_segmenter(pack) for pack in (first.packs["teacher"], second))
+    assert all(torch.equal(after.weights.base[name], tensor) for name, tensor in before.weights.base.items())
+    assert torch.equal(after.queries(["liver"], "mri"), before.queries(["liver"], "mri"))
+    stage.write_text(stage.read_text().replace(str(first.packs["teacher"]), str(first.packs["pack"])))
+    with pytest.raises(InputError, match="teacher.start"):
+        decompose_segmenter(stage, tmp_path / "other", only="teacher")
+
+
+def test_a_given_teacher_plans_its_students_too(done: tuple[Path, SegmentationResult], tmp_path: Path) -> None:
+    folder, first = done
+    study = folder / "given.yaml"
+    text = (folder / "study.yaml").read_text()
+    study.write_text(text.replace("teacher: {", f"teacher: {{source: {first.packs['teacher']}, "))
+    found = plan_segmenter(study, tmp_path)
+    assert set(found["networks"]) == {"shared", "experts"}
+    assert found["ranks"]["brain"]
+
+
 def test_the_pack_segments_with_the_regions_of_the_study(done: tuple[Path, SegmentationResult]) -> None:
     folder, result = done
     masks = load_for_use(result.packs["pack"]).segment(folder / "brain3.nii.gz", ["hippocampus", "brainstem"], modality="mri")

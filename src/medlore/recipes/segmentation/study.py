@@ -135,7 +135,9 @@ def measured(shop: Workshop, name: str, network: PromptedSegmenter, cohort: Coho
 
 def teacher_order(shop: Workshop) -> Order:
     """The teacher: asked labels of all regions at once, since it has no experts."""
-    return Order("teacher", shop.settings.teacher, shop.cohort, ("teacher",), by_region=False)
+    begun = shop.settings.teacher.start
+    begins_with = "" if begun is None else _bundle(begun).sha256
+    return Order("teacher", shop.settings.teacher, shop.cohort, ("teacher",), by_region=False, begins_with=begins_with)
 
 
 def plain_order(shop: Workshop) -> Order:
@@ -167,21 +169,35 @@ def _teacher(shop: Workshop) -> tuple[PromptedSegmenter, dict[str, Path]]:
 
 
 def new_teacher(shop: Workshop) -> PromptedSegmenter:
-    """An untrained teacher that learns its prompts."""
-    config, seed = shop.settings.teacher.sizes.config(), shop.settings.seed
+    """A teacher that learns its prompts: untrained, or with the weights and prompts of an earlier stage.
+
+    Raises:
+        InputError: the earlier stage has other sizes.
+        UnknownNameError: it lacks one of the prompts.
+    """
+    config, seed, start = shop.settings.teacher.sizes.config(), shop.settings.seed, shop.settings.teacher.start
     seed_everything(seed)
-    return PromptedSegmenter(
-        Segmenter(config, dropout=0.0), new_prompts(len(shop.cohort.keys), config.query_width, seed=seed), learn_prompts=True
-    )
+    if start is None:
+        return PromptedSegmenter(
+            Segmenter(config, dropout=0.0), new_prompts(len(shop.cohort.keys), config.query_width, seed=seed), learn_prompts=True
+        )
+    bundle = _bundle(start)
+    if bundle.config != config or bundle.weights.experts:
+        experts = f" with {len(bundle.weights.experts)} experts" if bundle.weights.experts else ""
+        came = f"{start} of features {list(bundle.config.features)}{experts}"
+        raise InputError("teacher.start", came, "a pack of teacher.sizes without experts", "give the pack that an earlier stage wrote")
+    return PromptedSegmenter(segmenter_with_experts(bundle.weights, dropout=0.0), queries_of(bundle, shop.cohort.keys), learn_prompts=True)
+
+
+def _bundle(source: str, *, text: Path | None = None, prompt_embeddings: Path | None = None) -> SegmenterBundle:
+    return load_segmenter(source if source.startswith(PREFIX) else Path(source), text=text, prompt_embeddings=prompt_embeddings)
 
 
 def given_teacher(shop: Workshop) -> PromptedSegmenter:
     """The teacher that the study names, with its own prompts."""
     wanted = shop.settings.teacher
     source = str(wanted.source)
-    bundle = load_segmenter(
-        source if source.startswith(PREFIX) else Path(source), text=wanted.text, prompt_embeddings=wanted.prompt_embeddings
-    )
+    bundle = _bundle(source, text=wanted.text, prompt_embeddings=wanted.prompt_embeddings)
     if bundle.config.query_width != shop.settings.student.sizes.query_width:
         came = f"student.sizes.query_width {shop.settings.student.sizes.query_width}"
         raise InputError(
