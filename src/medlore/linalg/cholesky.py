@@ -15,7 +15,7 @@ import scipy.linalg.lapack
 import torch
 
 from medlore.linalg.lanczos import FAILURE_OF_ALL, FAILURE_OF_PROBES, Enclosure, symmetric_eigen
-from medlore.linalg.passes import Array, Float64, chi_floor, exact_pass, gamma, gram_upper, gram_upper_64, lower_bound_of_top
+from medlore.linalg.passes import Array, ExactPass, Float64, chi_floor, exact_pass, gamma, gram_upper, gram_upper_64, lower_bound_of_top
 
 _PROBES = 15  # with the Ritz vector sixteen columns, which BLAS kernels like
 _FEW_PROBES = 7  # half the cost, an error bound some ten times larger
@@ -132,7 +132,7 @@ class GramMatrix:
         size = float(np.linalg.norm(seeds))
         rounding = 4 * (gamma(m + n) * seen.frobenius2 + gamma(2 * n) * (n * level + level)) * size
         error = (float(np.linalg.norm(misses)) + rounding) / chi_floor(probes, FAILURE_OF_PROBES)
-        return self._enclosure(seen.frobenius2, seen.lengths2[0], lower_bound_of_top(seen, 0, X[:, 0], m), level + error, FAILURE_OF_ALL)
+        return self._enclosure(seen, lower_bound_of_top(seen, 0, X[:, 0], m), level + error, FAILURE_OF_ALL)
 
     def proved_bound(self, level: float) -> Enclosure | None:
         """σ₁² <= level + shift, proved: the float64 Cholesky factorisation of level · I − G ran to its end.
@@ -148,11 +148,11 @@ class GramMatrix:
         product = gamma(m + 2) * seen.frobenius2
         factorisation = gamma(n + 2) / (1 - gamma(n + 2)) * n * level
         shift = 2 * (product + factorisation + 4 * gamma(1) * level)
-        return self._enclosure(seen.frobenius2, seen.lengths2[0], lower_bound_of_top(seen, 0, X[:, 0], m), level + shift, 0.0)
+        return self._enclosure(seen, lower_bound_of_top(seen, 0, X[:, 0], m), level + shift, 0.0)
 
-    def _enclosure(self, frobenius2: float, length2: float, lower: float, upper: float, failure: float) -> Enclosure:
-        value = float(length2 / (self.vector @ self.vector))
-        return Enclosure(frobenius2, value, lower, upper, failure)
+    def _enclosure(self, seen: ExactPass, lower: float, upper: float, failure: float) -> Enclosure:
+        value = float(seen.lengths2[0] / (self.vector @ self.vector))
+        return Enclosure(seen.frobenius2, seen.frobenius_error, value, lower, upper, failure)
 
 
 def _ritz(alphas: Float64, betas: Float64) -> tuple[float, Float64, float]:
@@ -168,17 +168,20 @@ def _ritz(alphas: Float64, betas: Float64) -> tuple[float, Float64, float]:
 
 
 def exact_enclosure(A: Array) -> Enclosure:
-    """‖A‖_F² and σ₁² from the float64 Gram matrix, with the bound of what its rounding can do."""
+    """‖A‖_F² and σ₁² from the float64 Gram matrix, with the bound of what its rounding can do.
+
+    The trace is a sum of n sums of m squares: its relative error is below gamma(m + n).
+    """
     m, n = A.shape
     G = gram_upper_64(A)
     frobenius2 = float(np.trace(G))
     top = float(scipy.linalg.eigh(G, lower=False, eigvals_only=True, subset_by_index=(n - 1, n - 1), check_finite=False)[0])
     error = 2 * gamma(m + n) * frobenius2
-    return Enclosure(frobenius2, top, top - error, top + error, 0.0)
+    return Enclosure(frobenius2, gamma(m + n), top, top - error, top + error, 0.0)
 
 
 def svd_enclosure(A: Array) -> Enclosure:
     """‖A‖_F² and σ₁² as a float64 SVD gives them: the last word on a rounding edge."""
     values = np.linalg.svd(A.astype(np.float64), compute_uv=False)
     top = float(values[0] ** 2)
-    return Enclosure(float((values**2).sum()), top, top, top, 0.0)
+    return Enclosure(float((values**2).sum()), 0.0, top, top, top, 0.0)

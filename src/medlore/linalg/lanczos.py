@@ -24,9 +24,13 @@ FAILURE_OF_ALL = FAILURE_OF_START + 4 * FAILURE_OF_PROBES
 
 @dataclass(frozen=True)
 class Enclosure:
-    """Bounds of ‖A‖_F² and σ₁²: `value` and `lower` are sure, `upper` fails with at most `failure_probability`."""
+    """Bounds of ‖A‖_F² and σ₁²: `value` and `lower` are sure, `upper` fails with at most `failure_probability`.
+
+    `frobenius_error` bounds the relative error of `frobenius2`.
+    """
 
     frobenius2: float
+    frobenius_error: float
     value: float
     lower: float
     upper: float
@@ -184,7 +188,7 @@ class BlockKrylov:
         lower = lower_bound_of_top(seen, 0, X[:, 0], max(self.A.shape))
         upper = self.upper_bound(target, residual=residual, slack=slack)
         value = float(seen.lengths2[0] / (X[:, 0] @ X[:, 0]))
-        return Enclosure(seen.frobenius2, value, lower, upper, FAILURE_OF_ALL)
+        return Enclosure(seen.frobenius2, seen.frobenius_error, value, lower, upper, FAILURE_OF_ALL)
 
 
 def leading_space_bound(A: Array, X: Float64, target: float) -> Enclosure | None:
@@ -210,13 +214,15 @@ def leading_space_bound(A: Array, X: Float64, target: float) -> Enclosure | None
     unit = gamma(sum(A.shape) + 16)
     skew = float(np.linalg.norm(X.T @ X - np.eye(j))) + j * unit
     wrong = float(np.linalg.norm(T - np.diag(held))) + 16 * (skew + 2 * j * unit) * seen.frobenius2
-    most = (1 + gamma(1 << 18)) * seen.frobenius2 + (j + 2) * wrong  # with what rounding can hide of the trace that X leaves
+    largest = seen.frobenius2 * (1 + gamma(4)) / (1 - seen.frobenius_error)  # what ‖A‖_F² may be
+    most = largest + (j + 2) * wrong  # with what rounding can hide of the trace that X leaves
     level = target - wrong
     kept = _gains(level, held, couplings2) > 0
     if level <= held.max() or level - most + _gains(level, held, couplings2)[kept].sum() <= 1e-9 * most:
         return None
     lower = lower_bound_of_top(seen, 0, X[:, 0], max(A.shape))
-    return Enclosure(seen.frobenius2, float(seen.lengths2[0] / (X[:, 0] @ X[:, 0])), lower, target, 0.0)
+    value = float(seen.lengths2[0] / (X[:, 0] @ X[:, 0]))
+    return Enclosure(seen.frobenius2, seen.frobenius_error, value, lower, target, 0.0)
 
 
 def _gains(level: float, held: Float64, couplings2: Float64) -> Float64:

@@ -54,12 +54,14 @@ class ExactPass:
     """What one float64 pass over A tells.
 
     Attributes:
-        frobenius2: ‖A‖_F², relative error below `gamma(size of a chunk + chunks)`.
+        frobenius2: ‖A‖_F².
+        frobenius_error: bound of its relative error: a chunk's sum of squares, then the sum over the chunks.
         images: AᵀA X, n x b.
         lengths2: ‖A x‖² for every column x of X.
     """
 
     frobenius2: float
+    frobenius_error: float
     images: Float64
     lengths2: Float64
 
@@ -78,7 +80,19 @@ def exact_pass(A: Array, X: Float64) -> ExactPass:
         Y = torch.from_numpy(C) @ columns
         images.addmm_(Y.T, torch.from_numpy(C))
         lengths2 += (Y * Y).sum(dim=0).numpy()
-    return ExactPass(frobenius2, np.asarray(images.numpy()).T, lengths2)
+    return ExactPass(frobenius2, gamma(chunks[0].size + len(chunks)), np.asarray(images.numpy()).T, lengths2)
+
+
+def frobenius_norm(values: Float64) -> tuple[float, float]:
+    """‖A‖_F and a bound of its relative error; squares neither overflow nor vanish."""
+    power = int(np.frexp(np.abs(values).max())[1])
+    flat = np.ldexp(values, -power).ravel()
+    size = _CHUNK_BYTES // 16
+    parts = [flat[i : i + size] for i in range(0, flat.size, size)]
+    squares = 0.0
+    for part in parts:
+        squares += float(np.dot(part, part))
+    return float(np.ldexp(np.sqrt(squares), power)), gamma(size + len(parts) + 4)
 
 
 def lower_bound_of_top(seen: ExactPass, column: int, x: Float64, width: int) -> float:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from medlore.errors import InputError, TargetError, UnknownNameError
 from medlore.linalg.cholesky import GramMatrix, exact_enclosure, svd_enclosure
 from medlore.linalg.lanczos import BlockKrylov, Enclosure, leading_space_bound
-from medlore.linalg.passes import gamma
+from medlore.linalg.passes import frobenius_norm, gamma
 from medlore.linalg.threads import one_thread
 
 Rounding = Literal["half-even", "half-up", "floor", "ceil"]
@@ -129,10 +129,9 @@ def spectral_norm(W: torch.Tensor | Array, *, tolerance: float = 1e-4, proof: bo
     """
     found = stable_rank(W, tolerance=tolerance, proof=proof, seed=seed)
     values = W.detach().double().cpu().numpy() if isinstance(W, torch.Tensor) else np.asarray(W, np.float64)
-    frobenius = float(np.abs(values).max())
-    frobenius *= float(np.linalg.norm(values / frobenius))
+    frobenius, error = frobenius_norm(values)
     value, lower, upper = (frobenius / math.sqrt(s) for s in (found.value, found.upper, found.lower))
-    slip = 1 + gamma(1 << 18)
+    slip = (1 + gamma(8)) / (1 - error)
     return SpectralNorm(value, lower / slip, upper * slip, found.failure_probability)
 
 
@@ -224,7 +223,7 @@ class _Question:
 
     def settle(self, seen: Enclosure, decided_by: Decision, steps: int) -> StableRank | None:
         """The answer, if both bounds round to the same integer and lie close enough together."""
-        slip = 1 + gamma(1 << 18) if decided_by != "exact" else 1.0  # rounding of ‖A‖_F², summed chunk by chunk, and of the division
+        slip = (1 + gamma(8)) / (1 - seen.frobenius_error)  # rounding of ‖A‖_F² and of the few operations here
         value = min(float(self.most), max(1.0, seen.frobenius2 / seen.value))
         upper = min(float(self.most), max(value, seen.frobenius2 / seen.lower * slip if seen.lower > 0 else math.inf))
         lower = max(1.0, min(value, seen.frobenius2 / seen.upper / slip))

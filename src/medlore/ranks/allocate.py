@@ -89,6 +89,13 @@ def plan_ranks(  # noqa: PLR0913 - every option is one decision that the plan re
     opened = open_source(source)
     if isinstance(ranks, str | Path) and is_plan_file(ranks):
         given = RankPlan.load(ranks).for_source(opened, check=check)
+        asked: dict[str, tuple[Any, Any, Any]] = {
+            "targets": (targets, "attention", given.targets),
+            "granularity": (granularity, "projection", given.granularity),
+        }
+        asked |= {"rule": (rule, "stable-rank", "given"), "scale": (scale, 1.0, given.scale), "budget": (budget, None, given.budget)}
+        asked |= {"k": (include_k, False, given.include_k), "max_rank": (max_rank, None, given.max_rank), "min_rank": (min_rank, 1, 1)}
+        _refuse_beside_a_plan(str(ranks), asked)
         return _with_module_names(_taken_over(given, opened, alpha), opened)
     alpha = "rank" if alpha is None else alpha
     options = _Options(granularity, _checked_rule(rule, ranks, budget), scale, alpha, include_k, min_rank, max_rank, rounding, proof, seed)
@@ -312,6 +319,15 @@ def _planned(target: Target, measured: _Measured, rank: int, decided_by: str, al
         decided_by=decided_by,
         sha256=measured.sha256,
     )
+
+
+def _refuse_beside_a_plan(plan: str, asked: Mapping[str, tuple[Any, Any, Any]]) -> None:
+    """What a plan has decided is not asked for again: name -> what came, the default, the plan's own."""
+    clashing = {name: came for name, (came, default, own) in asked.items() if came not in (default, own)}
+    if clashing:
+        flags = ", ".join("--" + name.replace("_", "-") for name in clashing)
+        came = f"{', '.join(map(str, clashing.values()))} beside the plan {plan}, which has decided it"
+        raise InputError(flags, came, "alpha alone: targets and ranks are the plan's", "leave it out, or make a plan without --ranks")
 
 
 def _with_module_names(plan: RankPlan, source: WeightSource) -> RankPlan:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from medlore.errors import InputError, TargetError
+from medlore.errors import InputError, StepError, TargetError
 from medlore.layers.methods import Request, install_method
 from medlore.layers.tuning import modules
 from medlore.layers.tuning.adapters import ParallelAdapter, RepAdapter, SerialAdapter
@@ -355,3 +355,19 @@ def test_repadapter_goes_into_windows_that_are_filled_up() -> None:
         before = model.eval()(pixel_values=x).logits
         after = tuning.merged().eval()(pixel_values=x).logits
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-6)
+
+
+def test_a_shift_behind_a_singular_adapter_is_not_put_before_it() -> None:
+    """M = -1 takes every direction away: what reads zeros in the windows' rim can then not be told from what the adapter answers."""
+    sizes = AdapterSizes(8, 1.0, 0.0)
+    norm, reader, extra = stirred(nn.LayerNorm(8)), stirred(nn.Linear(8, 3)), RepAdapter(8, sizes)
+    with torch.no_grad():
+        extra.down.weight.copy_(-(1 - 1e-6) * torch.eye(8))
+        extra.down.weight[0] = 0  # one direction of eight stays: the largest singular value is 1, the smallest 1e-6
+        extra.up.copy_(torch.eye(4).expand(2, 4, 4))
+        extra.up_bias.fill_(1.0)
+    before = [reader.weight.clone(), reader.bias.clone(), norm.bias.clone()]
+    with pytest.raises(StepError, match=r"merging a RepAdapter: I \+ M has singular values from 1\.\de-06"):
+        extra.fold_into([reader], norm=norm)
+    assert all(torch.equal(a, b) for a, b in zip(before, [reader.weight, reader.bias, norm.bias], strict=True)), "nothing was changed"
+    extra.fold_into([reader])  # without zeros between norm and reader no inverse is needed

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from medlore.errors import InputError
+from medlore.errors import InputError, StepError
 from medlore.layers.tuning.anatomy import attends_in_windows, blocks_with_parts
 from medlore.layers.tuning.attach import Extra, add_to_linear, attach, attached, detach
 from medlore.layers.tuning.options import ADAPTER_SIZES, AdapterSizes, TuningOptions
 
 REP_GROUPS = 2
+_LEAST_SHARE = 1e-4  # of the largest singular value of I + M; float32 keeps seven digits, three are left then
 
 
 class SerialAdapter(Extra):
@@ -97,17 +98,36 @@ class RepAdapter(Extra):
             readers: these layers.
             norm: takes up v instead, as (I + M)⁻¹ v in its bias. Needed where zeros are put between norm and readers (the windows
                 of Swin are filled up with them): they never met the adapter.
+
+        Raises:
+            StepError: a shift has to go into the norm, and I + M is nearly singular.
         """
         with torch.no_grad():
             up = self.dense_up()
             matrix = self.scale * up @ self.down.weight
             shift = self.scale * (up @ self.down.bias + self.up_bias)
+            before = None if norm is None else _bias_before(matrix, shift)  # may refuse, and nothing is changed yet
             for reader in readers:
                 weight: Any = reader.weight
                 add_to_linear(reader, weight @ matrix, None if norm is not None else weight @ shift)
             if norm is not None:
-                whole = torch.eye(len(matrix), dtype=torch.float64, device=matrix.device) + matrix.double()
-                add_to_linear(norm, torch.zeros_like(shift), torch.linalg.solve(whole, shift.double()))
+                add_to_linear(norm, torch.zeros_like(shift), before)
+
+
+def _bias_before(matrix: Tensor, shift: Tensor) -> Tensor:
+    """(I + M)⁻¹ v in float64, if it keeps the digits that count: the error of a float32 weight grows with the condition of I + M.
+
+    Raises:
+        StepError: the adapter all but takes some direction away, and no bias before it can stand for its own.
+    """
+    whole = torch.eye(len(matrix), dtype=torch.float64, device=matrix.device) + matrix.double()
+    values = torch.linalg.svdvals(whole)
+    if not bool(values[-1] > _LEAST_SHARE * values[0]):
+        came = f"I + M has singular values from {float(values[-1]):.1e} to {float(values[0]):.1e}"
+        accepted = f"a smallest one above {_LEAST_SHARE:.0e} of the largest, so that the bias can be moved in front of the adapter"
+        raise StepError("merging a RepAdapter", came, accepted, "keep the adapter unmerged, or train it with a smaller learning rate")
+    before: Tensor = torch.linalg.solve(whole, shift.double())
+    return before
 
 
 def install_adapters(model: nn.Module, options: TuningOptions) -> None:
