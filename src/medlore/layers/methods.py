@@ -21,6 +21,7 @@ from medlore.errors import InputError, UnknownNameError
 from medlore.files import atomic_folder
 from medlore.layers import surgery
 from medlore.layers.adapter_folder import Factors, write_lora_folder
+from medlore.layers.lora_step import quicken
 from medlore.layers.tuning.installed import tune_modules, tune_norms, tune_pairs
 from medlore.layers.tuning.interface import (
     TRAINED_NAMES,
@@ -232,7 +233,12 @@ def _peft_tuning(tuned: Any, request: Request, *, plain: Callable[[], dict[str, 
         with atomic_folder(folder) as temporary:
             tuned.save_pretrained(str(temporary), save_embedding_layers=False)
 
-    tuning = Tuning(model=tuned, form="adapter", save=save, merged=tuned.merge_and_unload)
+    def merged() -> nn.Module:
+        quick.restore()
+        return cast("nn.Module", tuned.merge_and_unload())
+
+    quick = quicken(tuned, logits_only=request.component_masks == "off")  # the masks read every token
+    tuning = Tuning(model=tuned, form="adapter", save=save, merged=merged)
     if request.partial_update != "off":
         from medlore.layers.partial_update import install_partial_update
 

@@ -161,7 +161,8 @@ class Trainer:
             CheckpointError: the checkpoint belongs to another run.
         """
         plain = self.tuning.model
-        optimizer = torch.optim.AdamW(_groups(plain, self.schedule.weight_decay), lr=self.schedule.learning_rate)
+        fused = self.accelerator.device.type == "cpu"  # one pass over the weights; on CUDA torch chooses well by itself
+        optimizer = torch.optim.AdamW(_groups(plain, self.schedule.weight_decay), lr=self.schedule.learning_rate, fused=fused or None)
         model, optimizer = self.accelerator.prepare(plain, optimizer)
         history, best_key, stale = History(), (-math.inf, -math.inf), 0
         best: dict[str, Tensor] = {}
