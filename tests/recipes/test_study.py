@@ -211,6 +211,14 @@ def test_the_chosen_network_is_judged_as_a_tuning_run_would(place: Path) -> None
     assert len({str(metrics) for metrics in scores.values()}) == 2  # or the comparison would say nothing
 
 
+def test_the_first_of_equal_trials_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = {1e-3: 0.35, 3e-3: 0.35000000000000003, 1e-2: None}
+    monkeypatch.setattr(worker, "_trial", lambda settings, parts, rate: worker.Trial(rate, scores[rate], 1.0, None))
+    best, told = worker.tried_on_validation(None, None, list(scores))
+    assert (best.rate, [trial["validation"] for trial in told]) == (1e-3, list(scores.values()))
+    assert worker.tried_on_validation(None, None, [1e-2, 3e-3])[0].rate == 3e-3
+
+
 def test_without_validation_all_training_images_train(place: Path) -> None:
     study = read_study(write_study(place, TEXT + "validation_shots: none\n"))
     cell = cells_of(study)[0]

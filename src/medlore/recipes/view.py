@@ -10,6 +10,7 @@ from medlore.errors import DataError, InputError
 from medlore.files import read_json
 from medlore.recipes.demo_page import demo_page
 from medlore.recipes.page import Notes, Page, Picture, Piece, Section, Table, write_page
+from medlore.recipes.study.page import study_page
 from medlore.recipes.view_masks import case_sections, is_case_folder
 from medlore.recipes.view_plan import plan_pieces
 from medlore.recipes.view_report import report_page
@@ -110,4 +111,4 @@ def _case_table(cases: list[Mapping[str, Any]]) -> list[Piece]:
     return [table, *([Notes(faults, warning=True)] if faults else [])]
 
 
-_BY_VERB: dict[str, Callable[[Mapping[str, Any], Path], Page]] = {"demo": demo_page, "segment": _segment_run}
+_BY_VERB: dict[str, Callable[[Mapping[str, Any], Path], Page]] = {"demo": demo_page, "segment": _segment_run, "study": study_page}

@@ -11,7 +11,7 @@ from medlore.recipes.page.pieces import Cell
 from medlore.recipes.view_plan import plan_pieces
 from medlore.recipes.view_report import report_page
 
-_SHOWN = ("tables", "means", "failed", "notes", "controls", "cells", "study", "reference", "trials")
+_SHOWN = ("tables", "means", "mean_ranks", "failed", "notes", "controls", "cells", "study", "reference", "trials")
 _NOTE = (
     "Means over draws with 95 % intervals; differences are paired by draw. Where the interval of a difference holds 0, these draws "
     "cannot tell the two apart. Wins: draws on which the reference is better, equal, worse. Seconds: median of one training."
@@ -21,11 +21,13 @@ _NOTE = (
 def study_page(report: Mapping[str, Any], folder: Path) -> Page:
     """The page of a folder of `medlore study`."""
     results = report.get("results", {})
-    tables = [_table(table, str(results.get("reference"))) for table in results.get("tables", ())]
+    tables = [piece for table in results.get("tables", ()) for piece in _tables(table, str(results.get("reference")))]
     sections = [Section("Notes", _notes(results)), Section("Results", [*([Notes([_NOTE])] if tables else []), *tables])]
     if (folder / "differences.png").is_file():
         words = "Paired differences: one dot a draw; diamond and line: mean and 95 % interval"
         sections.append(Section("Draw by draw", (Picture.from_file(folder / "differences.png", words),)))
+    if (ranks := results.get("mean_ranks")) and (folder / "mean_ranks.png").is_file():
+        sections.append(Section("Mean ranks", _ranks(ranks, folder / "mean_ranks.png")))
     if results.get("means"):
         sections.append(Section("Means over sets", (_means(results["means"]),)))
     if (folder / "plan.json").is_file():
@@ -34,14 +36,18 @@ def study_page(report: Mapping[str, Any], folder: Path) -> Page:
     return Page(f"Study: {results.get('study', folder.name)}", page.sections, page.subtitle, page.facts)
 
 
-def _table(table: Mapping[str, Any], reference: str) -> Piece:
+def _tables(table: Mapping[str, Any], reference: str) -> list[Piece]:
+    """What was found, and folded under it what it cost."""
     measure = str(table["measure"]).replace("_", " ")
-    rows: list[list[Cell]] = [
+    found: list[list[Cell]] = [
+        [row["method"], _interval(row["score"]), _interval(row["difference"]), _wins(row["wins"]), row["trained_parameters"]]
+        for row in table["rows"]
+    ]
+    if table["majority"] is not None:
+        found.append(["majority class", Interval(table["majority"]), None, None, 0])
+    cost: list[list[Cell]] = [
         [
             row["method"],
-            _interval(row["score"]),
-            _interval(row["difference"]),
-            None if row["wins"] is None else " / ".join(str(count) for count in row["wins"]),
             row["trained_parameters"],
             row["factor_parameters"],
             float(row["seconds"]),
@@ -49,10 +55,27 @@ def _table(table: Mapping[str, Any], reference: str) -> Piece:
         ]
         for row in table["rows"]
     ]
-    if table["majority"] is not None:
-        rows.append(["majority class", Interval(table["majority"]), None, None, 0, None, None, None])
-    heads = ("method", measure, f"{reference} minus it", "wins", "trained parameters", "in factors", "seconds", "peak memory in GiB")
-    return Table(heads, rows, f"{table['data']}, {table['shots']} shots, {table['test_images']} test images")
+    name = f"{table['data']}, {table['shots']} shots"
+    heads = ("method", measure, f"{reference} minus it", "wins", "trained parameters")
+    return [
+        Table(heads, found, f"{name}, {table['test_images']} test images"),
+        Table(("method", "trained parameters", "in factors", "seconds", "peak memory in GiB"), cost, f"{name}: cost", folded=True),
+    ]
+
+
+def _wins(counts: list[int] | None) -> str | None:
+    return None if counts is None else "\N{NO-BREAK SPACE}/\N{NO-BREAK SPACE}".join(str(count) for count in counts)
+
+
+def _ranks(found: Mapping[str, Any], picture: Path) -> list[Piece]:
+    left_out = f" Draws that lack a method, left out: {found['draws_left_out']}." if found["draws_left_out"] else ""
+    chance = "" if found["probability"] is None else f" Friedman's test: p = {found['probability']:.2g}."
+    words = (
+        f"Each of {found['draws']} draws ranks all methods.{left_out} Two methods whose lines overlap (mean ranks closer than "
+        f"{found['critical_difference']:.1f}) are not told apart by Nemenyi's test at 5 %.{chance} Draws of one set share its pool and its "
+        "test images, so the test is rather too sure."
+    )
+    return [Picture.from_file(picture, "Mean ranks with critical difference"), Notes([words])]
 
 
 def _means(means: list[Mapping[str, Any]]) -> Piece:

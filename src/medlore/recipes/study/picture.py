@@ -1,4 +1,4 @@
-"""The paired-dot picture of a study: what the reference has over each other method, draw by draw."""
+"""Pictures of a study: what the reference has over each other method, draw by draw, and the mean ranks of all."""
 
 from __future__ import annotations
 
@@ -57,3 +57,33 @@ def _draw_panel(panel: Any, table: Mapping[str, Any], records: Sequence[Mapping[
     panel.tick_params(axis="x", labelsize=8)
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(axis="x", alpha=0.25)
+
+
+def draw_mean_ranks(results: Mapping[str, Any], path: Path) -> Path:
+    """A critical-difference plot: a dot a method, best on top; two methods whose lines overlap are not told apart.
+
+    Args:
+        results: of the report: `mean_ranks` and `reference`.
+        path: of the PNG.
+    """
+    from matplotlib.figure import Figure
+
+    found = results["mean_ranks"]
+    half = found["critical_difference"] / 2
+    names, ranks = list(found["ranks"]), list(found["ranks"].values())
+    figure = Figure(figsize=(7.5, 1.3 + 0.27 * len(names)), layout="constrained")
+    panel = figure.subplots()
+    panel.axvspan(ranks[0] - half, ranks[0] + half, color="#0072b2", alpha=0.08, linewidth=0)  # of the best, to compare the others with
+    for place, (name, rank) in enumerate(zip(names, ranks, strict=True)):
+        colour = "#d55e00" if name == results["reference"] else "#0072b2"
+        panel.plot([rank - half, rank + half], [place, place], color=colour, linewidth=2, alpha=0.6)
+        panel.plot(rank, place, "o", color=colour, markersize=6)
+    panel.set_yticks(range(len(names)), names, fontsize=8)
+    panel.set_ylim(len(names) - 0.5, -0.5)
+    panel.set_xlabel(f"mean rank over {found['draws']} draws (1 is best), with half the critical difference on each side", fontsize=8)
+    panel.tick_params(axis="x", labelsize=8)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.grid(axis="x", alpha=0.25)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+    return path

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from medlore.errors import InputError
-from medlore.files import atomic_path, made_folder
+from medlore.files import atomic_path, made_folder, write_text
 from medlore.recipes.run import Run, choose_device
 from medlore.recipes.segment_workers import spread
 from medlore.recipes.study.cells import StudyCell, cells_of, chosen_cells, contenders_of, merged_settings
 from medlore.recipes.study.faults import read_study
+from medlore.recipes.study.markdown import tables_in_markdown
 from medlore.recipes.study.records import CELLS, append_record, read_records
 from medlore.recipes.study.settings import StudySettings
-from medlore.recipes.study.table import means_over_sets, tables_of
+from medlore.recipes.study.table import means_over_sets, ranks_of, tables_of
 from medlore.recipes.study.worker import lost_cell, work_on
 
 Say = Callable[[str], None]
@@ -138,10 +139,10 @@ def results_of(study: StudySettings, cells: Sequence[StudyCell], records: Sequen
     undefined = sum(r["state"] == "done" and r["score"] is None for r in records)
     missing = len(cells) - len(records)
     notes = [
-        *([f"{len(failed)} cells failed; `medlore study ... --resume` runs them again"] if failed else []),
-        *([f"{missing} cells have not run yet"] if missing else []),
-        *([f"{undefined} cells have no defined score and are left out of the means"] if undefined else []),
-        *([f"{foreign} cells of other settings lie in the folder and are not counted"] if foreign else []),
+        *([f"{_cells(len(failed))} failed; `medlore study ... --resume` runs what failed again"] if failed else []),
+        *([f"not run yet: {_cells(missing)}"] if missing else []),
+        *([f"without a defined score, and left out of the means: {_cells(undefined)}"] if undefined else []),
+        *([f"of other settings, in the folder but not counted: {_cells(foreign)}"] if foreign else []),
     ]
     return {
         "study": study.name,
@@ -151,13 +152,18 @@ def results_of(study: StudySettings, cells: Sequence[StudyCell], records: Sequen
         "cells": {"all": len(cells), "done": len(records) - len(failed), "failed": len(failed), "missing": missing},
         "tables": [table.as_values() for table in tables],
         "means": means_over_sets(tables, {entry.name: entry.group for entry in study.data}, names),
+        "mean_ranks": ranks_of(records, names),
         "failed": failed,
         "notes": notes,
     }
 
 
+def _cells(count: int) -> str:
+    return f"{count} cell" + ("" if count == 1 else "s")
+
+
 def _write_outputs(run: Run, study: StudySettings, records: Sequence[dict[str, Any]]) -> None:
-    from medlore.recipes.study.picture import draw_differences
+    from medlore.recipes.study.picture import draw_differences, draw_mean_ranks
 
     with atomic_path(run.out / "cells.csv") as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.DictWriter(stream, _COLUMNS, extrasaction="ignore", restval="")
@@ -166,7 +172,10 @@ def _write_outputs(run: Run, study: StudySettings, records: Sequence[dict[str, A
     run.add_output("cells", run.out / CELLS)
     run.add_output("csv", run.out / "cells.csv")
     if run.results["tables"]:
+        run.add_output("tables", write_text(run.out / "tables.md", tables_in_markdown(run.results)))
         run.add_output("differences", draw_differences(run.results, records, run.out / "differences.png"))
+    if run.results["mean_ranks"]:
+        run.add_output("mean_ranks", draw_mean_ranks(run.results, run.out / "mean_ranks.png"))
     if (plan := _plan(run.out, study)) is not None:
         run.add_output("plan", plan)
 

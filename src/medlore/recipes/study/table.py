@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from medlore.metrics.draws import DrawMean, mean_difference, mean_of_draws
+from medlore.metrics.mean_ranks import mean_ranks
 
 Record = Mapping[str, Any]
 
@@ -127,3 +128,27 @@ def means_over_sets(tables: Sequence[SetTable], groups: Mapping[str, str | None]
             entry: dict[str, Any] = {"shots": shots, "method": name, "sets": len(means), "mean_of_sets": statistics.fmean(means.values())}
             found.append(entry | {"groups": None if "" in by_group else len(by_group), "mean_of_groups": of_groups})
     return found
+
+
+def ranks_of(records: Sequence[Record], methods: Sequence[str]) -> dict[str, Any] | None:
+    """Mean ranks of the methods over all draws of all sets and shots; None with fewer than two draws that all methods have.
+
+    A draw that lacks a method is left out, and counted: without it the others would be placed among fewer.
+    """
+    usable = [r for r in records if r["state"] == "done" and r["score"] is not None]
+    blocks: dict[tuple[Any, ...], dict[str, list[float]]] = {}
+    for record in usable:
+        block = blocks.setdefault((record["data"], record["shots"], record["draw"]), {})
+        block.setdefault(record["method"], []).append(float(record["score"]))
+    whole = [block for block in blocks.values() if block.keys() >= set(methods)]
+    if len(whole) < 2 or len(methods) < 2:
+        return None
+    found = mean_ranks([[statistics.fmean(block[name]) for name in methods] for block in whole])
+    places = dict(zip(methods, found.ranks, strict=True))
+    return {
+        "ranks": dict(sorted(places.items(), key=lambda item: item[1])),
+        "critical_difference": found.critical_difference,
+        "probability": found.probability,
+        "draws": found.blocks,
+        "draws_left_out": len(blocks) - len(whole),
+    }

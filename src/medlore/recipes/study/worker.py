@@ -117,7 +117,8 @@ def _trial(settings: FinetuneSettings, parts: ImageSplits, rate: float) -> Trial
 
 
 def _rated(trial: Trial) -> float:
-    return -math.inf if trial.validation is None else trial.validation
+    # the same share of right answers may differ in its last digit
+    return -math.inf if trial.validation is None else round(trial.validation, 9)
 
 
 def best_validation(result: FinetuneResult) -> float | None:
