@@ -104,7 +104,7 @@ def _image(case: CachedCase, windows: WindowSettings) -> Tensor:
 def membership(case: CachedCase, label: str) -> np.ndarray:
     """Whether a code belongs to a label, for every code that the map's type can hold."""
     table = np.zeros(np.iinfo(case.codes.dtype).max + 1, np.bool_)
-    table[list(case.members[label])] = True
+    table[[code for code in case.members[label] if code < len(table)]] = True  # others are not in this map
     return table
 
 
