@@ -268,7 +268,7 @@ def volumes_medlore(scale: float) -> Any:
             crop, mask = restorer.masks.boxed(label) or (None, None)
             if crop is not None and mask is not None:
                 crop.apply(view)[...] = mask
-                crop.apply(label_view)[mask] = label + 1
+                np.copyto(crop.apply(label_view), label + 1, where=mask)
                 write_nifti(Path(name) / f"{label}.nii.gz", values, volume)
                 crop.apply(view)[...] = 0
         write_nifti(Path(name) / "all.nii.gz", labels, volume)

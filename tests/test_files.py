@@ -11,7 +11,18 @@ import numpy as np
 import pytest
 
 from medlore.errors import DataError, InputError, StepError
-from medlore.files import atomic_folder, atomic_path, existing_file, json_text, made_folder, read_json, sha256_of, write_json, write_text
+from medlore.files import (
+    atomic_folder,
+    atomic_path,
+    clear_remains,
+    existing_file,
+    json_text,
+    made_folder,
+    read_json,
+    sha256_of,
+    write_json,
+    write_text,
+)
 
 
 def test_a_broken_write_leaves_the_old_file_and_no_rubbish(tmp_path: Path) -> None:
@@ -34,7 +45,7 @@ def test_a_folder_replaces_its_forerunner_as_a_whole(tmp_path: Path) -> None:
         with atomic_folder(tmp_path / "pack") as folder:
             (folder / "manifest.json").write_text(content)
             (folder / content).write_text(content)
-    assert sorted(p.name for p in (tmp_path / "pack").iterdir()) == ["manifest.json", "two"]
+    assert sorted(p.name for p in (tmp_path / "pack").iterdir()) == [WRITTEN, "manifest.json", "two"]
     assert [p.name for p in tmp_path.iterdir()] == ["pack"]
 
 
@@ -82,7 +93,7 @@ def test_a_broken_folder_leaves_the_old_one(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="stop"):
         fail_half_way()
-    assert [p.name for p in (tmp_path / "pack").iterdir()] == ["good"]
+    assert sorted(p.name for p in (tmp_path / "pack").iterdir()) == [WRITTEN, "good"]
     assert [p.name for p in tmp_path.iterdir()] == ["pack"]
 
 
@@ -175,3 +186,64 @@ def test_a_pipe_or_a_folder_is_never_replaced_by_a_file(tmp_path: Path) -> None:
             write_text(place, "text")
     assert pipe.is_fifo()
     assert [p.name for p in tmp_path.iterdir()] == ["pipe"]
+
+
+def _write_folder(place: Path, **contents: str) -> list[str]:
+    kept: list[str] = []
+    with atomic_folder(place, kept=kept) as folder:
+        for name, content in {"case": "{}", **contents}.items():
+            write_text(folder / f"{name}.json", content)
+    return kept
+
+
+def test_what_somebody_added_or_changed_outlives_the_forerunner(tmp_path: Path) -> None:
+    place = tmp_path / "ct"
+    assert _write_folder(place, liver="1", spleen="1", heart="1") == []
+    write_text(place / "notes" / "mine.txt", "added")
+    write_text(place / "liver.json", "corrected by hand")
+    write_text(place / "heart.json", "corrected too")
+    write_text(place / "lung.json", "drawn by hand")
+    kept = _write_folder(place, liver="2", lung="2")
+    found = {p.relative_to(place).as_posix(): p.read_text() for p in place.rglob("*") if p.is_file() and not p.name.startswith(".")}
+    assert found == {
+        "case.json": "{}",
+        "liver.json": "2",
+        "lung.json": "2",
+        "heart.json": "corrected too",
+        "notes/mine.txt": "added",
+        "kept/liver.json": "corrected by hand",
+        "kept/lung.json": "drawn by hand",
+    }  # spleen.json, untouched, went
+    assert sorted(kept) == ["heart.json", "kept/liver.json", "kept/lung.json", "notes/mine.txt"]
+    write_text(place / "liver.json", "corrected again")
+    _write_folder(place, liver="3")
+    assert (place / "kept" / "liver.json").read_text() == "corrected by hand"
+    assert (place / "kept_2" / "liver.json").read_text() == "corrected again"
+    assert [p.name for p in tmp_path.iterdir()] == ["ct"]
+
+
+def test_a_folder_without_a_list_loses_what_is_written_anew_and_nothing_else(tmp_path: Path) -> None:
+    for name in ("case.json", "older.txt"):
+        write_text(tmp_path / "ct" / name, "old")
+    assert _write_folder(tmp_path / "ct") == ["older.txt"]
+    assert (tmp_path / "ct" / "case.json").read_text() == "{}"
+
+
+def test_a_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "ct").symlink_to(tmp_path / "disk")
+    _write_folder(tmp_path / "ct")
+    assert (tmp_path / "ct").is_symlink()
+    assert (tmp_path / "disk" / "case.json").read_text() == "{}"
+
+
+def test_a_process_killed_between_two_renames_loses_nothing(tmp_path: Path) -> None:
+    for name, content in ((".old-a", "the only one"), (".old-b", "outdated"), ("b", "new"), (".part-c", "half")):
+        write_text(tmp_path / name / "case.json", content)
+    clear_remains(tmp_path)
+    assert {p.name: (p / "case.json").read_text() for p in tmp_path.iterdir()} == {"a": "the only one", "b": "new"}
+    (tmp_path / "a").rename(tmp_path / ".old-a")
+    write_text(tmp_path / ".old-a" / "mine.txt", "mine")
+    _write_folder(tmp_path / "a")
+    assert (tmp_path / "a" / "mine.txt").read_text() == "mine"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]

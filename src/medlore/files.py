@@ -5,16 +5,20 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from medlore.errors import DataError, InputError, StepError
+from medlore.errors import DataError, InputError, MedloreError, StepError
+
+WRITTEN = ".written.json"  # in a folder that was made here: what it was made of
 
 
 @contextlib.contextmanager
@@ -50,43 +54,113 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
+def atomic_folder(path: str | Path, *, kept: list[str] | None = None) -> Iterator[Path]:
     """A temporary folder beside `path` that replaces it when the block ends well, and vanishes when it does not.
 
     Only an empty folder or a forerunner is replaced: a folder that shares no record (`.json`, `.safetensors`) with the new one is
     somebody's, and stays. Names of data alone say nothing: an `image.nii.gz` lies in many a patient's folder.
+
+    Nothing that somebody else made is lost with a forerunner. The hidden file `.written.json` lists what a folder was made of:
+    what is listed and unchanged goes; whatever else lies there comes along, under `kept/` where the new folder has that name too.
+
+    Args:
+        path: the folder.
+        kept: gets the names of what came along.
 
     Raises:
         InputError: `path` is a file, or a folder with other things in it.
         StepError: the parent folder cannot be written, or the disk is full.
     """
     final = Path(path)
+    final = final.resolve() if final.is_symlink() else final
     if final.exists() and not final.is_dir():
         raise InputError(str(final), "is a file", "a folder to be made", "name another folder")
     _make_folder(final.parent)
+    retired = final.with_name(f".old-{final.name}")
     try:
+        _put_back(retired, final)
         temporary = Path(tempfile.mkdtemp(prefix=".part-", dir=final.parent))
     except OSError as error:
         raise _write_failed(final, error) from error
     try:
         yield temporary
         _refuse_a_strangers_folder(final, temporary)
+        made = _contents(temporary)
+        came_along = _take_over(final, temporary) if final.exists() else []
+        write_json(temporary / WRITTEN, {"schema": "medlore/written/1", "files": made})
         temporary.chmod(0o777 & ~_umask())
         if final.exists():
-            retired = temporary.with_name(temporary.name + "-old")
             final.replace(retired)
-            temporary.replace(final)
-            shutil.rmtree(retired)
-        else:
-            temporary.replace(final)
+        temporary.replace(final)
+        if kept is not None:
+            kept += came_along
     except OSError as error:
         raise _write_failed(final, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        _put_back(retired, final)
+
+
+def clear_remains(folder: str | Path) -> None:
+    """Finish what a killed process began in a folder: half-made files and folders go, a folder without its successor comes back.
+
+    Nobody else may be writing there.
+    """
+    for left in Path(folder).glob(".part-*"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+    for retired in Path(folder).glob(".old-*"):
+        _put_back(retired, retired.with_name(retired.name.removeprefix(".old-")))
+
+
+def _put_back(retired: Path, final: Path) -> None:
+    """A folder on its way out comes back if its successor never came, and goes if it did."""
+    if retired.is_dir() and final.exists():
+        shutil.rmtree(retired, ignore_errors=True)
+    elif retired.is_dir():
+        retired.replace(final)
+
+
+def _contents(folder: Path) -> dict[str, str]:
+    """Name -> size and checksum of every file, also in subfolders; enough to see that a file was changed."""
+    found = {}
+    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+        checksum = 0
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                checksum = zlib.crc32(block, checksum)
+        found[file.relative_to(folder).as_posix()] = f"{file.stat().st_size}-{checksum:08x}"
+    return found
+
+
+def _take_over(final: Path, made: Path) -> list[str]:
+    """Bring along what the forerunner did not write, or somebody changed since; their names in the new folder.
+
+    A folder without a list (of an earlier version, or by another hand) loses what is written anew and nothing else.
+    """
+    try:
+        listed = read_json(final / WRITTEN)["files"]
+    except (MedloreError, KeyError, TypeError):
+        listed = None
+    there = _contents(final)
+    there.pop(WRITTEN, None)
+    aside = next(name for n in itertools.count(1) if not (final / (name := "kept" if n == 1 else f"kept_{n}")).exists())
+    brought = []
+    for name, content in there.items():
+        again = (made / name).exists()
+        if (listed is None and again) or (listed is not None and listed.get(name) == content):
+            continue
+        place = f"{aside}/{name}" if again else name
+        (made / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(final / name, made / place)
+        brought.append(place)
+    return brought
 
 
 def _refuse_a_strangers_folder(final: Path, made: Path) -> None:
-    there = {item.name for item in final.iterdir()} if final.is_dir() else set()
+    there = {item.name for item in final.iterdir()} - {WRITTEN} if final.is_dir() else set()
     names = {item.name for item in made.iterdir()}
     records = {name for name in names if name.endswith((".json", ".safetensors"))}
     if there and there.isdisjoint(records or names):

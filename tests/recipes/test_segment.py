@@ -187,6 +187,8 @@ def test_a_cohort_goes_on_after_bad_cases_and_resumes(pack: Path, tmp_path: Path
     save(tmp_path / "b" / "ct.nii.gz", seed=1)
     (tmp_path / "cut.nii.gz").write_bytes((tmp_path / "a" / "ct.nii.gz").read_bytes()[:500])
     (tmp_path / "text.nii.gz").write_text("no image, just words " * 30)
+    (tmp_path / "nothing.nii.gz").touch()
+    os.mkfifo(tmp_path / "pipe.nii.gz")  # would be waited for without end
     common = {"label": ["liver"], "modality": "ct"}
     cases = write_list(
         tmp_path / "cases.jsonl",
@@ -197,11 +199,13 @@ def test_a_cohort_goes_on_after_bad_cases_and_resumes(pack: Path, tmp_path: Path
         {"image": "a/ct.nii.gz", "label": ["livr"], "modality": "ct"},
         {"image": "a/ct.nii.gz", "label": ["liver"], "modality": "x-ray"},
         {"image": "a/ct.nii.gz", "label": ["prostate"], "modality": "ct"},
+        {"image": "nothing.nii.gz", **common},
+        {"image": "pipe.nii.gz", **common},
         {"image": "b/ct.nii.gz", **common},
     )
     out = tmp_path / "out"
     first = segment_cases(settings(pack, out, cases=cases))
-    assert [entry["state"] for entry in first["cases"]] == ["done", *["failed"] * 6, "done"]
+    assert [entry["state"] for entry in first["cases"]] == ["done", *["failed"] * 8, "done"]
     for index, message in (
         (1, "no such file"),
         (2, "cut-off"),
@@ -209,16 +213,18 @@ def test_a_cohort_goes_on_after_bad_cases_and_resumes(pack: Path, tmp_path: Path
         (4, "'liver'"),
         (5, "unknown name 'x-ray'"),
         (6, "expert for pelvis"),
+        (7, "an empty file"),
+        (8, "a pipe"),
     ):
         assert message in first["cases"][index]["error"]
     report = json.loads((out / "report.json").read_text())
     assert [entry["state"] for entry in report["results"]["cases"]] == [entry["state"] for entry in first["cases"]]
     written = (out / first["cases"][0]["folder"] / "case.json").stat().st_mtime_ns
     again = segment_cases(settings(pack, out, cases=cases))
-    assert again["counts"] == {"done": 0, "skipped": 2, "failed": 6}
+    assert again["counts"] == {"done": 0, "skipped": 2, "failed": 8}
     assert (out / first["cases"][0]["folder"] / "case.json").stat().st_mtime_ns == written
     save(tmp_path / "b" / "ct.nii.gz", seed=2)  # another image under the same name
-    assert segment_cases(settings(pack, out, cases=cases))["counts"] == {"done": 1, "skipped": 1, "failed": 6}
+    assert segment_cases(settings(pack, out, cases=cases))["counts"] == {"done": 1, "skipped": 1, "failed": 8}
     other = segment_cases(settings(pack, out, cases=cases, resample="nearest"))
     assert other["counts"]["done"] == 2
     assert not list(out.glob(".part-*"))
@@ -251,10 +257,64 @@ def test_a_killed_run_leaves_whole_files_only(pack: Path, tmp_path: Path, kind: 
 
 
 def test_two_runs_do_not_share_a_folder(pack: Path, tmp_path: Path) -> None:
-    from medlore.recipes.segment import _OutputLock
+    from medlore.recipes.output_lock import OutputLock
 
-    with _OutputLock(tmp_path / "out"), pytest.raises(InputError, match="another run is writing there"):
+    with OutputLock(tmp_path / "out"), pytest.raises(InputError, match="another run is writing there"):
         segment_cases(settings(pack, tmp_path / "out", image=save(tmp_path / "ct.nii.gz"), labels=["liver"], modality="ct"))
+
+
+def test_a_lock_that_was_just_given_back_is_not_taken_for_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between opening the file and locking it, the run before may end and remove it: that lock would guard nothing."""
+    import fcntl
+
+    from medlore.recipes import output_lock
+
+    calls: list[int] = []
+
+    def ends_meanwhile(stream: Any, operation: int) -> None:
+        calls.append(operation)
+        if len(calls) == 1:
+            (tmp_path / ".lock").unlink()
+        fcntl.flock(stream, operation)
+
+    class Locks:
+        LOCK_EX, LOCK_NB, flock = fcntl.LOCK_EX, fcntl.LOCK_NB, staticmethod(ends_meanwhile)
+
+    monkeypatch.setattr(output_lock, "fcntl", Locks)
+    with output_lock.OutputLock(tmp_path):
+        assert len(calls) == 2
+        with pytest.raises(InputError, match="another run is writing there"), output_lock.OutputLock(tmp_path):
+            pass
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_a_second_run_makes_the_files_that_the_first_was_told_to_leave_out(pack: Path, tmp_path: Path) -> None:
+    common = {"image": save(tmp_path / "ct.nii.gz"), "labels": ["liver"], "modality": "ct"}
+    folder = tmp_path / "o" / "ct"
+    states = []
+    for image_copy, picture in ((False, False), (True, False), (True, True), (False, False)):
+        results = segment_cases(settings(pack, tmp_path / "o", image_copy=image_copy, picture=picture, **common))
+        states.append(results["cases"][0]["state"])
+        assert (folder / "image.nii.gz").is_file() or not image_copy
+        assert (folder / "quality_control.png").is_file() or not picture
+    assert states == ["done", "done", "done", "skipped"]
+    (folder / "liver.nii.gz").unlink()
+    assert segment_cases(settings(pack, tmp_path / "o", picture=True, **common))["counts"]["done"] == 1
+    assert (folder / "liver.nii.gz").is_file()
+
+
+def test_masks_corrected_by_hand_outlive_another_run(pack: Path, tmp_path: Path) -> None:
+    common = {"image": save(tmp_path / "ct.nii.gz"), "modality": "ct"}
+    folder = tmp_path / "o" / "ct"
+    segment_cases(settings(pack, tmp_path / "o", labels=["liver", "spleen"], **common))
+    (folder / "liver.nii.gz").write_bytes(b"corrected")
+    (folder / "page.html").write_text("mine")
+    results = segment_cases(settings(pack, tmp_path / "o", labels=["liver"], **common))
+    assert (folder / "kept" / "liver.nii.gz").read_bytes() == b"corrected"
+    assert (folder / "page.html").read_text() == "mine"
+    assert nib.load(folder / "liver.nii.gz").shape == (44, 48, 30)
+    assert not (folder / "spleen.nii.gz").exists()  # written by the run before, and no longer asked for
+    assert "kept/liver.nii.gz, page.html" in results["cases"][0]["notes"][-1]
 
 
 def test_overlap_rule_given_lets_later_labels_win(pack: Path, tmp_path: Path) -> None:

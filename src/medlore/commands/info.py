@@ -9,9 +9,9 @@ import typer
 app = typer.Typer()
 
 
-@app.command(help="Say what a weights file, pack, plan, adapter or folder of images is; with --labels, list what can be segmented.")
+@app.command(help="Say what a weights file, pack, plan, adapter, run or folder of images is; --labels lists what can be segmented.")
 def info(
-    path: Path | None = typer.Argument(None, help="Weights (.pth, .safetensors), pack, plan, adapter, images.", show_default=False),
+    path: Path | None = typer.Argument(None, help="Weights (.pth, .safetensors), pack, plan, adapter, run, images.", show_default=False),
     labels: bool = typer.Option(False, "--labels", help="List labels: of the vocabulary, or those that PATH has prompts for."),
     modality: str | None = typer.Option(None, help="With --labels: ct, mri, us or pet."),
     region: str | None = typer.Option(None, help="With --labels: abdomen, brain, 'head and neck', ..."),

@@ -8,6 +8,7 @@ codes stand for combinations.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -277,7 +278,8 @@ def _narrow(codes: Array) -> Array:
 
 
 def _spelling(label: Any) -> str:
-    return " ".join(str(label).replace("_", " ").split()).casefold()
+    """One form for a label and for the name of its file, in which some characters cannot stand."""
+    return " ".join(re.sub(r"[^\w.,+()-]|_", " ", str(label)).split()).casefold()
 
 
 def _where(case: Case) -> str:

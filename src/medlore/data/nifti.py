@@ -225,7 +225,7 @@ def header_for(affine: Array, shape: Shape) -> Any:
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def _read_header(path: Path) -> tuple[Any, int, bytearray]:
+def _read_header(path: Path) -> tuple[Any, int, Array]:
     """Header, offset of the voxels, and all bytes of the (unpacked) file."""
     with path.open("rb") as stream:
         packed = stream.read(2) == _GZIP
@@ -235,10 +235,10 @@ def _read_header(path: Path) -> tuple[Any, int, bytearray]:
             header = _parse_header(head, path)
             size = _check_sizes(header, path)
             start = int(header.get_data_offset())
-            content = bytearray(size)
-            content[: len(head)] = head[:size]
-            filled = len(head)
-            while filled < size and (count := stream.readinto(memoryview(content)[filled:])):
+            content = np.empty(size, np.uint8)  # in large pages, where the system has them, and not cleared first
+            filled = min(len(head), size)
+            content[:filled] = np.frombuffer(head, np.uint8, filled)
+            while filled < size and (count := stream.readinto(content.data[filled:])):
                 filled += count
     except GZIP_FAULTS as error:
         raise DataError(str(path), f"a damaged or cut-off file ({error})", "a whole NIfTI file", "copy or export it again") from error
@@ -267,7 +267,7 @@ def _parse_header(head: bytes, path: Path) -> Any:
             if bytes(header["magic"])[:2] == b"ni":
                 raise DataError(str(path), "the header of a .hdr/.img pair", "a single .nii or .nii.gz", "convert it, e.g. with nibabel")
             return header
-    kind_of_file = "a text file" if head[:256].isascii() and head.strip() else "something else"
+    kind_of_file = "an empty file" if not head else "a text file" if head[:256].isascii() and head.strip() else "something else"
     raise DataError(
         str(path), f"not NIfTI: {kind_of_file}", "NIfTI (.nii, .nii.gz), NRRD, a DICOM folder or zip", "name an image, or convert it"
     )
@@ -333,7 +333,7 @@ def _compare_forms(sform: Array, qform: Array, shape: tuple[int, ...], path: Pat
     raise DataError(str(path), f"sform and qform contradict each other (orientation {codes})", accepted, fix)
 
 
-def _voxels(header: Any, start: int, content: bytearray, path: Path) -> Array:
+def _voxels(header: Any, start: int, content: Array, path: Path) -> Array:
     kind = header.get_data_dtype()
     flat = np.frombuffer(content, kind, offset=start)
     array = flat.reshape(header.get_data_shape(), order="F")

@@ -34,6 +34,7 @@ from medlore.errors import DataError, InputError
 Resample = Literal["probability", "nearest"]
 NETWORK_SPACING_MM = (1.0, 1.0, 3.0)
 _TILT_NOTE_DEGREES = 0.1
+_PLANES_AT_ONCE = 16  # brought back together: few calls, and still small beside the masks
 
 
 def read_volume(path: str | Path, *, affine_from: AffineChoice = "auto", frame: int | None = None, series: str | None = None) -> Volume:
@@ -49,9 +50,7 @@ def read_volume(path: str | Path, *, affine_from: AffineChoice = "auto", frame: 
         DataError: it cannot be read as one grey volume; the message says why.
         MissingExtraError: it is DICOM and the extra `dicom` is not installed.
     """
-    path = Path(path)
-    if not path.exists():
-        raise InputError(str(path), "no such file or folder", "an existing image", "check the spelling and the current folder")
+    path = existing_image(path)
     if path.is_dir() or _is_dicom_or_zip(path):
         from medlore.data.dicom import read_dicom
 
@@ -61,6 +60,20 @@ def read_volume(path: str | Path, *, affine_from: AffineChoice = "auto", frame: 
 
         return read_nrrd(path)
     return read_nifti(path, affine_from=affine_from, frame=frame)
+
+
+def existing_image(path: str | Path) -> Path:
+    """`path`, if it is a file or a folder.
+
+    Raises:
+        InputError: nothing is there, or a device or a pipe, which would be waited for without end.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(str(path), "no such file or folder", "an existing image", "check the spelling and the current folder")
+    if not (path.is_file() or path.is_dir()):
+        raise InputError(str(path), "is a device or a pipe", "an image file or a folder", "save the image to a file")
+    return path
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,22 +158,24 @@ class PackedMasks:
         self._bits = [np.zeros((self.shape[0], self.shape[1], -(-self.shape[2] // 8)), np.uint8) for _ in range(labels)]
         self._rows: list[list[int]] = [[self.shape[0], 0] for _ in range(labels)]
 
-    def set_plane(self, label: int, x: int, box: tuple[slice, slice], mask: Array) -> None:
-        """Store the true voxels of a plane (y z); outside `box` it is empty. `box[1]` starts at a multiple of 8."""
+    def set_planes(self, label: int, x: int, box: tuple[slice, slice], mask: Array) -> None:
+        """Store the true voxels of the planes from `x` on (x y z); outside `box` they are empty. `box[1]` starts at a multiple of 8."""
         count = int(np.count_nonzero(mask))
         if count:
             self.counts[label] += count
-            packed = np.packbits(mask, axis=1)
-            start = (box[1].start or 0) // 8
-            self._bits[label][x, box[0], start : start + packed.shape[1]] = packed
+            packed = np.packbits(mask, axis=2)
+            start = box[1].start // 8
+            self._bits[label][x : x + len(mask), box[0], start : start + packed.shape[2]] = packed
             rows = self._rows[label]
-            rows[0], rows[1] = min(rows[0], x), max(rows[1], x + 1)
+            rows[0], rows[1] = min(rows[0], x), max(rows[1], x + len(mask))
 
     def boxed(self, label: int) -> tuple[Crop, Array] | None:
         """The box around a label and the mask in it; None where the label is empty."""
         first, last = self._rows[label]
         if last <= first:
             return None
+        xs = first + np.flatnonzero(self._bits[label][first:last].any(axis=(1, 2)))
+        first, last = int(xs[0]), int(xs[-1]) + 1
         bits = self._bits[label][first:last]
         ys = np.flatnonzero(bits.any(axis=(0, 2)))
         zs = np.flatnonzero(bits.any(axis=(0, 1)))
@@ -184,13 +199,6 @@ class _Box(NamedTuple):
     z1: int
 
 
-class _Row(NamedTuple):
-    """One row of the network's grid: values (q y z), and for each label the box of what passes the threshold."""
-
-    values: Tensor
-    hot: list[_Box | None]
-
-
 class MaskRestorer:
     """Turns slabs of probability on the network's grid into masks on the grid of the (reoriented) file.
 
@@ -211,52 +219,60 @@ class MaskRestorer:
         self._taps = [_nearest(path.taps(axis)) if resample == "nearest" else path.taps(axis) for axis in range(3)]
         self._nearest = resample == "nearest"
         self._next = 0
-        self._last: tuple[int, _Row] | None = None
+        self._last: Tensor | None = None  # of the slab before: q 1 y z
 
     def add(self, start: int, probability: Tensor) -> None:
         """Take the finished rows from `start` on (q rows y z); slabs come in the order of x."""
-        probability = probability.cpu()
-        rows = probability.shape[1]
-        hot = _rows_above(probability, self._threshold)
+        slab = probability.cpu()
+        stop = start + slab.shape[1]
         x = self._taps[0]
-        held: dict[int, _Row] = {} if self._last is None else {self._last[0]: self._last[1]}
-        while self._next < len(x.lower) and max(x.lower[self._next], x.upper[self._next]) < start + rows:
-            k = self._next
-            for i, _ in _pairs(x, k):
-                if i not in held:
-                    held[i] = self._row(probability[:, i - start], hot[:, i - start])
-            self._plane(k, [(held[i], w) for i, w in _pairs(x, k)])
-            for old in [i for i in held if i < x.lower[k]]:
-                del held[old]
-            self._next += 1
-        last = held.get(start + rows - 1) or self._row(probability[:, -1], hot[:, -1])
-        self._last = (start + rows - 1, last._replace(values=last.values.clone()))  # the slab's memory is used again
+        following = int(np.searchsorted(np.maximum(x.lower, x.upper), stop))  # the first plane that needs a later slab
+        pieces = [(start, slab)] if self._last is None else [(start - 1, self._last), (start, slab)]
+        hot = [_rows_above(part, self._threshold) for _, part in pieces]
+        for first in range(self._next, following, _PLANES_AT_ONCE):
+            planes = slice(first, min(first + _PLANES_AT_ONCE, following))
+            rows = [_within(_read(x, planes), at, part.shape[1]) for at, part in pieces]
+            found = np.any([passes[:, seen].any(axis=1) for passes, seen in zip(hot, rows, strict=True)], axis=0)
+            for label in np.flatnonzero(found):
+                parts = [(part[label, seen], passes[label, seen]) for (_, part), passes, seen in zip(pieces, hot, rows, strict=True)]
+                self._restore(int(label), planes, parts)
+        self._next = max(self._next, following)
+        self._last = slab[:, -1:].clone()  # the slab's memory is used again
 
-    def _row(self, values: Tensor, hot: Array) -> _Row:
-        return _Row(values, [_box_above(values[label], self._threshold) if hot[label] else None for label in range(len(values))])
+    def _restore(self, label: int, planes: slice, parts: list[tuple[Tensor, Array]]) -> None:
+        """Interpolate the part of some planes whose neighbours include a voxel above the threshold.
 
-    def _plane(self, k: int, rows: list[tuple[_Row, float]]) -> None:
-        for label in range(len(self.masks.counts)):
-            boxes = [box for row, _ in rows if (box := row.hot[label]) is not None]
-            if boxes:
-                around = _Box(*(fold(sides) for fold, sides in zip((min, max, min, max), zip(*boxes, strict=True), strict=True)))
-                self._restore(label, k, [(row.values[label], weight) for row, weight in rows], around)
-
-    def _restore(self, label: int, k: int, planes: list[tuple[Tensor, float]], hot: _Box) -> None:
-        """Interpolate the part of one plane whose neighbours include a voxel above the threshold."""
-        y, z = _reached(self._taps[1], hot.y0, hot.y1), _reached(self._taps[2], hot.z0, hot.z1)
-        z = slice(z.start // 8 * 8, z.stop)
+        Args:
+            label: whose.
+            planes: of the file.
+            parts: all rows that they lie between (rows y z), and which of them pass the threshold.
+        """
+        boxes = [_box_above(part[_span(passes)], self._threshold) for part, passes in parts if passes.any()]
+        y0, y1, z0, z1 = (fold(sides) for fold, sides in zip((min, max, min, max), zip(*boxes, strict=True), strict=True))
+        y, z = _reached(self._taps[1], y0, y1), _reached(self._taps[2], z0, z1)
         if y.stop <= y.start or z.stop <= z.start:
             return
+        z = slice(z.start // 8 * 8, z.stop)
         seen = _read(self._taps[1], y), _read(self._taps[2], z)
-        mixed = sum(self._values(plane[seen]) * weight for plane, weight in planes)
-        mixed = _gather(np.asarray(mixed), self._taps[1], y, axis=0)
-        mixed = _gather(mixed, self._taps[2], z, axis=1)
-        self.masks.set_plane(label, k, (y, z), mixed > self._threshold)
+        values = np.concatenate([self._values(part[:, *seen]) for part, _ in parts])
+        for axis, (taps, kept) in enumerate(zip(self._taps, (planes, y, z), strict=True)):
+            values = _gather(values, taps, kept, axis=axis)
+        self.masks.set_planes(label, planes.start, (y, z), values > self._threshold)
 
     def _values(self, part: Tensor) -> Array:
         values = (part > self._threshold).float() if self._nearest else part.float()
         return values.numpy()
+
+
+def _span(passes: Array) -> slice:
+    """From the first to the last that passes."""
+    found = np.flatnonzero(passes)
+    return slice(int(found[0]), int(found[-1]) + 1)
+
+
+def _within(rows: slice, first: int, count: int) -> slice:
+    """Rows of the network's grid as rows of a piece of it that begins at `first`."""
+    return slice(min(max(rows.start - first, 0), count), min(max(rows.stop - first, 0), count))
 
 
 def _bits(values: Tensor, threshold: float) -> tuple[Array, Any]:
@@ -278,21 +294,17 @@ def _rows_above(values: Tensor, threshold: float) -> Array:
 
 
 def _box_above(values: Tensor, threshold: float) -> _Box:
-    """The box of what passes the threshold in a plane (y z) in which something does."""
+    """The box in y and z of what passes the threshold in some rows (x y z), in which something does."""
     numbers, limit = _bits(values, threshold)
-    ys = np.flatnonzero(numbers.max(axis=1) > limit)
-    zs = np.flatnonzero(numbers[ys[0] : ys[-1] + 1].max(axis=0) > limit)
+    plane = numbers.max(axis=0)
+    ys = np.flatnonzero(plane.max(axis=1) > limit)
+    zs = np.flatnonzero(plane[ys[0] : ys[-1] + 1].max(axis=0) > limit)
     return _Box(int(ys[0]), int(ys[-1]) + 1, int(zs[0]), int(zs[-1]) + 1)
-
-
-def _pairs(taps: Taps, k: int) -> list[tuple[int, float]]:
-    pairs = ((int(taps.lower[k]), float(taps.lower_weight[k])), (int(taps.upper[k]), float(taps.upper_weight[k])))
-    return [(index, weight) for index, weight in pairs if weight > 0]
 
 
 def _nearest(taps: Taps) -> Taps:
     index = taps.nearest()
-    found = np.maximum(index, 0)
+    found = np.where(index >= 0, index, taps.lower)  # beyond the crop any neighbour will do, as long as they ascend
     return Taps(found, found, (index >= 0).astype(float), np.zeros(len(index)))
 
 
@@ -308,13 +320,16 @@ def _read(taps: Taps, part: slice) -> slice:
     return slice(int(taps.lower[part].min()), int(taps.upper[part].max()) + 1)
 
 
-def _gather(plane: Array, taps: Taps, part: slice, *, axis: int) -> Array:
-    """Interpolate along one axis of a plane that begins with what is read first."""
-    shape = (-1, 1) if axis == 0 else (1, -1)
+def _gather(values: Array, taps: Taps, part: slice, *, axis: int) -> Array:
+    """Interpolate along one axis of an array that begins with what is read first."""
+    shape = tuple(-1 if a == axis else 1 for a in range(3))
     first = _read(taps, part).start
-    lower = np.take(plane, taps.lower[part] - first, axis=axis) * taps.lower_weight[part].astype(np.float32).reshape(shape)
-    upper = np.take(plane, taps.upper[part] - first, axis=axis) * taps.upper_weight[part].astype(np.float32).reshape(shape)
-    lower += upper
+    lower = np.take(values, taps.lower[part] - first, axis=axis)
+    lower *= taps.lower_weight[part].astype(np.float32).reshape(shape)
+    if taps.upper_weight[part].any():
+        upper = np.take(values, taps.upper[part] - first, axis=axis)
+        upper *= taps.upper_weight[part].astype(np.float32).reshape(shape)
+        lower += upper
     return np.asarray(lower)
 
 

@@ -1,8 +1,8 @@
 """`medlore evaluate --pred DIR --truth cases.jsonl`: Dice and surface Dice of segmented cases against reference masks.
 
-Reference masks are named by the key `mask` of a case: a label map (values by its label table, by the key `mask_values`
-{"liver": 1, ...}, or else by the order of `label`), or a folder with one file a label. Predictions are the folders that
-`medlore segment` wrote for the same list. Each case is measured on its own grid with the spacing of its header.
+Reference masks are named by the key `mask` of a case, in any layout that `medlore.data.masks` reads: a label map, a folder
+with one file a label, {label: file}, or a stack. Predictions are the folders that `medlore segment` wrote for the same list.
+Each case is measured on its own grid with the spacing of its header.
 
 Means are taken as LoRKD and SAT take them: over cases for each data set and label, over labels for a data set, over
 data sets for a label, over labels for a region.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ import numpy as np
 import pandas as pd
 
 from medlore.data.cases import Case, folder_names, read_cases
-from medlore.data.geometry import Array, spacing_of
-from medlore.data.nifti import Volume, read_label_table, read_nifti
+from medlore.data.geometry import spacing_of
+from medlore.data.masks import check_mask_grid, read_masks
+from medlore.data.nifti import read_nifti
 from medlore.errors import DataError, InputError, MedloreError, StepError
 from medlore.files import atomic_path, json_text, read_json, write_text
 from medlore.metrics.masks import EMPTY_RULE, dice, surface_dice
@@ -30,7 +31,6 @@ from medlore.recipes.run import Run
 from medlore.recipes.segment_outputs import file_names
 
 MEASURES = ("dice", "surface_dice")
-_SAME_MM = 1e-2
 
 
 def evaluate_masks(
@@ -83,14 +83,14 @@ def measure_case(folder: Path, case: Case, tolerance_mm: float) -> list[dict[str
     """
     modality = canonical_modality(case.modality)
     words = default_vocabulary()
-    truth = _truth_of(case)
-    reference = truth.reference
     files = _predicted_files(folder, case.labels)
-    spacing = spacing_of(reference.affine)
+    first = read_nifti(folder / files[case.labels[0]])
+    truth = read_masks(case, first)  # the masks of the image lie on the grid of what was predicted for it
+    spacing = spacing_of(first.affine)
     rows = []
     for label in case.labels:
         predicted = read_nifti(folder / files[label])
-        _check_grid(predicted, reference, folder / files[label])
+        check_mask_grid(predicted.shape, predicted.affine, first, str(predicted.path))
         mine, theirs = predicted.array > 0, truth.mask(label)
         rows.append(
             {
@@ -132,62 +132,13 @@ def _measure_all(pred: Path, cases: Sequence[Case], tolerance_mm: float) -> tupl
         try:
             rows += measure_case(pred / name, case, tolerance_mm)
         except MedloreError as error:
-            faults.append(f"line {case.line}: {error}")
+            place = f"line {case.line}: "
+            faults.append(place + str(error).removeprefix(place))
     return rows, faults
-
-
-class _Truth:
-    """The reference masks of a case; one label's mask is made, or its file read, at a time."""
-
-    def __init__(self, reference: Volume, files: Mapping[str, Path], values: Mapping[str, int]) -> None:
-        self.reference = reference
-        self._files, self._values = files, values
-
-    def mask(self, label: str) -> Array:
-        """Boolean x y z."""
-        if label in self._values:
-            return np.asarray(self.reference.array == self._values[label])
-        file = self._files[label]
-        if file == self.reference.path:
-            return np.asarray(self.reference.array > 0)
-        volume = read_nifti(file)
-        _check_grid(volume, self.reference, file)
-        return np.asarray(volume.array > 0)
-
-
-def _truth_of(case: Case) -> _Truth:
-    by_label = case.other.get("mask")
-    mask = case.mask
-    if isinstance(by_label, dict):
-        missing = [label for label in case.labels if label not in by_label]
-        if missing:
-            fix = "name a file for each label of the line"
-            raise DataError(str(case.image), f"no mask for {', '.join(missing)}", "a file for every label", fix)
-        files = {label: Path(by_label[label]) for label in case.labels}
-    elif mask is None:
-        raise InputError(str(case.image), "no mask", "a reference mask", 'add "mask" to the line')
-    elif mask.is_dir():
-        files = {label: mask / name for label, name in file_names(case.labels).items()}
-    else:
-        return _Truth(read_nifti(mask), {}, _values_of(case, mask))
-    return _Truth(read_nifti(files[case.labels[0]]), files, {})
 
 
 def _has_mask(case: Case) -> bool:
     return case.mask is not None or "mask" in case.other
-
-
-def _values_of(case: Case, mask: Path) -> dict[str, int]:
-    told = case.other.get("mask_values", case.other.get("label_values"))
-    told = read_json(told) if isinstance(told, str) else told
-    table = read_label_table(mask)
-    values = dict(told) if isinstance(told, dict) else {name: value for value, name in (table or {}).items()}
-    values = values or {label: index + 1 for index, label in enumerate(case.labels)}
-    missing = [label for label in case.labels if not isinstance(values.get(label), int)]
-    if missing:
-        fix = 'add "mask_values": {"liver": 1, ...} to the line'
-        raise DataError(str(mask), f"no value for {', '.join(missing)}", "a whole number for every label", fix)
-    return values
 
 
 def _predicted_files(folder: Path, labels: Sequence[str]) -> dict[str, str]:
@@ -205,14 +156,6 @@ def _predicted_files(folder: Path, labels: Sequence[str]) -> dict[str, str]:
             known = default_vocabulary().lookup(label, modality, allow_unknown=True).label
             names[label] = written.get(label) or written.get(known) or names[label]
     return names
-
-
-def _check_grid(volume: Volume, reference: Volume, path: Path) -> None:
-    if volume.shape != reference.shape or np.abs(volume.affine - reference.affine).max() > _SAME_MM:
-        came = f"a grid of {volume.shape}, the reference has {reference.shape}"
-        if volume.shape == reference.shape:
-            came = "the same shape as the reference but another affine"
-        raise DataError(str(path), came, "the grid of the reference mask", "segment the image that the mask belongs to (--grid original)")
 
 
 def _write_tables(out: Path, table: pd.DataFrame, results: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What is this? A weights file, a pack, a plan, an adapter, a folder of images: each kind has one small describer."""
+"""What is this? A weights file, a pack, a plan, an adapter, a run, a folder of images: each kind has one small describer."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from medlore.models.checkpoints import SegmenterWeights, recognise
 from medlore.models.segmenter import PUBLISHED_ACTIVATION
 from medlore.models.statefile import State, read_state
 from medlore.models.vocabulary import Entry, canonical_modality, default_vocabulary
+from medlore.recipes.info_folders import describe_case, describe_network_file, describe_network_folder, describe_run
 
 Facts = dict[str, Any]
 _IMAGE_LISTS = (".zip", ".npz", ".csv", ".tsv", ".txt")
@@ -202,13 +203,7 @@ def _describe_weights(path: Path, lora_alpha: float | None) -> Facts | None:
         return {"kind": "segmenter checkpoint", **facts, "sha256": bundle.sha256, "notes": list(bundle.notes)}
     if kind == "text encoder":
         return _text_encoder(path, state)
-    return {
-        "kind": "weights of another family",
-        "parameters": sum(w.numel() for w in state.values()),
-        "tensors": len(state),
-        "first_keys": list(state)[:5],
-        "sha256": sha256_of(path),
-    }
+    return describe_network_file(path, state)
 
 
 def _segmenter(weights: SegmenterWeights, *, name: str) -> Facts:
@@ -363,11 +358,16 @@ def _describe_images(path: Path, _: float | None) -> Facts | None:
     return {"kind": "images", **facts}
 
 
+def _describe_folder(path: Path, _: float | None) -> Facts | None:
+    return describe_run(path) or describe_case(path) or describe_network_folder(path)
+
+
 _DESCRIBERS: tuple[Callable[[Path, float | None], Facts | None], ...] = (
     _describe_pack,
     _describe_adapter,
     _describe_prompts,
     _describe_weights,
+    _describe_folder,
     _describe_json,
     _describe_cases,
     _describe_volume,

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from medlore.data.cases import Case, find_images, folder_names, read_cases
 from medlore.data.geometry import check_orientation
-from medlore.errors import DataError, InputError, MedloreError, StepError
+from medlore.errors import DataError, InputError, MedloreError
 from medlore.files import read_json, sha256_of
 from medlore.models.vocabulary import canonical_modality, default_vocabulary
+from medlore.recipes.output_lock import OutputLock
 from medlore.recipes.run import Run, choose_device
 from medlore.recipes.segment_labels import ModelFacts, Routes, facts_of_bundle, facts_of_pack, route_labels
 from medlore.recipes.segment_plan import CasePlan, available_memory, plan_case, read_bytes
@@ -99,7 +100,7 @@ def segment_cases(settings: SegmentSettings, *, watcher: Watcher | None = None) 
     alone = settings.engine == "local" and settings.workers == 1
     model: SegmentingModel | None = loaded if alone else None  # each worker loads its own; this process keeps none
     del loaded
-    with _OutputLock(settings.out), Run("segment", settings.out, settings=settings, device=device) as run:
+    with OutputLock(settings.out), Run("segment", settings.out, settings=settings, device=device) as run:
         run.results = {"model": told, "cases": [], "notes": notes}
         entries: list[dict[str, Any]] = run.results["cases"]
         with closing(_entries(settings, model, cases, names, watcher)) as finished:  # Ctrl-C stops the workers here and now
@@ -194,7 +195,7 @@ def _segment_case(settings: SegmentSettings, model: SegmentingModel, case: Case,
     routes = _routes(settings, model.facts, case)
     fingerprint = _fingerprint(settings, model, case, routes)
     folder = settings.out / name
-    if settings.resume and _is_finished(folder, fingerprint):
+    if settings.resume and _is_finished(folder, fingerprint, settings):
         return {"state": "skipped", "folder": name}
     start = time.perf_counter()
     volume = read_volume(case.image, affine_from=settings.affine_from, frame=case.frame, series=case.series)
@@ -222,6 +223,7 @@ def _segment_case(settings: SegmentSettings, model: SegmentingModel, case: Case,
         "published_rules": settings.published,
         "fingerprint": fingerprint,
     }
+    kept: list[str] = []
     record = write_outputs(
         folder,
         result,
@@ -230,12 +232,13 @@ def _segment_case(settings: SegmentSettings, model: SegmentingModel, case: Case,
         image=settings.image_copy,
         picture=settings.picture,
         dicom_seg=settings.dicom_seg,
+        kept=kept,
     )
     return {
         "state": "done",
         "folder": name,
         "volume_ml": {e["label"]: e["volume_ml"] for e in record["labels"]},
-        "notes": record["notes"],
+        "notes": [*record["notes"], *([f"not written by the run before, so kept: {', '.join(kept)}"] if kept else [])],
         "phases": record["seconds"],
     }
 
@@ -357,8 +360,9 @@ def _grid_of(case: Case) -> tuple[Any, Any]:
 
 
 def _fingerprint(settings: SegmentSettings, model: SegmentingModel, case: Case, routes: Routes) -> str:
-    if not case.image.exists():
-        raise InputError(str(case.image), "no such file or folder", "an existing image", "correct the line of the list")
+    from medlore.data.volumes import existing_image
+
+    existing_image(case.image)
     values = settings.model_dump(mode="json")
     decisive = {name: values[name] for name in DECISIVE} | {"precision": model.precision}
     orientation = case.orientation_code or settings.orientation_code
@@ -369,12 +373,18 @@ def _fingerprint(settings: SegmentSettings, model: SegmentingModel, case: Case, 
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
-def _is_finished(folder: Path, fingerprint: str) -> bool:
+def _is_finished(folder: Path, fingerprint: str, settings: SegmentSettings) -> bool:
+    """Whether the same run was done, and every file that this one would write is there."""
+    from medlore.recipes.segment_outputs import output_names
+
     try:
         record = read_json(folder / "case.json")
-    except (InputError, DataError):
+        if record["state"] != "done" or record["fingerprint"] != fingerprint:
+            return False
+        names = output_names([entry["file"] for entry in record["labels"]], image=settings.image_copy, picture=settings.picture)
+        return all((folder / name).is_file() for name in names)
+    except (InputError, DataError, KeyError, TypeError):
         return False
-    return isinstance(record, dict) and record.get("state") == "done" and record.get("fingerprint") == fingerprint
 
 
 def _modality_of_dicom(source: Path) -> str:
@@ -385,45 +395,3 @@ def _modality_of_dicom(source: Path) -> str:
         if found is not None:
             return found
     raise InputError("--modality", "none was given", "ct, mri, pet or us", "give --modality; only DICOM files tell it themselves")
-
-
-class _OutputLock:
-    """One run at a time writes to a folder; what a killed run left half-written is removed first."""
-
-    def __init__(self, out: Path) -> None:
-        self._out = out
-        self._stream: Any = None
-
-    def __enter__(self) -> None:
-        import fcntl
-
-        try:
-            self._out.mkdir(parents=True, exist_ok=True)
-            self._stream = (self._out / ".lock").open("w")
-        except OSError as error:
-            raise StepError(
-                str(self._out), f"cannot be written ({error.strerror})", "a folder that can be written", "name another"
-            ) from error
-        try:
-            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._stream.close()
-            raise InputError(
-                f"--out {self._out}", "another run is writing there", "a folder of its own", "wait, or name another"
-            ) from error
-        _remove_remains(self._out)
-
-    def __exit__(self, *_: object) -> None:
-        _remove_remains(self._out)  # of workers that were stopped
-        self._stream.close()
-        (self._out / ".lock").unlink(missing_ok=True)
-
-
-def _remove_remains(out: Path) -> None:
-    import shutil
-
-    for left in out.glob(".part-*"):
-        if left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
-            left.unlink(missing_ok=True)

@@ -47,17 +47,19 @@ def write_outputs(
     image: bool = True,
     picture: bool = True,
     dicom_seg: bool = False,
+    kept: list[str] | None = None,
 ) -> dict[str, Any]:
     """Write the folder of a case and return what its `case.json` says.
 
     Args:
-        folder: replaced as a whole.
+        folder: what an earlier run wrote there is replaced as a whole; what somebody added or changed is kept.
         result: of the model.
         about: further values for `case.json`.
         overlap_rule: who keeps a voxel of the label map.
         image: write `image.nii.gz`.
         picture: write `quality_control.png`.
         dicom_seg: write `segmentation.dcm`.
+        kept: gets the names of files that the earlier run did not write.
 
     Raises:
         StepError: the folder cannot be written, or a file's geometry differs from the input's when it is read back.
@@ -65,7 +67,7 @@ def write_outputs(
     start = time.perf_counter()
     folder = Path(folder)
     files = file_names(result.routes.labels)
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder, kept=kept) as temporary:
         _write_masks(temporary, result, files)
         values = {index + 1: label for index, label in enumerate(result.routes.labels)}
         grid = {"affine": result.affine}
@@ -95,7 +97,7 @@ def label_map(result: Segmentation, rule: OverlapRule = "small-over-large") -> A
     for label in order:  # later ones are painted over earlier ones
         if (found := result.boxed(label)) is not None:
             crop, mask = found
-            crop.apply(view)[mask] = labels.index(label) + 1
+            np.copyto(crop.apply(view), labels.index(label) + 1, where=mask)
     return values
 
 
@@ -149,6 +151,17 @@ def file_names(labels: Sequence[str]) -> dict[str, str]:
         taken.add(stem.casefold())
         names[label] = f"{stem}.nii.gz"
     return names
+
+
+def output_names(masks: Sequence[str], *, image: bool, picture: bool) -> list[str]:
+    """What the folder of a finished case holds, DICOM-SEG apart.
+
+    Example:
+        >>> output_names(["liver.nii.gz"], image=False, picture=False)
+        ['liver.nii.gz', 'prediction.nii.gz', 'labels.json', 'labels_itksnap.txt', 'case.json']
+    """
+    optional = [*(["image.nii.gz"] if image else []), *(["quality_control.png"] if picture else [])]
+    return [*masks, "prediction.nii.gz", *optional, "labels.json", "labels_itksnap.txt", "case.json"]
 
 
 def itksnap_labels(labels: Sequence[str]) -> str:
