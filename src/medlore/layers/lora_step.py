@@ -76,7 +76,7 @@ def quicken(model: nn.Module, *, logits_only: bool = False, packed_bytes: int = 
     """
     handle = Quickened()
     left = packed_bytes if _can_pack() else 0
-    inside = {id(m.base_layer) for m in model.modules() if isinstance(m, peft_layer.LoraLayer)}
+    inside = {id(part) for m in model.modules() if isinstance(m, peft_layer.LoraLayer) for part in m.modules()}
     for module in list(model.modules()):
         if type(module) is peft_layer.Linear and type(module.base_layer) is nn.Linear:
             handle.exchange(module, QuickLora)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,6 +107,21 @@ def load_backbone(
     """
     if classes < 1:
         raise InputError("classes", f"got {classes}", "a whole number from 1", "give the number of classes")
+    stored = read_backbone(source, image_size=image_size, heads=heads, keep_head=keep_head, mean=mean, std=std)
+    _place_head(stored.model, stored.head_name, classes, seed, keep=keep_head, where=str(source))
+    return stored
+
+
+def read_backbone(
+    source: str | Path,
+    *,
+    image_size: int | None = None,
+    heads: int | None = None,
+    keep_head: bool = False,
+    mean: Triple | None = None,
+    std: Triple | None = None,
+) -> Backbone:
+    """The network as it is stored, checked and resized, before a head is put on it; arguments and errors of `load_backbone`."""
     if (mean is None) != (std is None):
         raise InputError("mean and std", "one without the other", "both or none", "give both")
     from medlore.models.image_size import check_image_size, image_size_of, with_image_size
@@ -124,7 +140,6 @@ def load_backbone(
         notes = (*notes, f"input resized from {image_size_of(model)} to {image_size} pixels")
         model = with_image_size(model, image_size)
     check_image_size(model)
-    head_name = _place_head(model, classes, seed, keep=keep_head, where=str(source))
     model.config.name_or_path = str(source)
     if mean is None or std is None:
         statistics = read_statistics(beside if beside.is_dir() else None, str(source), family)
@@ -139,10 +154,17 @@ def load_backbone(
         interpolation=statistics.interpolation,
         source=str(source),
         sha256=sha256_of(path) if path.exists() else None,
-        head_name=head_name,
+        head_name=_head_name(model),
         statistics_from=statistics.origin,
         notes=(*notes, *statistics.notes()),
     )
+
+
+def with_fresh_head(stored: Backbone, *, classes: int, seed: int = 0) -> Backbone:
+    """A copy of what `read_backbone` gave, with the head that `load_backbone` would put on it; `stored` stays as it is."""
+    model = copy.deepcopy(stored.model)
+    _place_head(model, stored.head_name, classes, seed, keep=False, where=stored.source)
+    return replace(stored, model=model)
 
 
 @contextlib.contextmanager
@@ -322,16 +344,20 @@ def _check_values(model: Any, where: str) -> None:
         )
 
 
-def _place_head(model: Any, classes: int, seed: int, *, keep: bool, where: str) -> str:
+def _head_name(model: Any) -> str:
+    modules = reversed(list(model.named_modules()))
+    return str(next(n for n, m in modules if n.split(".")[0] == "classifier" and not list(m.children())))
+
+
+def _place_head(model: Any, name: str, classes: int, seed: int, *, keep: bool, where: str) -> None:
     import torch
     from torch import nn
 
-    name = next(n for n, m in reversed(list(model.named_modules())) if n.split(".")[0] == "classifier" and not list(m.children()))
     old = model.get_submodule(name)
     if keep:
         if not isinstance(old, nn.Linear) or old.out_features != classes:
             raise CheckpointError(where, f"a head of {getattr(old, 'out_features', 0)} outputs", f"{classes} outputs", "retrain the head")
-        return str(name)
+        return
     width = old.in_features if isinstance(old, nn.Linear) else _feature_width(model)
     head = nn.Linear(width, classes)
     nn.init.normal_(head.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
@@ -339,7 +365,6 @@ def _place_head(model: Any, classes: int, seed: int, *, keep: bool, where: str) 
     model.set_submodule(name, head)
     model.num_labels = classes
     model.config.num_labels = classes
-    return str(name)
 
 
 def _feature_width(model: Any) -> int:

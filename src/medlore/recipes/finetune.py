@@ -22,7 +22,8 @@ from medlore.files import made_folder
 from medlore.layers.methods import METHODS, Method, Request, Tuning, install_method
 from medlore.layers.tuning.attach import added_parameters
 from medlore.metrics.classification import classification_report
-from medlore.models.backbones import Backbone, load_backbone
+from medlore.models.backbone_store import BackboneStore
+from medlore.models.backbones import Backbone
 from medlore.ranks.allocate import plan_ranks
 from medlore.ranks.plan import RankPlan
 from medlore.recipes.accelerators import make_accelerator
@@ -94,6 +95,7 @@ def finetune(
     test: ImageSet | None = None,
     resume: bool = False,
     quiet: bool = True,
+    backbones: BackboneStore | None = None,
 ) -> FinetuneResult:
     """Tune a backbone on a few labelled images and measure it once on the test images.
 
@@ -107,6 +109,7 @@ def finetune(
             unless `settings.test_fraction` is 0.
         resume: go on from the last epoch that an earlier, killed run with the same settings finished.
         quiet: no progress bar.
+        backbones: shared by several runs of this process, so that a backbone is read and prepared once; None reads it.
 
     Raises:
         InputError: wrong settings or data; nothing was trained.
@@ -123,7 +126,7 @@ def finetune(
     if folder is not None:
         made_folder(folder)
     with _run(settings, folder, accelerator) as run:
-        prepared = _prepare(settings, splits, accelerator)
+        prepared = _prepare(settings, splits, accelerator, backbones or BackboneStore())
         history = _train(settings, prepared, folder, accelerator, resume=resume, quiet=quiet)
         result = _conclude(settings, prepared, history, folder, accelerator)
         if run is not None and folder is not None:
@@ -135,7 +138,7 @@ def dry_run(settings: FinetuneSettings) -> dict[str, Any]:
     """What a run would do: settings, sizes of the parts, parameters, steps; nothing is trained or written."""
     refuse_idle(settings)
     accelerator = make_accelerator(settings.device, settings.precision, None)
-    prepared = _prepare(settings, _splits(settings, None, None, None), accelerator)
+    prepared = _prepare(settings, _splits(settings, None, None, None), accelerator, BackboneStore())
     schedule = settings.schedule()
     return {
         "settings": settings.model_dump(mode="json"),
@@ -162,14 +165,13 @@ def _splits(settings: FinetuneSettings, train: ImageSet | None, validation: Imag
     return read_splits(settings.data, settings.split_rules(), test_data=settings.test_data, official=settings.official_draw, **how)
 
 
-def _prepare(settings: FinetuneSettings, splits: ImageSplits, accelerator: Any) -> _Prepared:
+def _prepare(settings: FinetuneSettings, splits: ImageSplits, accelerator: Any, backbones: BackboneStore) -> _Prepared:
     _check_labels(splits)
     _check_groups(settings, splits)
     classes = len(splits.train.classes)
     chosen = {name: getattr(settings, name) for name in ("image_size", "heads", "seed", "mean", "std")}
-    backbone = load_backbone(settings.model, classes=classes, **chosen)
-    method = METHODS[settings.method]
-    plan = choose_plan(settings, backbone, method)
+    backbone = backbones.load(settings.model, classes=classes, **chosen)
+    plan = _plan_once(settings, backbone, backbones)
     preprocessing = preprocessing_of(backbone)
     augmentation = None
     if settings.augment and settings.method != "linear-probe":
@@ -229,6 +231,17 @@ def _tracking(settings: FinetuneSettings, backbone: Backbone, plan: RankPlan | N
         return None
     followed = plan or plan_ranks(backbone.model, targets=settings.targets, rule="uniform:1")
     return RankTracking(backbone.model, [layer.name for layer in followed.layers])
+
+
+_RANK_SETTINGS = ("method", "targets", "granularity", "rank", "scale", "budget", "alpha", "mini_loras", "seed")
+
+
+def _plan_once(settings: FinetuneSettings, backbone: Backbone, backbones: BackboneStore) -> RankPlan | None:
+    """`choose_plan`, asked once for a backbone and what it depends on; plans and lists from files are read anew."""
+    from_file = settings.plan is not None or settings.ranks is not None
+    key = tuple(getattr(settings, name) for name in _RANK_SETTINGS)
+    store = BackboneStore() if from_file else backbones
+    return store.once(backbone, key, lambda: choose_plan(settings, backbone, METHODS[settings.method]))
 
 
 def choose_plan(settings: FinetuneSettings, backbone: Backbone, method: Method) -> RankPlan | None:

@@ -19,7 +19,7 @@ from medlore.recipes.study.markdown import tables_in_markdown
 from medlore.recipes.study.records import CELLS, append_record, read_records
 from medlore.recipes.study.settings import StudySettings
 from medlore.recipes.study.table import means_over_sets, ranks_of, tables_of
-from medlore.recipes.study.worker import lost_cell, work_on
+from medlore.recipes.study.worker import BACKBONES, lost_cell, work_on
 
 Say = Callable[[str], None]
 _COLUMNS = (
@@ -183,14 +183,14 @@ def _write_outputs(run: Run, study: StudySettings, records: Sequence[dict[str, A
 def _plan(out: Path, study: StudySettings) -> Path | None:
     """Ranks of the first contender that takes them from the stable ranks."""
     from medlore.layers.methods import METHODS
-    from medlore.models.backbones import load_backbone
     from medlore.recipes.finetune import choose_plan
 
     first = next((each for each in contenders_of(study) if each.method == "sr-lora"), None)
     if first is None:
         return None
     settings = merged_settings(study.settings, first)
-    backbone = load_backbone(settings.model, classes=2, image_size=settings.image_size, heads=settings.heads)
+    chosen = {name: getattr(settings, name) for name in ("image_size", "heads", "mean", "std")}
+    backbone = BACKBONES.load(settings.model, classes=2, **chosen)
     plan = choose_plan(settings, backbone, METHODS["sr-lora"])
     return None if plan is None else plan.save(out / "plan.json")
 

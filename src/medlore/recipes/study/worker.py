@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from medlore.errors import InputError, MedloreError
+from medlore.models.backbone_store import BackboneStore
 from medlore.recipes.comparison import measure_of
 from medlore.recipes.finetune import FinetuneResult, content_hash, finetune
 from medlore.recipes.finetune_settings import FinetuneSettings
@@ -21,6 +22,8 @@ from medlore.recipes.judging import Judgement, judge
 from medlore.recipes.run import peak_memory_bytes
 from medlore.recipes.study.cells import StudyCell
 from medlore.recipes.study.parts import parts_of
+
+BACKBONES = BackboneStore()  # of this process: its cells share what is read, none shares what is trained
 
 
 def work_on(cell: StudyCell, folder: str, threads: int) -> dict[str, Any]:
@@ -112,7 +115,7 @@ def _trial(settings: FinetuneSettings, parts: ImageSplits, rate: float) -> Trial
     # without test images here, and perhaps without any for validation: nothing may be held out of the training images in their place
     given = settings.model_copy(update={"learning_rate": rate, "test_fraction": 0.0, "validation_fraction": 0.0})
     begun = time.perf_counter()
-    result = finetune(given, train=parts.train, validation=parts.validation, test=None)
+    result = finetune(given, train=parts.train, validation=parts.validation, test=None, backbones=BACKBONES)
     return Trial(rate, best_validation(result), round(time.perf_counter() - begun, 2), result)
 
 
