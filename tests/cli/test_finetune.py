@@ -53,6 +53,18 @@ def test_finetune_prints_a_table_and_writes_the_run(place: Path, tmp_path: Path,
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
 
 
+def test_a_finished_run_is_not_replaced_without_a_word(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = words(place, "--out", str(tmp_path / "run"), "--method", "linear-probe", "--json")
+    assert main(line) == 0
+    first = (tmp_path / "run" / "report.json").read_text()
+    capsys.readouterr()
+    assert main(line) == 2
+    assert "holds a finished run of finetune, which would be replaced" in capsys.readouterr().err
+    assert (tmp_path / "run" / "report.json").read_text() == first
+    assert main([*line, "--overwrite"]) == 0
+    assert (tmp_path / "run" / "report.json").read_text() != first
+
+
 def test_json_is_one_object_and_nothing_else(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words(place, "--out", str(tmp_path / "run"), "--method", "linear-probe", "--json")) == 0
     printed = capsys.readouterr()
@@ -113,7 +125,7 @@ def bad_lines(place: Path, tmp_path: Path) -> dict[str, tuple[list[str], str]]:
     return {
         "no out": (words(place), "--out: nothing"),
         "no data": (["finetune", "--out", str(tmp_path / "o")], "--data: nothing"),
-        "method": (words(place, "--out", str(tmp_path / "o"), "--method", "sr-loora"), "method"),
+        "method": (words(place, "--out", str(tmp_path / "o"), "--method", "sr-loora"), "'sr-loora'; the nearest of 23 are sr-lora"),
         "shots": (words(place, "--out", str(tmp_path / "o"), "--shots", "99"), "classes have fewer images"),
         "model": (
             ["finetune", "--data", str(place / "data"), "--model", str(tmp_path / "none.pth"), "--out", str(tmp_path / "o")],

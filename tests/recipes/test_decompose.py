@@ -310,6 +310,10 @@ def test_groups_never_stand_on_both_sides() -> None:
         ({"tasks": [{"name": "a/b", "data": "left.npz"}]}, "letters, digits, blanks"),
         ({"tasks": [{"name": "keys", "data": "left.npz", "train": "train"}], "ranks": {"rank": 2}}, "torch's own words"),
         ({"tasks": [{"name": "left", "dat": "left.npz"}]}, r"line \d+, tasks\.0\.dat: unknown setting; the nearest are data"),
+        ({"seed": -1}, r"line \d+, seed: .*greater than or equal to 0, got -1"),
+        ({"image_size": 10**6}, r"line \d+, image_size: .*less than or equal to 2048"),
+        ({"learning_rate": float("inf")}, r"line \d+, learning_rate: .*finite number, got inf"),
+        ({"variants": ["experts", "single", "single"]}, "variants name one twice"),
         ({"student": {"norm": "batch"}, "variants": ["teacher", "experts"]}, "couple the samples"),
     ],
 )
@@ -317,6 +321,18 @@ def test_a_wrong_study_is_refused_before_anything_is_written(tmp_path: Path, cha
     with pytest.raises(InputError, match=message):
         decompose(write_study(tmp_path, **changes), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_is_told_before_anything_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "medlore.recipes.decompose.train_network", lambda *_args, **_more: pytest.fail("trained before the folder was looked at")
+    )
+    study = write_study(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InputError, match="is a file"):
+        decompose(study, tmp_path / "file")
+    with pytest.raises(StepError, match="could not be written"):
+        decompose(study, "/proc/no")
 
 
 def test_all_tasks_that_cannot_be_read_are_named(tmp_path: Path) -> None:

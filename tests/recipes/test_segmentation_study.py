@@ -15,10 +15,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny_segmentation import write_case, write_study
 
 from medlore.errors import CheckpointError, DataError, InputError
-from medlore.files import read_json
+from medlore.files import read_json, write_json
 from medlore.models.bundle import load_segmenter
 from medlore.models.segmenter import Segmenter, SegmenterConfig
 from medlore.recipes.export import export
+from medlore.recipes.segmentation import few_shot
 from medlore.recipes.segmentation.add_expert import add_expert
 from medlore.recipes.segmentation.dry_run import plan_segmenter
 from medlore.recipes.segmentation.few_shot import FewShotSettings, tune_segmenter
@@ -85,7 +86,7 @@ def test_a_second_stage_begins_with_the_first_ones_weights(done: tuple[Path, Seg
     assert all(torch.equal(after.weights.base[name], tensor) for name, tensor in before.weights.base.items())
     assert torch.equal(after.queries(["liver"], "mri"), before.queries(["liver"], "mri"))
     stage.write_text(stage.read_text().replace(str(first.packs["teacher"]), str(first.packs["pack"])))
-    with pytest.raises(InputError, match="teacher.start"):
+    with pytest.raises(InputError, match=r"teacher\.start"):
         decompose_segmenter(stage, tmp_path / "other", only="teacher")
 
 
@@ -166,6 +167,19 @@ def test_an_added_expert_changes_no_other_by_one_bit(added: tuple[Path, Segmenta
     assert files[0] == files[1], "16 bits stay 16 bits"
 
 
+def test_a_label_that_returns_to_its_own_region_loses_the_older_word(added: tuple[Path, SegmentationResult], tmp_path: Path) -> None:
+    """The pack said that `spinal cord` belongs to the brain; the vocabulary, and the study that adds the expert, say spine."""
+    import shutil
+
+    folder, _ = added
+    pack = Path(shutil.copytree(folder / "out" / "pack", tmp_path / "pack"))
+    manifest = read_json(pack / "manifest.json")
+    manifest["preprocessing"]["label_regions"] = {"mri/spinal cord": "whole body", "mri/other": "brain"}
+    write_json(pack / "manifest.json", manifest)
+    result = add_expert(folder / "more.yaml", tmp_path / "out", region="spine", steps=1, pack=pack)
+    assert load_segmenter(result.packs["pack"]).preprocessing["label_regions"] == {"mri/other": "brain"}
+
+
 def test_experts_that_cannot_be_added_are_refused(added: tuple[Path, SegmentationResult]) -> None:
     folder, _ = added
     with pytest.raises(InputError, match="which has an expert"):
@@ -177,13 +191,24 @@ def test_experts_that_cannot_be_added_are_refused(added: tuple[Path, Segmentatio
 
 
 @pytest.mark.parametrize("method", ["sr-lora", "scratch"])
-def test_few_shot_tuning_writes_a_pack_that_segments(added: tuple[Path, SegmentationResult], tmp_path: Path, method: str) -> None:
+def test_few_shot_tuning_writes_a_pack_that_segments(
+    added: tuple[Path, SegmentationResult], tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, _ = added
     settings = FewShotSettings(
         model=str(folder / "out" / "pack"), cases=folder / "back.jsonl", method=method, rank=2, steps=3, patch_size=(16, 16, 16),
         region="brain", precision="bf16",
     )  # type: ignore[arg-type]  # fmt: skip
+    measured = []
+    real = few_shot.measure_network
+    monkeypatch.setattr(
+        few_shot, "measure_network", lambda name, network, *rest: [measured.append(network), *real(name, network, *rest)][1:]
+    )
     done = tune_segmenter(settings, tmp_path)
+    written = load_segmenter(done.pack)
+    held = written.network("brain").state_dict()
+    assert all(torch.equal(held[name], value) for name, value in measured[-1].segmenter.state_dict().items()), "measured as written"
+    assert torch.equal(written.queries(["spinal cord"], "mri"), measured[-1].prompts)
     assert (tmp_path / "plan.json").is_file() == (method == "sr-lora")
     assert [row["network"] for row in done.table] == [method]
     masks = load_for_use(done.pack).segment(folder / "back3.nii.gz", ["spinal cord"], modality="mri")

@@ -26,11 +26,14 @@ def decompose(
     dry_run: bool = typer.Option(False, "--dry-run", help="Read everything, print sizes, ranks and shares; train nothing."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
+    from medlore.errors import UnknownNameError
     from medlore.recipes.kinds import is_segmentation_study
 
     if is_segmentation_study(study):
         from medlore.recipes.segmentation import screen
 
+        if only not in (None, "teacher"):
+            raise UnknownNameError("--only", only, ["teacher"], "leave it out for the whole study")
         if add_expert is None:
             _refuse({"--pack": pack}, "a run with --add-expert")
             screen.run_on_screen(study, out, only=only, dry_run=dry_run, as_json=as_json, steps=steps, seed=seed, device=device)

@@ -12,7 +12,20 @@ app = typer.Typer()
 _SEGMENTER = "Segmenter: a pack and about five masks"
 _IMAGES, _MODEL, _METHOD, _TRAINING, _RUN = "Images", "Backbone", "Method and ranks", "Training", "Run"
 # Flags that stand for a setting of the same name; the rest say how the run goes.
-_NOT_SETTINGS = {"settings", "out", "resume", "dry_run", "as_json", "no_augment", "no_checkpoints", "pack", "cases", "region", "steps"}
+_NOT_SETTINGS = {
+    "settings",
+    "out",
+    "resume",
+    "dry_run",
+    "as_json",
+    "no_augment",
+    "no_checkpoints",
+    "pack",
+    "cases",
+    "region",
+    "steps",
+    "overwrite",
+}
 
 
 @app.command(
@@ -98,6 +111,7 @@ def finetune(
     resume: bool = typer.Option(
         False, "--resume", help="Go on after the last finished epoch of a run that was killed.", rich_help_panel=_RUN
     ),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace a finished run in --out.", rich_help_panel=_RUN),
     no_checkpoints: bool = typer.Option(False, "--no-checkpoints", help="Write no checkpoint after each epoch.", rich_help_panel=_RUN),
     track: str | None = typer.Option(None, help="none or tensorboard.", rich_help_panel=_RUN),
     track_stable_rank: bool | None = typer.Option(
@@ -117,13 +131,13 @@ def finetune(
             raise InputError("PACK, --model", "both", "one of them", "leave --model out")
         values |= {"region": region, "steps": steps, "patches": {"augment": False} if no_augment else None}
         values |= {"checkpoints": False if no_checkpoints else None}
-        tune_on_screen(pack or named, cases, out, file=settings, flags=values, dry_run=dry_run, as_json=as_json)
+        tune_on_screen(pack or named, cases, out, file=settings, flags=values, dry_run=dry_run, overwrite=overwrite, as_json=as_json)
         return
     from medlore.recipes.accelerators import is_main_process
     from medlore.recipes.finetune import FinetuneSettings
     from medlore.recipes.finetune import dry_run as look
     from medlore.recipes.finetune import finetune as tune
-    from medlore.recipes.run import read_settings
+    from medlore.recipes.run import read_settings, refuse_finished
     from medlore.recipes.tuning_screen import print_facts, print_json, print_notes, print_report
 
     for name, text in (("classes", classes), ("mean", mean), ("std", std)):
@@ -139,6 +153,7 @@ def finetune(
         return
     if out is None:
         raise InputError("--out", "nothing", "a folder for adapter, report, predictions and curves", "give --out runs/NAME")
+    refuse_finished(out, overwrite=overwrite or resume)
     result = tune(chosen, out, resume=resume, quiet=as_json)
     if not is_main_process():
         return

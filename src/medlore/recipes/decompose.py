@@ -20,7 +20,7 @@ from torch import nn
 from medlore.assets import PREFIX
 from medlore.data.transforms import Preprocessing
 from medlore.errors import UnknownNameError
-from medlore.files import atomic_folder, atomic_path, read_json, write_json
+from medlore.files import atomic_folder, atomic_path, made_folder, read_json, write_json
 from medlore.layers.expert_surgery import install_experts
 from medlore.layers.experts import ExpertLayer
 from medlore.models.backbones import load_backbone
@@ -73,6 +73,7 @@ def decompose(
     shop, body = _open(study, out, narrate, flags)
     if not shop.writes:  # the other processes of a distributed run train along and leave the files to the first
         return Decomposition(shop.out / "pack", _run(shop, body)[0])
+    made_folder(out)
     with Run("decompose", out, settings=shop.settings, seed=shop.settings.seed, device=shop.device) as run:
         run.add_input(study)
         table, experts = _run(shop, body)

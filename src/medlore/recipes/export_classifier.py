@@ -107,7 +107,7 @@ def _export_base(pack: ClassifierPack, format: str, out: str | Path) -> dict[str
             "--format", f"{format!r} for the shared base, which has no head", "safetensors", "name an expert, or take that format"
         )
     body: Any = merge(pack.network.body, None)
-    with atomic_folder(out) as folder, quiet_transformers():
+    with atomic_folder(out) as folder:
         write_backbone(folder, body, pack.manifest["preprocessing"])
         files = {p.relative_to(folder).as_posix(): sha256_of(p) for p in sorted(folder.rglob("*")) if p.is_file()}
     return {"format": format, "expert": BASE, "out": str(out), "files": files, "largest_difference": 0.0}
@@ -115,7 +115,8 @@ def _export_base(pack: ClassifierPack, format: str, out: str | Path) -> dict[str
 
 def write_backbone(folder: Path, body: Any, preprocessing: Mapping[str, Any]) -> None:
     """A transformers folder with the input that the network was trained on."""
-    body.save_pretrained(folder)
+    with quiet_transformers():
+        body.save_pretrained(folder)
     size = {"height": preprocessing["image_size"], "width": preprocessing["image_size"]}
     steps = {"image_processor_type": "ViTImageProcessor", "do_resize": True, "do_rescale": True, "do_normalize": True, "size": size}
     resample = _RESAMPLE[preprocessing["interpolation"]]

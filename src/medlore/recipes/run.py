@@ -19,7 +19,7 @@ import pydantic
 import yaml
 
 from medlore.errors import InputError, nearest_names
-from medlore.files import existing_file, sha256_of, write_json
+from medlore.files import existing_file, read_json, sha256_of, write_json
 
 REPORT_SCHEMA = "medlore/report/1"
 DeviceChoice = Literal["auto", "cpu", "cuda", "mps"]
@@ -30,7 +30,7 @@ _REPORTED_PACKAGES = ("medlore", "torch", "transformers", "peft", "accelerate", 
 class Settings(pydantic.BaseModel):
     """Base of every recipe's settings: unknown keys are refused, values are frozen."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, allow_inf_nan=False)
 
     @pydantic.field_validator("*", mode="before")
     @classmethod
@@ -42,6 +42,7 @@ class Settings(pydantic.BaseModel):
 
 
 S = TypeVar("S", bound=Settings)
+_FEW_NAMES = 8  # so many are listed whole
 
 
 def _takes_bool(annotation: Any) -> bool:
@@ -123,10 +124,27 @@ def _fault(kind: type[Settings], place: Place, fault: str, message: str, came: A
     if fault == "extra_forbidden":
         near = ", ".join(nearest_names(str(place[-1]), _settings_at(kind, place[:-1]).model_fields))
         return f"{name}: unknown setting; the nearest are {near}"
+    expected = _literals_of(kind, place) if fault == "literal_error" else ()
+    if len(expected) > _FEW_NAMES and isinstance(came, str):
+        return f"{name}: unknown name {came!r}; the nearest of {len(expected)} are {', '.join(nearest_names(came, expected))}"
     message = message.removeprefix("Value error, ")
     if not place:  # several settings that do not go together
         return message
     return f"{name}: {message}" if fault == "missing" else f"{name}: {message}, got {came!r}"
+
+
+def _literals_of(kind: type[Settings], place: Place) -> tuple[str, ...]:
+    """The names that an entry may have, through tuples and optional values."""
+    field = next((f for part in reversed(place) if (f := _settings_at(kind, place[:-1]).model_fields.get(str(part)))), None)
+
+    def names(annotation: Any) -> Iterator[str]:
+        for part in get_args(annotation):
+            if isinstance(part, str):
+                yield part
+            else:
+                yield from names(part)
+
+    return () if field is None else tuple(names(field.annotation))
 
 
 def _settings_at(kind: type[Settings], place: Place) -> type[Settings]:
@@ -232,6 +250,30 @@ class Run:
         if error is not None:
             self.results["error"] = f"{kind.__name__ if kind else ''}: {error}"
         self.write("done" if error is None else "interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+
+
+def refuse_finished(out: str | Path, *, overwrite: bool, settings: Settings | None = None) -> None:
+    """Keep the results of a finished run from being replaced without a word.
+
+    Args:
+        out: folder of the outputs.
+        overwrite: replace them.
+        settings: of the new run, where the same ones may run again: they give the same results.
+
+    Raises:
+        InputError: OUT/report.json tells of a finished run.
+    """
+    report = Path(out) / "report.json"
+    if overwrite or not report.is_file():
+        return
+    try:
+        told = read_json(report)
+    except InputError:  # cut off: nothing finished
+        return
+    same = settings is not None and isinstance(told, dict) and told.get("settings") == settings.model_dump(mode="json")
+    if isinstance(told, dict) and told.get("state") == "done" and not same:
+        came = f"{out} holds a finished run of {told.get('verb')}, which would be replaced"
+        raise InputError("--out", came, "a new folder", "name another folder, or give --overwrite")
 
 
 def describe_machine() -> dict[str, Any]:

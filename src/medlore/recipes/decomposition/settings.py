@@ -135,7 +135,7 @@ class DecomposeSettings(Settings):
 
     kind: Literal["classifier"] = "classifier"
     name: str
-    image_size: int = pydantic.Field(default=64, ge=16)
+    image_size: int = pydantic.Field(default=64, ge=16, le=2048)
     tasks: tuple[TaskSettings, ...] = pydantic.Field(min_length=1)
     teacher: TeacherSettings | None = TeacherSettings()
     student: StudentSettings = StudentSettings()
@@ -151,7 +151,7 @@ class DecomposeSettings(Settings):
     clip: float = pydantic.Field(default=1.0, gt=0)
     crop: float = pydantic.Field(default=0.5, gt=0, le=1)
     evaluate_every: int = pydantic.Field(default=200, ge=1)
-    seed: int = 0
+    seed: int = pydantic.Field(default=0, ge=0, lt=2**32)
     device: DeviceChoice = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
     weights: Literal["fp32", "fp16"] = "fp16"
@@ -161,6 +161,8 @@ class DecomposeSettings(Settings):
         names = [task.name for task in self.tasks]
         if len(set(names)) != len(names):
             raise ValueError(f"two tasks share a name in {names}")
+        if len(set(self.variants)) != len(self.variants):
+            raise ValueError(f"variants name one twice in {list(self.variants)}")
         if self.ranks.rule == "given" and set(self.ranks.given) != set(names):
             raise ValueError(f"ranks.given has {sorted(self.ranks.given)}, the tasks are {sorted(names)}")
         if self.teacher is None and {"teacher", "shared-distilled"} & set(self.variants):

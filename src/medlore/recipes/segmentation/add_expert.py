@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -180,7 +180,8 @@ def _write(
     weights = without_loss(SegmenterWeights(weights.config, bundle.weights.base, experts, weights.form))
     new_keys = sorted({p.key: p.row for p in cohort.prompts.values() if p.row >= len(bundle.prompts.keys)}.items(), key=lambda kv: kv[1])
     table = PromptTable((*bundle.prompts.keys, *(key for key, _ in new_keys)), smallest_type(network.prompts.detach().cpu()))
-    own: Mapping[str, str] = bundle.preprocessing.get("label_regions", {})
+    trained = {p.key for p in cohort.prompts.values()}  # where the study says a label's own region again, no older word stays
+    own = {key: place for key, place in bundle.preprocessing.get("label_regions", {}).items() if key not in trained}
     preprocessing = {**bundle.preprocessing, "label_regions": {**own, **cohort.label_regions()}}
     about = dict(packs.read_manifest(bundle.source, kind=KIND).get("about", {}))
     data = [{"name": e.name, "licence": e.licence, **({"note": e.note} if e.note else {})} for e in settings.data]

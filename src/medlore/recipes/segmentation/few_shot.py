@@ -18,20 +18,27 @@ from torch import Tensor
 
 from medlore.assets import PREFIX
 from medlore.data.cases import read_cases
-from medlore.errors import DataError, InputError
+from medlore.errors import DataError, InputError, UnknownNameError
 from medlore.layers.expert_surgery import install_experts
 from medlore.models.bundle import SegmenterBundle, load_segmenter, write_segmenter_pack
 from medlore.models.expert_segmenter import collect_weights
 from medlore.models.prompts import PromptTable
 from medlore.models.segmenter import Segmenter, expert_targets
-from medlore.models.vocabulary import WHOLE_BODY, canonical_modality
+from medlore.models.vocabulary import REGIONS, WHOLE_BODY, canonical_modality
 from medlore.ranks.allocate import plan_ranks
 from medlore.ranks.plan import RankPlan
 from medlore.recipes.run import DeviceChoice, Run, Settings, seed_everything
 from medlore.recipes.segmentation.cohort import Cohort
 from medlore.recipes.segmentation.network import PromptedSegmenter, new_prompts
 from medlore.recipes.segmentation.packs import in_type
-from medlore.recipes.segmentation.settings import DataSettings, LossSettings, Precision, ScheduleSettings, SegmentationSettings
+from medlore.recipes.segmentation.settings import (
+    DEFAULT_PREPROCESSING,
+    DataSettings,
+    LossSettings,
+    Precision,
+    ScheduleSettings,
+    SegmentationSettings,
+)
 from medlore.recipes.segmentation.table import measure_network
 from medlore.recipes.segmentation.workshop import Narrator, Order, Workshop, hash_of, open_workshop, silent
 from medlore.recipes.stored_weights import as_stored
@@ -126,8 +133,7 @@ def tune_segmenter(
         schedule = shop.settings.student
         order = Order(settings.method, schedule, shop.cohort, ("student",), begins_with=hash_of(network))
         trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
-        network = shop.finish(order, network)
-        as_stored(network, settings.weights)
+        network = _as_written(shop.finish(order, network), settings).to(shop.accelerator.device)
         table += measure_network(settings.method, network, shop.cohort, shop.windows(), shop.facts)
         pack = _write(out / "pack", network, bundle, shop.cohort, settings, region)
         run.add_output("pack", pack)
@@ -178,6 +184,9 @@ def _as_study(settings: FewShotSettings, bundle: SegmenterBundle) -> Segmentatio
     """The settings that data and training are read from; preprocessing is the pack's."""
     own: dict[str, str] = dict(bundle.preprocessing.get("label_regions", {}))
     if settings.region is not None:
+        known = dict.fromkeys((*REGIONS, WHOLE_BODY, *bundle.regions))
+        if settings.region not in known:
+            raise UnknownNameError("--region", settings.region, known)
         own |= {f"{canonical_modality(c.modality)}/{label}": settings.region for c in read_cases(settings.cases) for label in c.labels}
     if any(side % bundle.config.patch for side in settings.patch_size):
         accepted = f"multiples of the network's patch, {bundle.config.patch}"
@@ -190,7 +199,7 @@ def _as_study(settings: FewShotSettings, bundle: SegmenterBundle) -> Segmentatio
         regions=own,
         max_prompts=settings.max_prompts,
         patches=settings.patches,
-        preprocessing={name: value for name, value in bundle.preprocessing.items() if name != "label_regions"},
+        preprocessing={name: value for name, value in bundle.preprocessing.items() if name in DEFAULT_PREPROCESSING},
         loss=LossSettings(distillation=0.0),
         validation_cases=0,
         seed=settings.seed,
@@ -273,10 +282,20 @@ def _before(shop: Workshop, bundle: SegmenterBundle, start: Segmenter) -> list[d
     return measure_network("before", network, shop.cohort, shop.windows(), shop.facts)
 
 
+def _as_written(network: PromptedSegmenter, settings: FewShotSettings) -> PromptedSegmenter:
+    """The plain network that the pack holds: the factors are merged first and what comes out is rounded, once."""
+    weights = collect_weights(network.segmenter)
+    weights = weights.only(_NEW) if weights.experts else weights
+    model = Segmenter(weights.config, dropout=0.0)
+    model.load_state_dict(weights.base)
+    plain = PromptedSegmenter(model, network.prompts.detach().cpu(), learn_prompts=False)
+    as_stored(plain, settings.weights)
+    return plain.eval()
+
+
 def _write(path: Path, network: PromptedSegmenter, bundle: SegmenterBundle, cohort: Cohort, settings: FewShotSettings, region: str) -> Path:
     """A plain network for one region, with the prompts that were tuned: those that were not belong to the old weights."""
     weights = collect_weights(network.segmenter)
-    weights = weights.only(_NEW) if weights.experts else weights
     rows = network.prompts.detach().cpu()
     table = PromptTable(cohort.keys, rows.half() if settings.weights == "fp16" else rows)
     preprocessing = {**bundle.preprocessing, "label_regions": cohort.label_regions()}

@@ -7,8 +7,11 @@ from typing import Any, Literal
 
 import pydantic
 
+from medlore.errors import InputError
 from medlore.linalg.matricize import Layout
 from medlore.models.segmenter import SegmenterConfig
+from medlore.models.segmenter_manifest import preprocessing_faults
+from medlore.models.vocabulary import MODALITIES
 from medlore.recipes.run import DeviceChoice, Settings
 
 Variant = Literal["teacher", "experts", "shared", "single", "experts-uniform", "experts-given", "experts-stable-rank"]
@@ -66,6 +69,14 @@ class SizeSettings(Settings):
     feedforward: int = 256
     mask_activation: Literal["gelu", "none"] = "none"
 
+    @pydantic.model_validator(mode="after")
+    def _fit_each_other(self) -> SizeSettings:
+        try:
+            self.config()
+        except InputError as error:
+            raise ValueError("; ".join(error.faults)) from error
+        return self
+
     def config(self) -> SegmenterConfig:
         """The network's own record.
 
@@ -107,12 +118,14 @@ class TeacherSettings(ScheduleSettings):
         source: a pack or a published file (SAT, LoRKD), taken as it is; None trains one here, of these sizes.
         text, prompt_embeddings: where the prompts of a published file come from.
         sizes: of a teacher that is trained here.
+        start: a pack of these sizes whose weights and prompts the training begins with, in place of a draw: a further stage.
     """
 
     source: str | None = None
     text: Path | None = None
     prompt_embeddings: Path | None = None
     sizes: SizeSettings = SizeSettings(features=(16, 32, 64, 128, 256))
+    start: str | None = None
 
 
 class StudentSettings(ScheduleSettings):
@@ -214,14 +227,33 @@ class SegmentationSettings(Settings):
         names = [entry.name for entry in self.data]
         if len(set(names)) != len(names):
             raise ValueError(f"two lists share a name in {names}")
+        if len(set(self.variants)) != len(self.variants):
+            raise ValueError(f"variants name one twice in {list(self.variants)}")
+        if faults := preprocessing_faults(self.full_preprocessing, "preprocessing"):
+            raise ValueError("; ".join(faults))
+        if strange := sorted(set(self.preprocessing) - set(DEFAULT_PREPROCESSING)):
+            raise ValueError(f"preprocessing has {strange}; known are {', '.join(DEFAULT_PREPROCESSING)}")
         for who, sizes in (("teacher", self.teacher.sizes), ("student", self.student.sizes)):
             if any(side % sizes.patch for side in self.patch_size):
                 raise ValueError(f"patch_size {self.patch_size} must be multiples of {who}.sizes.patch {sizes.patch}")
+        if wrong := [key for key in self.regions if key.partition("/")[0] not in MODALITIES or not key.partition("/")[2]]:
+            raise ValueError(f"regions has {wrong}; each is modality/label, with a modality of {', '.join(MODALITIES)}")
         if self.teacher.source is None and self.teacher.sizes.query_width != self.student.sizes.query_width:
             raise ValueError("teacher and student share their prompts: give both the same query_width")
         if "experts" not in self.variants:
             raise ValueError("variants must hold 'experts': it is what the study makes")
         return self
+
+    def check_windows(self) -> None:
+        """Refuse windows that the networks of this study could not take when they are validated, after their training.
+
+        Raises:
+            InputError: a side of `preprocessing.roi_size` that is no multiple of a network's patch.
+        """
+        roi_size, patches = self.full_preprocessing["roi_size"], {self.teacher.sizes.patch, self.student.sizes.patch}
+        if any(side % patch for patch in patches for side in roi_size):
+            accepted = f"multiples of the networks' patch, {', '.join(map(str, sorted(patches)))}"
+            raise InputError("preprocessing.roi_size", str(list(roi_size)), accepted, "give other sides")
 
     @property
     def full_preprocessing(self) -> dict[str, Any]:

@@ -57,6 +57,7 @@ def read_study(study: str | Path, *, steps: int | None = None, **flags: Any) -> 
     if steps is not None and steps < 1:
         raise InputError("--steps", str(steps), "at least 1", "give the optimiser steps of every student")
     settings = read_settings(SegmentationSettings, study, **flags)
+    settings.check_windows()
     return settings if steps is None else settings.model_copy(update={"student": settings.student.model_copy(update={"steps": steps})})
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from medlore.errors import InputError
 from medlore.files import json_text
 from medlore.recipes.narration import Narrator
-from medlore.recipes.run import read_settings
+from medlore.recipes.run import read_settings, refuse_finished
 from medlore.recipes.segmentation.few_shot import FewShotResult, FewShotSettings, plan_tuning, tune_segmenter
 from medlore.recipes.segmentation.screen import print_tables
 
@@ -25,6 +25,7 @@ def tune_on_screen(
     file: Path | None,
     flags: Mapping[str, Any],
     dry_run: bool,
+    overwrite: bool,
     as_json: bool,
 ) -> None:
     """Tune a segmenter, or with `dry_run` say what would be done.
@@ -36,6 +37,7 @@ def tune_on_screen(
         file: YAML of `FewShotSettings`.
         flags: what was given on the command line; flags that are for images are refused.
         dry_run: train nothing.
+        overwrite: replace a finished run of other settings.
         as_json: one JSON object on stdout.
 
     Raises:
@@ -56,6 +58,7 @@ def tune_on_screen(
         return
     if out is None:
         raise InputError("--out", "nothing", "a folder for the new pack and the report", "give --out runs/NAME")
+    refuse_finished(out, overwrite=overwrite, settings=settings)
     with Narrator(Console(stderr=True)) as narrator:
         done = tune_segmenter(settings, out, narrate=narrator, say=narrator.say)
     _print_result(done, as_json=as_json)

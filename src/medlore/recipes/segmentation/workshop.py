@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from medlore.data.patches import PatchRules
-from medlore.errors import CheckpointError
+from medlore.errors import CheckpointError, InputError
 from medlore.files import atomic_path, read_json, write_json
 from medlore.recipes.run import choose_device
 from medlore.recipes.segmentation.accelerators import make_accelerator
@@ -174,6 +174,8 @@ def open_workshop(
         InputError: data or rules that cannot be used.
     """
     settings_rules(settings)
+    if out.exists() and not out.is_dir():
+        raise InputError(str(out), "is a file", "a folder for the outputs", "name another folder")
     device = choose_device(settings.device)
     cache = out / "cache" if settings.cache is None else folder / settings.cache
     cohort = read_cohort(settings, folder=folder, cache=cache, say=say)
