@@ -199,7 +199,8 @@ def _tissues(rng: np.random.Generator, family: str) -> tuple[float, float, float
     """Means of fluid, grey and white matter."""
     if family == "t1":
         white = rng.uniform(140, 220)
-        return white * rng.uniform(0.08, 0.42), white * rng.uniform(0.58, 0.86), white
+        fluid, grey = rng.uniform(0.08, 0.5), rng.uniform(0.58, 0.86)  # fluid in narrow sulci is never quite dark
+        return white * min(fluid, grey - 0.15), white * grey, white
     if family == "t2":
         fluid = rng.uniform(170, 250)
         grey = fluid * rng.uniform(0.45, 0.7)
