@@ -89,7 +89,7 @@ def _attend(attention: Any, asking: Tensor, asked: Tensor) -> Tensor:
     """Attention of some tokens (b, m, d) on all (b, n, d), output projection included."""
 
     def by_head(x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)  # b heads tokens width
+        return x.view(*x.shape[:-1], -1, attention.head_dim).transpose(1, 2)  # b heads tokens width
 
     query, key, value = by_head(attention.q_proj(asking)), by_head(attention.k_proj(asked)), by_head(attention.v_proj(asked))
     if _explicit(asked):
