@@ -18,7 +18,7 @@ from torch import Tensor
 from medlore.data.geometry import Array, Shape, bounding_box
 from medlore.data.intensity import PUBLISHED_RULE, IntensityRule, intensity_of
 from medlore.data.masks import code_table
-from medlore.data.synthesis import FIRST_OUTSIDE, OUTER_FLUID, Contrast, SynthesisRules, draw_contrast, strip_skull, synthesise
+from medlore.data.synthesis import FIRST_OUTSIDE, OUTER_FLUID, Contrast, SynthesisRules, dilated, draw_contrast, strip_skull, synthesise
 from medlore.data.training_cache import CachedCase
 from medlore.data.volume_augmentation import GreyRules, WarpRules, change_greys, cut, draw_coordinates, draw_view, take
 from medlore.errors import InputError
@@ -26,6 +26,7 @@ from medlore.errors import InputError
 _SIDED = re.compile(r"(^|\W)(left|right)(\W|$)", re.IGNORECASE)
 _OTHER_SHARE = 0.25  # how often a label that cannot be in the volume is asked for, against one that lies elsewhere in it
 _VIEW = 0.3  # by how much of its length a field of view may be longer than the head, on either side
+_SOFT_EDGE = 0.4  # how often the edge of a stripped brain is blurred
 _COARSE = 5  # every how many voxels a whole label map is looked at for its grey statistics
 
 
@@ -151,7 +152,10 @@ def _synthesised(case: CachedCase, codes: Array, rng: np.random.Generator, rules
     contrast = draw_contrast(rng, rules.synthesis)
     kept = strip_skull(codes, rng) if rng.random() < rules.synthesis.skull_strip else codes
     stripped = kept is not codes
-    image = synthesise(codes, rng, rules.synthesis, contrast=contrast, keep=kept > 0 if stripped else None)
+    if stripped and rng.random() < _SOFT_EDGE:  # blurred after the stripping, as averages of many heads and resampled images are
+        image = synthesise(kept, rng, rules.synthesis, contrast=contrast, keep=dilated(kept > 0, 1))
+    else:
+        image = synthesise(codes, rng, rules.synthesis, contrast=contrast, keep=kept > 0 if stripped else None)
     reference = _reference(case, contrast, rng, stripped=stripped)
     intensity = intensity_of(reference, "mri", where=case.name, rule=rules.intensity)
     image = intensity.apply(image)

@@ -175,23 +175,23 @@ def strip_skull(codes: Array, rng: np.random.Generator, *, least_share: float = 
     """The codes without what lies outside of the brain, more or less cleanly.
 
     Where less than `least_share` is brain, the same array comes back. The fluid around the brain stays, stays as a rim, or
-    goes; in one of four draws a shell of other tissue is left over.
+    goes; in one of five draws a shell of other tissue is left over.
     """
     brain = (codes > 0) & (codes < FIRST_OUTSIDE) & (codes != OUTER_FLUID)
     if brain.mean() < least_share:
         return codes
     kind = rng.random()
-    if kind < 0.5:
+    if kind < 0.35:
         keep = (codes > 0) & (codes < FIRST_OUTSIDE)
         if rng.random() < 0.4:  # the mask is smooth, and does not follow every sulcus to the bone
-            keep &= _dilated(brain, 2)
-    elif kind < 0.75:
-        keep = _dilated(brain, int(rng.integers(2, 5)))
+            keep &= dilated(brain, 2)
+    elif kind < 0.55:
+        keep = dilated(brain, int(rng.integers(2, 5)))
     else:
-        keep = _dilated(brain, 1) & (codes < FIRST_OUTSIDE) if rng.random() < 0.5 else brain
+        keep = dilated(brain, 1) & (codes < FIRST_OUTSIDE) if rng.random() < 0.5 else brain
     cord = codes == _CORD
     if cord.any():  # the mask ends below the brainstem, and so does the fluid
-        keep &= brain | ~_dilated(cord, 8)
+        keep &= brain | ~dilated(cord, 8)
     return np.where(keep, codes, 0).astype(codes.dtype)
 
 
@@ -237,7 +237,7 @@ def _resolution(rng: np.random.Generator, shape: Shape, rules: SynthesisRules) -
     return [blur_matrix(n, s, t, rng.random()) for n, s, t in zip(shape, sigma, step, strict=True)]
 
 
-def _dilated(mask: Array, voxels: int) -> Array:
+def dilated(mask: Array, voxels: int) -> Array:
     """Grown by about `voxels` in every direction: by the six neighbours and by all twenty-six in turn, nearly a ball."""
     found = torch.from_numpy(mask.astype(np.float32))[None, None]
     for step in range(voxels):
