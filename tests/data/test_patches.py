@@ -15,6 +15,7 @@ from medlore.data.synthesis import SynthesisRules
 from medlore.data.training_cache import CachedCase, build_cache
 from medlore.data.volume_augmentation import GreyRules, WarpRules
 from medlore.errors import InputError
+from medlore.recipes.segmentation.batches import make_rules
 
 SIZE = (24, 24, 24)
 STILL = GreyRules(0, 0, (1, 1), 0, 0, 0, 0, 0, 0, 0, 1, 0, 0)
@@ -192,3 +193,13 @@ def test_what_is_stripped_from_the_image_is_stripped_from_the_masks(tmp_path: Pa
         assert (seen[patch.targets.any(0).numpy()]).mean() > 0.5
         assert seen.mean() < 0.5
     assert 0 < whole < 16  # sometimes the fluid stays, sometimes it goes, in image and mask alike
+
+
+def test_labels_can_weigh_more_in_the_loss(scene: CachedCase) -> None:
+    rules = make_rules({"augment": False, "weights": {"ball": 3.0}}, {}, {})
+    patches = [draw(scene, seed, rules) for seed in range(6)]
+    for patch in patches:
+        assert patch.weight is not None
+        assert patch.weight.tolist() == [3.0 if label == "ball" else 1.0 for label in patch.labels]
+    assert {"ball", "rod"} <= {label for patch in patches for label in patch.labels}
+    assert draw(scene, 1).weight is None

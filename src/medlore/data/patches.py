@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -40,6 +40,7 @@ class PatchRules:
         jitter: a centre moves by up to this share of the patch's edge.
         negatives: at most this many absent labels for each present one, and always at least one if there is one.
         least_voxels: a label counts as present in a patch from this many voxels on.
+        weights: label -> how much it counts in the loss, beside 1 for the others.
         augment: whether anything but the place is random.
         warp: geometry.
         grey: grey values.
@@ -52,6 +53,7 @@ class PatchRules:
     jitter: float = 0.25
     negatives: float = 0.5
     least_voxels: int = 1
+    weights: Mapping[str, float] = field(default_factory=dict)
     augment: bool = True
     warp: WarpRules = field(default_factory=WarpRules)
     grey: GreyRules = field(default_factory=GreyRules)
@@ -221,7 +223,9 @@ def _with_prompts(
     for row, label in zip(targets, (*positives, *negatives), strict=True):
         if label in tables:  # an absent label may have fewer voxels than `least_voxels`: they are true all the same
             tables[label].take(index, out=row, mode="clip")
-    return Patch(torch.from_numpy(np.ascontiguousarray(image))[None], torch.from_numpy(targets), (*positives, *negatives), len(positives))
+    labels = (*positives, *negatives)
+    weight = torch.tensor([float(rules.weights.get(label, 1.0)) for label in labels]) if rules.weights else None
+    return Patch(torch.from_numpy(np.ascontiguousarray(image))[None], torch.from_numpy(targets), labels, len(positives), weight)
 
 
 def _some(labels: Sequence[str], most: int, rng: np.random.Generator, share: Sequence[float] | None = None) -> list[str]:
