@@ -297,3 +297,8 @@ def test_incomplete_folder_is_refused_with_a_list(folders: dict[str, Path], tmp_
         load_backbone(folder, classes=2)
     assert "left over: surprise" in str(caught.value)
     assert "missing: " in str(caught.value)
+
+
+def test_a_part_of_a_network_is_named_as_such() -> None:
+    with pytest.raises(CheckpointError, match=r"without 'vit\.embeddings\.patch_embeddings\.projection\.weight'"):
+        convert_state_dict({"blocks.0.attn.qkv.weight": torch.zeros(3, 4)}, where="half.pth")

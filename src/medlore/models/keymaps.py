@@ -143,11 +143,15 @@ def convert_state_dict(weights: Weights, *, where: str, heads: int | None = None
         heads: attention heads of a ViT, which no tensor shows; by default width / 64, as in every published ViT-Ti to ViT-L.
 
     Raises:
-        CheckpointError: the naming is unknown, or some keys belong to an architecture that is not supported.
+        CheckpointError: the naming is unknown, some keys belong to an architecture that is not supported, or a part is missing.
     """
     naming = _recognise(weights, where)
     build = _BUILDERS[naming]
-    return build(naming, weights, where, heads)
+    try:
+        return build(naming, weights, where, heads)
+    except KeyError as missing:
+        came = f"{len(weights)} tensors in the naming of {naming} without {missing.args[0]!r}"
+        raise CheckpointError(where, came, "a whole state dict", "take the whole file, not a part of the network") from missing
 
 
 def _recognise(weights: Weights, where: str) -> Naming:
