@@ -12,6 +12,7 @@ from tests.recipes.test_study import TEXT, save_images, write_study
 from tests.recipes.tiny_backbone import striped, write_backbone
 
 from chromium import browser, browser_path
+from medlore.recipes import segment_workers
 from medlore.recipes.study.cells import StudyCell, cells_of
 from medlore.recipes.study.faults import read_study
 from medlore.recipes.study.records import append_record
@@ -78,6 +79,11 @@ def test_markdown_has_every_method_and_says_what_is_missing(folder: Path) -> Non
     assert [row.split(" | ")[0][2:] for row in rows] == ["method", *METHODS, "majority class"]
     assert {row.count("|") for row in rows} == {6}
     assert "11 of 12 cells are done, 1 failed, 0 have not run." in text
+
+
+def test_a_killed_cell_is_told_only_what_a_study_can_do(folder: Path) -> None:
+    cell = cells_of(read_study(folder.parent / "study.yaml"))[0]
+    assert lost_cell((cell,), segment_workers._KILLED)["reason"].endswith("for its memory: give fewer --workers")
 
 
 def test_view_shows_the_page_of_a_study(folder: Path) -> None:

@@ -52,7 +52,8 @@ def work_on(cell: StudyCell, folder: str, threads: int) -> dict[str, Any]:
 
 def lost_cell(job: tuple[Any, ...], reason: str) -> dict[str, Any]:
     """The record of a cell whose process died."""
-    return record_of(job[0]) | {"state": "failed", "reason": reason}
+    told = reason.replace(", or a smaller --memory", "")  # an option of `segment` alone
+    return record_of(job[0]) | {"state": "failed", "reason": told}
 
 
 def record_of(cell: StudyCell) -> dict[str, Any]:
