@@ -35,7 +35,7 @@ from medlore.recipes.tissue_baseline import best_dice, kmeans_classes
 TISSUES = ("grey matter", "white matter")
 NUCLEI = ("brain ventricle", "thalamus", "caudate nucleus", "putamen", "pallidum", "amygdala", "hippocampus", "brainstem", "cerebellum")
 HIPPOCAMPUS = ("hippocampus", "anterior hippocampus", "posterior hippocampus")
-HEADING = "## The shipped segmenter on volumes that it has not seen"
+HEADING = "## seg-mini on volumes that it has not seen"
 
 
 @dataclass(frozen=True)

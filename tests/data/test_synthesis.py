@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from medlore.data.synthesis import TABLE, SynthesisRules, draw_contrast, strip_skull, synthesise
+from medlore.data.synthesis import TABLE, SynthesisRules, draw_contrast, majority_of_tissues, strip_skull, synthesise
+from medlore.data.volume_augmentation import blur_matrix
 
 Codes = np.ndarray[Any, Any]
 
@@ -128,3 +129,19 @@ def test_air_is_exactly_zero_where_it_was_cleared(head: Codes) -> None:
 def test_codes_beyond_the_table_are_refused_by_numpy_not_wrapped(head: Codes) -> None:
     with pytest.raises(IndexError):
         synthesise(np.full((6, 6, 6), TABLE, np.uint16), np.random.default_rng(0), SynthesisRules())
+
+
+def test_labels_follow_what_a_scanner_can_tell() -> None:
+    """A sulcus of one voxel between two banks of cortex is lost in a blurred image, and stays in a sharp one."""
+    codes = np.full((24, 24, 24), 3, np.uint16)
+    codes[:, :8] = 42
+    codes[12] = 24
+    codes[:, :, :4] = 17
+    sharp, blurred = ([blur_matrix(24, sigma)] * 3 for sigma in (0.35, 1.5))
+    assert (majority_of_tissues(codes, sharp) == 24).sum() == (codes == 24).sum()
+    lost = majority_of_tissues(codes, blurred)
+    assert not (lost == 24).any()
+    assert np.array_equal(lost == 17, codes == 17)
+    assert set(np.unique(lost)) == {3, 17}
+    only = np.full((4, 4, 4), 42, np.uint16)
+    assert majority_of_tissues(only, [None] * 3) is only

@@ -18,7 +18,18 @@ from torch import Tensor
 from medlore.data.geometry import Array, Shape, bounding_box
 from medlore.data.intensity import PUBLISHED_RULE, IntensityRule, intensity_of
 from medlore.data.masks import code_table
-from medlore.data.synthesis import FIRST_OUTSIDE, OUTER_FLUID, Contrast, SynthesisRules, dilated, draw_contrast, strip_skull, synthesise
+from medlore.data.synthesis import (
+    FIRST_OUTSIDE,
+    OUTER_FLUID,
+    Contrast,
+    SynthesisRules,
+    dilated,
+    draw_contrast,
+    draw_point_spread,
+    majority_of_tissues,
+    strip_skull,
+    synthesise,
+)
 from medlore.data.training_cache import CachedCase
 from medlore.data.volume_augmentation import GreyRules, WarpRules, change_greys, cut, draw_coordinates, draw_view, take
 from medlore.errors import InputError
@@ -154,10 +165,13 @@ def _synthesised(case: CachedCase, codes: Array, rng: np.random.Generator, rules
     contrast = draw_contrast(rng, rules.synthesis)
     kept = strip_skull(codes, rng) if rng.random() < rules.synthesis.skull_strip else codes
     stripped = kept is not codes
+    spread = draw_point_spread(rng, (codes.shape[0], codes.shape[1], codes.shape[2]), rules.synthesis)
     if stripped and rng.random() < _SOFT_EDGE:  # blurred after the stripping, as averages of many heads and resampled images are
-        image = synthesise(kept, rng, rules.synthesis, contrast=contrast, keep=dilated(kept > 0, 1))
+        image = synthesise(kept, rng, rules.synthesis, contrast=contrast, keep=dilated(kept > 0, 1), spread=spread)
+        kept = majority_of_tissues(kept, spread)
     else:
-        image = synthesise(codes, rng, rules.synthesis, contrast=contrast, keep=kept > 0 if stripped else None)
+        image = synthesise(codes, rng, rules.synthesis, contrast=contrast, keep=kept > 0 if stripped else None, spread=spread)
+        kept = np.where(kept > 0, majority_of_tissues(codes, spread), 0).astype(codes.dtype)
     reference = _reference(case, contrast, rng, stripped=stripped)
     intensity = intensity_of(reference, "mri", where=case.name, rule=rules.intensity)
     image = intensity.apply(image)

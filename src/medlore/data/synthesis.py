@@ -29,6 +29,8 @@ _BETWEEN = {
     3: 0.0, 8: -0.02, 17: 0.02, 18: 0.0, 26: 0.05, 11: 0.1, 12: 0.25, 10: 0.5, 13: 0.75, 28: 0.7, 16: 0.75, 512: 0.75, 7: 0.95, 2: 1.0,
     25: 0.6, 85: 0.7, 136: -0.2, 137: -0.2,
 }  # fmt: skip
+_SORTED = (24, 2, 3, 7, 8)  # what partial volume mixes: outer fluid, white matter and cortex of cerebrum and cerebellum
+PointSpread = list[Array | None]  # a matrix an axis, None where nothing changes
 FIRST_OUTSIDE = 500  # codes from here on lie outside of brain and fluid
 OUTER_FLUID = 24
 _SIDES = (((3, 1, 1), (1, 0, 0)), ((1, 3, 1), (0, 1, 0)), ((1, 1, 3), (0, 0, 1)))
@@ -138,7 +140,13 @@ def draw_contrast(rng: np.random.Generator, rules: SynthesisRules) -> Contrast:
 
 
 def synthesise(
-    codes: Array, rng: np.random.Generator, rules: SynthesisRules, *, contrast: Contrast | None = None, keep: Array | None = None
+    codes: Array,
+    rng: np.random.Generator,
+    rules: SynthesisRules,
+    *,
+    contrast: Contrast | None = None,
+    keep: Array | None = None,
+    spread: PointSpread | None = None,
 ) -> Array:
     """An image of a label map.
 
@@ -148,6 +156,7 @@ def synthesise(
         rules: the generator's numbers.
         contrast: drawn before, e.g. to normalise by it; else it is drawn here.
         keep: x y z Boolean, what a skull stripping has left: all else is exactly 0, with a sharp edge.
+        spread: from `draw_point_spread`; else it is drawn here.
 
     Returns:
         x y z float32, 0 to about 255.
@@ -158,7 +167,7 @@ def synthesise(
     image = contrast.draw(codes, rng, texture=texture)
     bias = np.float32(rng.uniform(0, rules.bias))
     image *= np.exp(bias * smooth_field(rng, shape, 2) * np.float32(0.5))
-    image = along_axes(image, _resolution(rng, shape, rules))
+    image = along_axes(image, draw_point_spread(rng, shape, rules) if spread is None else spread)
     image = contrast.correct(image)
     noise = np.float32(rng.uniform(0, rules.noise))
     if rng.random() < 0.5:
@@ -227,7 +236,8 @@ def _outside(mean: Array, other: Array, rng: np.random.Generator, family: str) -
             other[code] = rng.uniform(0, TOP)
 
 
-def _resolution(rng: np.random.Generator, shape: Shape, rules: SynthesisRules) -> list[Array | None]:
+def draw_point_spread(rng: np.random.Generator, shape: Shape, rules: SynthesisRules) -> PointSpread:
+    """A matrix an axis: point spread and, now and then, thick slices."""
     sigma = np.full(3, rng.uniform(*rules.blur_voxels))
     step = np.ones(3)
     if rng.random() < rules.thick_slices:
@@ -235,6 +245,23 @@ def _resolution(rng: np.random.Generator, shape: Shape, rules: SynthesisRules) -
         step[axis] = rng.uniform(1.2, rules.slice_voxels)
         sigma[axis] = max(sigma[axis], 0.4 * step[axis])
     return [blur_matrix(n, s, t, rng.random()) for n, s, t in zip(shape, sigma, step, strict=True)]
+
+
+def majority_of_tissues(codes: Array, spread: PointSpread) -> Array:
+    """Codes as the scanner could tell them: each voxel of a tissue goes to the tissue that most of its signal comes from.
+
+    Only fluid around the brain, cortex and white matter of cerebrum and cerebellum are sorted anew (a sulcus of one voxel is lost in a
+    blurred image, and so in its labels); all other codes stay. Left and right become one.
+    """
+    folded = codes.copy()
+    for right, left in ((41, 2), (42, 3), (46, 7), (47, 8)):
+        folded[codes == right] = left
+    present = [code for code in _SORTED if (folded == code).any()]
+    if len(present) < 2:
+        return codes
+    shares = np.stack([along_axes((folded == code).astype(np.float32), spread) for code in present])
+    best = np.asarray(present, codes.dtype)[shares.argmax(0)]
+    return np.where(np.isin(folded, present), best, codes)
 
 
 def dilated(mask: Array, voxels: int) -> Array:
