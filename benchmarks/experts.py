@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -290,9 +289,15 @@ def _peak_of(shape: Shape, layout: str, variant: str, queue: multiprocessing.Que
     layer = shape.layer(layout)
     x = torch.randn(shape.batch, shape.inputs, *shape.space, requires_grad=True)
     F.conv2d(torch.randn(1, 1, 8, 8), torch.randn(1, 1, 3, 3))  # loads the kernels
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _peak_bytes()
     variants(layer, x, shape.names(), forms="all")[variant]().sum().backward()
-    queue.put(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+    queue.put(_peak_bytes() - before)
+
+
+def _peak_bytes() -> int:
+    """Of this process alone: `getrusage` would begin with the peak of the parent."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return 1024 * int(line.split()[1])
 
 
 def main(arguments: Sequence[str] = ()) -> None:
