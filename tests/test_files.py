@@ -12,6 +12,7 @@ import pytest
 
 from medlore.errors import DataError, InputError, StepError
 from medlore.files import (
+    WRITTEN,
     atomic_folder,
     atomic_path,
     clear_remains,

@@ -472,10 +472,11 @@ def test_a_checkpoint_belongs_to_its_validation_images(killed: tuple[FinetuneSet
 
 
 def test_a_checkpoint_belongs_to_its_number_of_processes(backbone: Path) -> None:
+    from medlore.models.backbone_store import BackboneStore
     from medlore.recipes.finetune import _fingerprint, _prepare, make_accelerator
 
     settings = FinetuneSettings(model=str(backbone), method="linear-probe")
-    prepared = _prepare(settings, split_images(striped(), SplitRules()), make_accelerator("cpu", "fp32", None))
+    prepared = _prepare(settings, split_images(striped(), SplitRules()), make_accelerator("cpu", "fp32", None), BackboneStore())
     assert _fingerprint(settings, prepared, 1) != _fingerprint(settings, prepared, 2)
 
 
