@@ -273,48 +273,50 @@ def test_both_means_of_vtab() -> None:
     assert means_over_sets(tables, {"a": None}, ["x"])[0]["mean_of_groups"] is None
 
 
+def assert_told(study: Path, *parts: str, match: str | None = None) -> None:
+    """A study is refused with one list of faults that holds all of these parts."""
+    with pytest.raises(InputError, match=match) as caught:
+        read_study(study)
+    told = "\n".join(caught.value.faults)
+    for part in parts:
+        assert part in told
+
+
 def test_faults_of_words_come_at_once_with_their_lines(place: Path) -> None:
     text = TEXT.replace("shots: [2]", "shotss: [2]").replace("  - linear-probe", "  - linear-prob").replace("epochs: 1", "epoch: 1")
-    with pytest.raises(InputError, match="4 faults") as caught:
-        read_study(write_study(place, text, "words"))
-    told = "\n".join(caught.value.faults)
-    for part in (
+    assert_told(
+        write_study(place, text, "words"),
         "line 4, shotss: unknown",
         "line 8, methods.1.method: no such method; the nearest are linear-probe",
         "line 9, settings.epoch: unknown setting; the nearest are epochs",
-    ):
-        assert part in told
+        match="4 faults",
+    )
 
 
 def test_impossible_cells_come_at_once_with_their_lines(place: Path) -> None:
     text = TEXT.replace("shots: [2]", "shots: [2, 90]").replace("    test_fraction", "test_fraction")
     text = text.replace("shots: [2, 90]", "  - {name: many, data: labels.npz, task: multi}\n  - {name: gone, data: no.npz}\nshots: [2, 90]")
-    with pytest.raises(InputError) as caught:
-        read_study(write_study(place, text + "measure: balanced_accuracy\nreference: lora equl\n", "impossible"))
-    told = "\n".join(caught.value.faults)
-    for part in (
+    assert_told(
+        write_study(place, text + "measure: balanced_accuracy\nreference: lora equl\n", "impossible"),
         "line 3, data.0 (stripes), 90 shots",
         "line 5, data.2 (gone)",
         "line 12, measure: balanced_accuracy",
         "line 13, reference",
-    ):
-        assert part in told
-    assert "nearest are lora equal" in told
+        "nearest are lora equal",
+    )
 
 
 def test_settings_that_belong_elsewhere_or_do_nothing_are_faults(place: Path) -> None:
     text = TEXT.replace(
         "  - linear-probe", "  - {method: linear-probe, settings: {rank: 4, seed: 1}}\n  - {method: full, grid: {epochs: [0]}}"
     )
-    with pytest.raises(InputError, match="3 faults") as caught:
-        read_study(write_study(place, text, "elsewhere"))
-    told = "\n".join(caught.value.faults)
-    for part in (
+    assert_told(
+        write_study(place, text, "elsewhere"),
         "line 8, methods.1.settings.seed: the study decides it",
         "line 8, methods.1.settings.rank: can have no",
         "line 9, methods.2",
-    ):
-        assert part in told
+        match="3 faults",
+    )
 
 
 def test_nothing_may_choose_without_validation_images(place: Path) -> None:
