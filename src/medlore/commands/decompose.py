@@ -9,7 +9,7 @@ import typer
 app = typer.Typer()
 
 
-@app.command(help="Split a model into one light shared backbone and a low-rank expert per task, beside the networks it has to beat.")
+@app.command()
 def decompose(
     study: Path = typer.Argument(help="YAML file: tasks, teacher, student, ranks, losses; see docs/decompose.md."),
     out: Path = typer.Option(..., "--out", help="Folder of the expert pack, the report and the checkpoints."),
@@ -26,6 +26,7 @@ def decompose(
     dry_run: bool = typer.Option(False, "--dry-run", help="Read everything, print sizes, ranks and shares; train nothing."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
+    """Split a model into one light shared backbone and a low-rank expert per task, beside the networks it has to beat."""
     from medlore.errors import UnknownNameError
     from medlore.recipes.kinds import is_segmentation_study
 

@@ -9,11 +9,7 @@ import typer
 app = typer.Typer()
 
 
-@app.command(
-    help="Show what MedLoRE does, in less than four minutes and without a download: ranks of the shipped ViT, few-shot tuning on "
-    "handwritten digits with those ranks, with one rank of equal cost, and with the head alone, and a brain segmented by text "
-    "prompts. page.html in --out shows all of it."
-)
+@app.command()
 def demo(
     out: Path = typer.Option(Path("medlore-demo"), help="Folder for the report, the pictures, the masks and page.html."),
     draws: int = typer.Option(3, min=1, help="Few-shot draws for each method."),
@@ -21,6 +17,11 @@ def demo(
     segmenter: str | None = typer.Option(None, help="Pack that segments the brain; default medlore:seg-mini."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
+    """Show what MedLoRE does, in less than four minutes and without a download.
+
+    Ranks of the shipped ViT, few-shot tuning on handwritten digits with those ranks, with one rank of equal cost, and with the head
+    alone, and a brain segmented by text prompts. page.html in --out shows all of it.
+    """
     from medlore.recipes.demo import DemoSettings, run_demo
     from medlore.recipes.demo_screen import print_demo
     from medlore.recipes.run import read_settings

@@ -7,8 +7,9 @@ import typer
 app = typer.Typer()
 
 
-@app.command(help="Check this machine: versions, devices, optional packages, a torchvision that does not fit, free disk.")
+@app.command()
 def doctor(as_json: bool = typer.Option(False, "--json", help="Print one JSON object.")) -> None:
+    """Check this machine: versions, devices, optional packages, a torchvision that does not fit, free disk."""
     from medlore.recipes.doctor import check_machine, print_findings
 
     findings = check_machine()

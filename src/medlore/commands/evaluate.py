@@ -9,7 +9,7 @@ import typer
 app = typer.Typer()
 
 
-@app.command(help="Measure a tuned model on labelled images; with --pred and --truth, measure masks against the masks of a case list.")
+@app.command()
 def evaluate(
     tuned: Path | None = typer.Argument(None, metavar="RUN_OR_ADAPTER", help="Folder of `medlore finetune`, or the adapter in it."),
     data: Path | None = typer.Option(None, help="Labelled images, in any format of `medlore finetune`."),
@@ -27,6 +27,7 @@ def evaluate(
     out: Path | None = typer.Option(None, help="Folder for report.json and predictions.csv."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
+    """Measure a tuned model on labelled images; with --pred and --truth, measure masks against the masks of a case list."""
     from medlore.errors import InputError
 
     if pred is not None or truth is not None:

@@ -10,9 +10,7 @@ import typer
 app = typer.Typer()
 
 
-@app.command(
-    help="Write one merged expert of a pack as a plain network; convert a published SAT or LoRKD file into a pack with its prompts."
-)
+@app.command()
 def export(
     source: Path = typer.Argument(help="Published file, pack, or text encoder.", show_default=False),
     out: Path = typer.Option(..., "--out", help="Folder of the pack; for a text encoder the .safetensors file of the prompt table."),
@@ -24,6 +22,7 @@ def export(
     format: str | None = typer.Option(None, "--format", help="Of a classifier's expert: safetensors, onnx, torch-export or peft."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
+    """Write one merged expert of a pack as a plain network; convert a published SAT or LoRKD file into a pack with its prompts."""
     from medlore.recipes.export import export as run
     from medlore.recipes.export import print_export
     from medlore.recipes.export_classifier import export_classifier, is_classifier_pack, print_classifier_export, required

@@ -28,10 +28,7 @@ _NOT_SETTINGS = {
 }
 
 
-@app.command(
-    help="Tune a pre-trained network on a few labelled images, choose the epoch on validation images, measure once on test images. "
-    "With PACK and --cases: tune a segmenter on about five masks."
-)
+@app.command()
 def finetune(
     pack: Path | None = typer.Argument(None, help="Pack or file of a segmenter that is tuned on --cases; without it, images."),
     cases: Path | None = typer.Option(None, help="jsonl with masks; see docs/segmentation-training.md.", rich_help_panel=_SEGMENTER),
@@ -120,6 +117,10 @@ def finetune(
     dry_run: bool = typer.Option(False, "--dry-run", help="Print settings, sizes and parameters; train nothing.", rich_help_panel=_RUN),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object.", rich_help_panel=_RUN),
 ) -> None:
+    """Tune a pre-trained network on a few labelled images, or a segmenter on about five masks.
+
+    The epoch is chosen on validation images; test images are measured once. With PACK and --cases it is a segmenter that is tuned.
+    """
     values: dict[str, Any] = {name: value for name, value in locals().items() if name not in _NOT_SETTINGS}
     from medlore.errors import InputError
 

@@ -9,7 +9,7 @@ import typer
 app = typer.Typer()
 
 
-@app.command(help="Say what a weights file, pack, plan, adapter, run or folder of images is; --labels lists what can be segmented.")
+@app.command()
 def info(
     path: Path | None = typer.Argument(None, help="Weights (.pth, .safetensors), pack, plan, adapter, run, images.", show_default=False),
     labels: bool = typer.Option(False, "--labels", help="List labels: of the vocabulary, or those that PATH has prompts for."),
@@ -18,6 +18,7 @@ def info(
     lora_alpha: float | None = typer.Option(None, help="Alpha of a LoRKD file with equal ranks, which does not say it [16]."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
+    """Say what a weights file, pack, plan, adapter, run or folder of images is; --labels lists what can be segmented."""
     from medlore.errors import InputError
     from medlore.recipes.info import count_faults, describe, describe_labels, print_facts
 

@@ -9,7 +9,7 @@ import typer
 app = typer.Typer()
 
 
-@app.command(help="Score unlabelled images with a tuned model and write one CSV row an image.")
+@app.command()
 def predict(
     tuned: Path = typer.Argument(..., metavar="RUN_OR_ADAPTER", help="Folder of `medlore finetune`, or the adapter in it."),
     images: list[Path] = typer.Argument(..., help="Image files (also 16-bit PNG, DICOM), folders, zips, or a .txt list of names."),
@@ -21,6 +21,7 @@ def predict(
     medfmc: str | None = typer.Option(None, help="Write the challenge's file too: chest, colon or endo, with shots, e.g. endo:5."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
+    """Score unlabelled images with a tuned model and write one CSV row an image."""
     from medlore.recipes.predict import PredictSettings, write_medfmc
     from medlore.recipes.predict import predict as score
     from medlore.recipes.run import read_settings

@@ -9,10 +9,7 @@ import typer
 app = typer.Typer()
 
 
-@app.command(
-    help="Choose LoRA ranks for a model from its weights alone: a certified stable rank for every matrix, as a table, a plan file, "
-    "a picture, a PEFT configuration."
-)
+@app.command()
 def ranks(
     source: str = typer.Argument(
         help="A .safetensors, .bin, .pth, .pt or JAX .npz file, a transformers folder or hub name, or medlore:vit-mini."
@@ -38,6 +35,10 @@ def ranks(
     seed: int = typer.Option(0, help="Of the random start vectors; the ranks do not depend on it."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
+    """Choose LoRA ranks for a model from its weights alone.
+
+    A certified stable rank for every matrix, as a table, a plan file, a picture, a PEFT configuration.
+    """
     from medlore.recipes.ranks import show_ranks
 
     show_ranks(

@@ -10,19 +10,8 @@ import typer
 
 app = typer.Typer()
 
-_HELP = """Segment CT, MR, PET or ultrasound volumes by the names of structures, with SAT or LoRKD weights.
 
-Masks return to the exact grid of each image. Research software, not a medical device.
-
-Examples:
-
-    medlore segment cases.jsonl --model lorkd-imbalance-nano.pth --out masks
-
-    medlore segment --image ct.nii.gz --labels liver,spleen --modality ct --model PACK --out masks
-"""
-
-
-@app.command(help=_HELP)
+@app.command()
 def segment(
     cases: Path | None = typer.Argument(None, help="A jsonl of cases, a folder of volumes, or one DICOM series (folder or zip)."),
     model: str = typer.Option(..., "--model", help="A pack, a published .pth file, or a shipped pack (medlore:NAME)."),
@@ -60,6 +49,16 @@ def segment(
     dry_run: bool = typer.Option(False, "--dry-run", help="Print the plan (windows, experts, memory) and leave."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
+    """Segment CT, MR, PET or ultrasound volumes by the names of structures, with SAT or LoRKD weights.
+
+    Masks return to the exact grid of each image. Research software, not a medical device.
+
+    For example:
+
+        medlore segment cases.jsonl --model lorkd-imbalance-nano.pth --out masks
+
+        medlore segment --image ct.nii.gz --labels liver,spleen --modality ct --model PACK --out masks
+    """
     from medlore.recipes.run import read_settings
     from medlore.recipes.segment import plan_cases, segment_cases
     from medlore.recipes.segment_settings import SegmentSettings

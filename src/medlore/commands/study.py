@@ -10,7 +10,7 @@ import typer
 app = typer.Typer()
 
 
-@app.command(help="Run a grid of data sets, shots, draws and methods from one YAML file, and compare the methods draw by draw.")
+@app.command()
 def study(
     file: Path = typer.Argument(..., metavar="FILE", help="The study; see docs/studies.md and studies/quick.yaml."),
     out: Path = typer.Option(..., "--out", help="Folder of the cells, the report and the page."),
@@ -26,6 +26,7 @@ def study(
     dry_run: bool = typer.Option(False, "--dry-run", help="Look for all faults, print cells and trainings; run nothing."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
+    """Run a grid of data sets, shots, draws and methods from one YAML file, and compare the methods draw by draw."""
     from medlore.recipes.study.screen import plan_on_screen, run_on_screen
 
     if dry_run:

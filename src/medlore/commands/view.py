@@ -11,10 +11,7 @@ import typer
 app = typer.Typer()
 
 
-@app.command(
-    help="Make one HTML page from the folder of any run, or from a folder with an image and its masks: settings, tables, pictures, and "
-    "three planes through the volume with the masks in colour. The page is whole by itself and opens without a network."
-)
+@app.command()
 def view(
     source: Path = typer.Argument(
         metavar="RUN_OR_FOLDER", help="The --out folder of a run, a folder with image.nii.gz and masks, or plan.json."
@@ -23,6 +20,11 @@ def view(
     show: bool = typer.Option(False, "--open", help="Open it in the browser."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
+    """Make one HTML page from the folder of any run, or from a folder with an image and its masks.
+
+    Settings, tables, pictures, and three planes through the volume with the masks in colour. The page is whole by itself and opens
+    without a network.
+    """
     from medlore.recipes.view import view as make
 
     page = make(source, out)
