@@ -109,6 +109,15 @@ class QuickLora(peft_layer.Linear):
         form = _Merged if rows * (inputs + outputs) > inputs * outputs else _Factored
         return form.apply(x, base.weight, base.bias, A, B, scaling)  # type: ignore[no-any-return]
 
+    def step_weight(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """W + s·B·A (out, in), with its gradient, and the bias, where `forward` would multiply `x` with them; else None."""
+        pair = None if _hooked(self) else _plain_pair(self, x)
+        if pair is None:
+            return None
+        A, B, scaling = pair
+        base: Any = self.base_layer
+        return torch.addmm(base.weight, B, A, alpha=scaling), base.bias
+
     def merge(self, *args: Any, **kwargs: Any) -> None:
         """As PEFT's; the copies of the frozen weight go."""
         _forget(self)
@@ -132,7 +141,7 @@ class FrozenLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
         """(..., in) -> (..., out)."""
         dtype = _autocast_dtype(input)
-        if not self.training or self.weight.requires_grad or _hooked(self):
+        if not self._is_plain():
             return super().forward(input)
         if dtype is None:
             packs = _packs(self, input)
@@ -141,6 +150,14 @@ class FrozenLinear(nn.Linear):
             return _Packed.apply(input, self.weight, self.bias, *packs)  # type: ignore[no-any-return]
         weight, bias = _copies(self, self, dtype)
         return F.linear(input, weight, bias)
+
+    def step_weight(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """Weight and bias, where `forward` would multiply `x` with them; else None."""
+        return (self.weight, self.bias) if self._is_plain() and x.device.type == "cpu" else None
+
+    def _is_plain(self) -> bool:
+        trains = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        return self.training and not trains and not _hooked(self)
 
     def train(self, mode: bool = True) -> FrozenLinear:  # noqa: FBT001, FBT002 - torch's signature
         """Copies live from one call to the next."""

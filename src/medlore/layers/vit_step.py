@@ -1,7 +1,8 @@
 """What a training step of a ViT classifier need not compute: its head looks at the first token alone.
 
-Behind the attention of the last block, every token but the first is computed, differentiated and never read. Keys and values of that
-block need all tokens; queries, the output projection and the MLP need one. Nothing is approximated.
+Behind the attention of the last block, every token but the first is computed, differentiated and never read: its queries, output
+projection and MLP need one. With one query for each image, keys and values need not be made either; see `_attend_first`. Nothing is
+approximated.
 
 Source: ours.
 """
@@ -73,7 +74,7 @@ def _classes() -> tuple[type[nn.Module], type[nn.Module]]:
                 made: Tensor = super().forward(hidden_states, attention_mask, **kwargs)
                 return made
             normed = self.layernorm_before(hidden_states)
-            first = _attend(self.attention, normed[:, :1], normed) + hidden_states[:, :1]
+            first = _attend_first(self.attention, normed) + hidden_states[:, :1]
             changed: Tensor = self.mlp(self.layernorm_after(first))
             return changed + first
 
@@ -98,6 +99,32 @@ def _attend(attention: Any, asking: Tensor, asked: Tensor) -> Tensor:
         made = F.scaled_dot_product_attention(query, key, value, scale=attention.scaling)
     projected: Tensor = attention.o_proj(made.transpose(1, 2).flatten(2))
     return projected
+
+
+def _attend_first(attention: Any, asked: Tensor) -> Tensor:
+    """Attention of the first token (b, 1, d) on all (b, n, d), output projection included.
+
+    For one query, q·(W_k·x) is (W_kᵀ·q)·x, and Σ p·(W_v·x) is W_v·(Σ p·x): no token needs a key or a value of its own. The bias of the
+    keys adds the same to all scores of a query, which the softmax takes away.
+    """
+    of_keys, of_values = _step_weight(attention.k_proj, asked), _step_weight(attention.v_proj, asked)
+    if of_keys is None or of_values is None:
+        return _attend(attention, asked[:, :1], asked)
+    (key, _), (value, bias) = of_keys, of_values
+    query = attention.q_proj(asked[:, :1])  # b 1 d
+    by_head = query.view(len(asked), -1, attention.head_dim).transpose(0, 1)  # heads b width
+    width = attention.head_dim
+    sought = (by_head @ key.view(-1, width, key.shape[-1])).transpose(0, 1)  # b heads d
+    weights = ((sought @ asked.transpose(1, 2)) * attention.scaling).softmax(-1)  # b heads n
+    mixed = (weights.to(asked.dtype) @ asked).transpose(0, 1)  # heads b d
+    made = (mixed @ value.view(-1, width, value.shape[-1]).transpose(1, 2)).transpose(0, 1).flatten(1).unsqueeze(1)  # b 1 d
+    projected: Tensor = attention.o_proj(made if bias is None else made + bias)
+    return projected
+
+
+def _step_weight(projection: Any, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """What a layer of `medlore.layers.lora_step` multiplies `x` with, where it is a plain product."""
+    return projection.step_weight(x) if hasattr(projection, "step_weight") else None
 
 
 class _Attention(torch.autograd.Function):
