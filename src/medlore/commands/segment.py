@@ -35,6 +35,9 @@ def segment(
     published: bool = typer.Option(False, "--published", help="The published rules throughout: for comparisons."),
     grid: str = typer.Option("original", "--grid", help="original: the image's grid; processed: the network's."),
     resample: str = typer.Option("probability", "--resample", help="How masks return to the image's grid: probability or nearest."),
+    redraw_tissues: bool = typer.Option(
+        True, "--redraw-tissues/--no-redraw-tissues", help="Redraw borders of tissues by grey values, where the model names tissues."
+    ),
     overlap_rule: str = typer.Option("small-over-large", "--overlap-rule", help="Label map: small-over-large, or given (later wins)."),
     image_copy: bool = typer.Option(True, "--image-copy/--no-image-copy", help="Write image.nii.gz beside the masks."),
     picture: bool = typer.Option(True, "--picture/--no-picture", help="Write quality_control.png."),
@@ -86,6 +89,7 @@ def segment(
         published=published,
         grid=grid,
         resample=resample,
+        redraw_tissues=redraw_tissues,
         overlap_rule=overlap_rule,
         image_copy=image_copy,
         picture=picture,

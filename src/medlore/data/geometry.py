@@ -280,6 +280,28 @@ class Taps:
         index = np.where(self.upper_weight > self.lower_weight, self.upper, self.lower)
         return np.where(np.maximum(self.lower_weight, self.upper_weight) >= 0.5, index, -1)
 
+    def reached(self, first: int, last: int) -> slice:
+        """The positions one of whose neighbours lies in `first:last`."""
+        low = (self.lower >= first) & (self.lower < last) & (self.lower_weight > 0)
+        found = np.flatnonzero(low | ((self.upper >= first) & (self.upper < last) & (self.upper_weight > 0)))
+        return slice(int(found[0]), int(found[-1]) + 1) if len(found) else slice(0, 0)
+
+    def read(self, part: slice) -> slice:
+        """What is read for some positions."""
+        return slice(int(self.lower[part].min()), int(self.upper[part].max()) + 1)
+
+    def gather(self, values: Array, part: slice, *, axis: int) -> Array:
+        """Some positions, interpolated along one axis of an array that begins with what is read first."""
+        shape = tuple(-1 if a == axis % values.ndim else 1 for a in range(values.ndim))
+        first = self.read(part).start
+        lower = np.take(values, self.lower[part] - first, axis=axis)
+        lower *= self.lower_weight[part].astype(np.float32).reshape(shape)
+        if self.upper_weight[part].any():
+            upper = np.take(values, self.upper[part] - first, axis=axis)
+            upper *= self.upper_weight[part].astype(np.float32).reshape(shape)
+            lower += upper
+        return np.asarray(lower)
+
 
 def linear_taps(positions: Array, size: int, *, start: int = 0, stop: int | None = None) -> Taps:
     """Linear interpolation at `positions` (in voxels) on an axis of `size` voxels, of which `start:stop` are at hand.

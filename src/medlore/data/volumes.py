@@ -231,7 +231,7 @@ class MaskRestorer:
         hot = [_rows_above(part, self._threshold) for _, part in pieces]
         for first in range(self._next, following, _PLANES_AT_ONCE):
             planes = slice(first, min(first + _PLANES_AT_ONCE, following))
-            rows = [_within(_read(x, planes), at, part.shape[1]) for at, part in pieces]
+            rows = [_within(x.read(planes), at, part.shape[1]) for at, part in pieces]
             found = np.any([passes[:, seen].any(axis=1) for passes, seen in zip(hot, rows, strict=True)], axis=0)
             for label in np.flatnonzero(found):
                 parts = [(part[label, seen], passes[label, seen]) for (_, part), passes, seen in zip(pieces, hot, rows, strict=True)]
@@ -249,14 +249,14 @@ class MaskRestorer:
         """
         boxes = [_box_above(part[_span(passes)], self._threshold) for part, passes in parts if passes.any()]
         y0, y1, z0, z1 = (fold(sides) for fold, sides in zip((min, max, min, max), zip(*boxes, strict=True), strict=True))
-        y, z = _reached(self._taps[1], y0, y1), _reached(self._taps[2], z0, z1)
+        y, z = self._taps[1].reached(y0, y1), self._taps[2].reached(z0, z1)
         if y.stop <= y.start or z.stop <= z.start:
             return
         z = slice(z.start // 8 * 8, z.stop)
-        seen = _read(self._taps[1], y), _read(self._taps[2], z)
+        seen = self._taps[1].read(y), self._taps[2].read(z)
         values = np.concatenate([self._values(part[:, *seen]) for part, _ in parts])
         for axis, (taps, kept) in enumerate(zip(self._taps, (planes, y, z), strict=True)):
-            values = _gather(values, taps, kept, axis=axis)
+            values = taps.gather(values, kept, axis=axis)
         self.masks.set_planes(label, planes.start, (y, z), values > self._threshold)
 
     def _values(self, part: Tensor) -> Array:
@@ -306,31 +306,6 @@ def _nearest(taps: Taps) -> Taps:
     index = taps.nearest()
     found = np.where(index >= 0, index, taps.lower)  # beyond the crop any neighbour will do, as long as they ascend
     return Taps(found, found, (index >= 0).astype(float), np.zeros(len(index)))
-
-
-def _reached(taps: Taps, first: int, last: int) -> slice:
-    """The positions one of whose neighbours lies in `first:last`."""
-    low = (taps.lower >= first) & (taps.lower < last) & (taps.lower_weight > 0)
-    found = np.flatnonzero(low | ((taps.upper >= first) & (taps.upper < last) & (taps.upper_weight > 0)))
-    return slice(int(found[0]), int(found[-1]) + 1) if len(found) else slice(0, 0)
-
-
-def _read(taps: Taps, part: slice) -> slice:
-    """What is read for some positions."""
-    return slice(int(taps.lower[part].min()), int(taps.upper[part].max()) + 1)
-
-
-def _gather(values: Array, taps: Taps, part: slice, *, axis: int) -> Array:
-    """Interpolate along one axis of an array that begins with what is read first."""
-    shape = tuple(-1 if a == axis else 1 for a in range(3))
-    first = _read(taps, part).start
-    lower = np.take(values, taps.lower[part] - first, axis=axis)
-    lower *= taps.lower_weight[part].astype(np.float32).reshape(shape)
-    if taps.upper_weight[part].any():
-        upper = np.take(values, taps.upper[part] - first, axis=axis)
-        upper *= taps.upper_weight[part].astype(np.float32).reshape(shape)
-        lower += upper
-    return np.asarray(lower)
 
 
 def _is_dicom_or_zip(path: Path) -> bool:

@@ -45,6 +45,7 @@ def preprocessing_faults(told: Mapping[str, Any], where: str) -> list[str]:
         "gaussian_sigma": (lambda v: _is_number(v) and v > 0, "number above 0"),
         "threshold": (lambda v: _is_number(v) and 0 < v < 1, "number between 0 and 1"),
         "intensity": (_is_intensity, "mapping with `ct: {clip: [low, high]}` and `other: {clip_percentiles: [low, high]}`"),
+        "tissues": (_are_tissues, "mapping from mri, pet or us to two labels or more that exclude each other"),
         "label_regions": (_is_text_to_text, "mapping from modality/label to region"),
     }
     return [
@@ -105,6 +106,16 @@ def _is_intensity(value: Any) -> bool:
         return False
     clips = "clip" not in ct or _is_pair(ct["clip"], -math.inf, math.inf)
     return clips and ("clip_percentiles" not in other or _is_pair(other["clip_percentiles"], 0, 100))
+
+
+def _are_tissues(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        modality in ("mri", "pet", "us")
+        and isinstance(labels, list | tuple)
+        and len(set(map(str, labels))) == len(labels) >= 2
+        and all(isinstance(label, str) for label in labels)
+        for modality, labels in value.items()
+    )
 
 
 def _is_text_to_text(value: Any) -> bool:

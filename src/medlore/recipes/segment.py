@@ -23,7 +23,7 @@ from medlore.files import read_json, sha256_of
 from medlore.models.vocabulary import canonical_modality, default_vocabulary
 from medlore.recipes.output_lock import OutputLock
 from medlore.recipes.run import Run, choose_device
-from medlore.recipes.segment_labels import ModelFacts, Routes, facts_of_bundle, facts_of_pack, route_labels
+from medlore.recipes.segment_labels import ModelFacts, Routes, facts_of_bundle, facts_of_pack, route_labels, tissues_of, with_tissues
 from medlore.recipes.segment_plan import CasePlan, available_memory, plan_case, read_bytes
 from medlore.recipes.segment_settings import DECISIVE, RULES_VERSION, SegmentSettings
 from medlore.recipes.segment_workers import spread
@@ -170,6 +170,7 @@ def load_model(settings: SegmentSettings) -> SegmentingModel:
         max_queries=settings.max_queries,
         memory_bytes=None if settings.memory is None and settings.workers == 1 else _memory_of(settings),
         published=settings.published,
+        redraw_tissues=settings.redraw_tissues,
     )
 
 
@@ -336,15 +337,17 @@ def _plan(
         from medlore.recipes.segment_model import device_memory
 
         on_device = device_memory(device)
+    tissues = tissues_of(facts, routes) if settings.redraw_tissues and not settings.published else ()
     return plan_case(
         shape,
         affine,
-        routes.by_region,
+        with_tissues(routes, tissues),
         facts.size,
         rules,
         memory_bytes=_memory_of(settings),
         where=str(case.image),
         device_memory_bytes=on_device,
+        tissues=len(tissues),
     )
 
 

@@ -138,6 +138,20 @@ def route_labels(
     return Routes(modality, tuple(regions), by_region)
 
 
+def tissues_of(facts: ModelFacts, routes: Routes) -> tuple[str, ...]:
+    """The model's tissues of a modality, if one of them is asked for and all of them have a prompt; else none."""
+    told = tuple(facts.preprocessing.get("tissues", {}).get(routes.modality, ()))
+    answered = all(facts.prompts is None or f"{routes.modality}/{label}" in facts.prompts for label in told)
+    return told if answered and set(told) & set(routes.labels) else ()
+
+
+def with_tissues(routes: Routes, tissues: Sequence[str]) -> dict[str, list[str]]:
+    """What is asked of each expert: the labels of `routes`, and the tissues that are needed beside the one that was asked for."""
+    missing = [label for label in tissues if label not in routes.labels]
+    place = next((region for region, labels in routes.by_region.items() if set(labels) & set(tissues)), None)
+    return {region: [*labels, *(missing if region == place else ())] for region, labels in routes.by_region.items()}
+
+
 def _expand(facts: ModelFacts, labels: Sequence[str], modality: str, words: Vocabulary) -> list[str]:
     """`all` and names of regions become labels that this model has prompts for."""
     known = {e.label for e in words.entries(modality=modality)} | {key.split("/", 1)[1].casefold() for key in facts.label_regions}

@@ -22,9 +22,10 @@ from medlore.models.bundle import SegmenterBundle
 from medlore.models.segmenter import Segmenter
 from medlore.models.unet3d_inference import ready_for_cpu
 from medlore.models.vocabulary import WHOLE_BODY
-from medlore.recipes.segment_labels import ModelFacts, Routes, facts_of_bundle, route_labels
+from medlore.recipes.segment_labels import ModelFacts, Routes, facts_of_bundle, route_labels, tissues_of, with_tissues
 from medlore.recipes.segment_plan import CasePlan, WindowRules, available_memory, plan_case, usable
 from medlore.recipes.segment_rules import window_rules
+from medlore.recipes.segment_tissues import TissuePass
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Grid = Literal["original", "processed"]
@@ -47,6 +48,7 @@ class Segmentation:
         windows: gone through, all passes together.
         skipped: of them, without body.
         seconds: where the time went.
+        tissues: how the borders of tissues were redrawn, for `case.json`; None where none were.
     """
 
     volume: Volume
@@ -59,6 +61,7 @@ class Segmentation:
     windows: int = 0
     skipped: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    tissues: dict[str, Any] | None = None
 
     def voxels(self, label: str) -> int:
         """Number of voxels of a label."""
@@ -94,6 +97,7 @@ class SegmentingModel:
         max_queries: prompts decoded at a time.
         memory_bytes: what may be used; four fifths of what is free unless given.
         published: the published rules throughout.
+        redraw_tissues: redraw the borders of tissues by grey values where the model's preprocessing names tissues.
     """
 
     def __init__(  # noqa: PLR0913 - each is a flag of the command
@@ -108,7 +112,9 @@ class SegmentingModel:
         max_queries: int = 256,
         memory_bytes: int | None = None,
         published: bool = False,
+        redraw_tissues: bool = True,
     ) -> None:
+        self.redraw_tissues = redraw_tissues and not published
         self.bundle, self.device, self.published = bundle, device, published
         self.facts: ModelFacts = facts_of_bundle(bundle)
         self.precision = choose_precision(precision, device, published=published)
@@ -159,15 +165,17 @@ class SegmentingModel:
         """
         routes = routes or route_labels(self.facts, labels, modality)
         rules = self.rules(routes.modality, orientation_code)
+        tissues = tissues_of(self.facts, routes) if self.redraw_tissues else ()
         plan = plan_case(
             volume.shape,
             volume.affine,
-            routes.by_region,
+            with_tissues(routes, tissues),
             self.facts.size,
             rules,
             memory_bytes=self.memory_bytes or available_memory(),
             where=str(volume.path),
             device_memory_bytes=device_memory(self.device),
+            tissues=len(tissues),
         )
         start = time.perf_counter()
         prepared = prepare(
@@ -182,11 +190,20 @@ class SegmentingModel:
         affine = None if grid == "original" else path.affine
         result = Segmentation(volume, routes, plan, prepared, path.reorientation, affine)
         result.seconds["prepare"] = time.perf_counter() - start
-        self._run(result, rules, path, resample, on_window)
+        kept = TissuePass(tissues, path.crop.new_shape)
+        self._run(result, rules, path, resample, on_window, kept)
+        if tissues:
+            _redraw(result, kept, path)
         return result
 
     def _run(
-        self, result: Segmentation, rules: WindowRules, path: GridPath, resample: Resample, on_window: Callable[[int, int], None] | None
+        self,
+        result: Segmentation,
+        rules: WindowRules,
+        path: GridPath,
+        resample: Resample,
+        on_window: Callable[[int, int], None] | None,
+        kept: TissuePass,
     ) -> None:
         prepared, plan = result.prepared, result.plan
         shape = prepared.path.crop.new_shape
@@ -218,6 +235,7 @@ class SegmentingModel:
                 for slab in slabs:
                     with clock.section("restore"):
                         restorer.add(slab.start, slab.probability)
+                        kept.keep(group, slab.start, slab.probability)
                 result.masks |= {label: (restorer.masks, index) for index, label in enumerate(group)}
                 done += count
         result.windows, result.skipped = total, skip.count
@@ -260,6 +278,18 @@ class SegmentingModel:
 
     def _autocast(self) -> Any:
         return nullcontext() if self.precision == "fp32" else torch.autocast(self.device, dtype=_TYPES[self.precision])
+
+
+def _redraw(result: Segmentation, kept: TissuePass, path: GridPath) -> None:
+    """Put the redrawn tissues into the result; those that nobody asked for leave it."""
+    started = time.perf_counter()
+    redrawn = kept.masks(result.prepared, path, result.volume.array if result.affine is None else None)
+    result.tissues = redrawn.record
+    for index, label in enumerate(kept.tissues):
+        own = result.masks.pop(label)
+        if label in result.routes.labels:
+            result.masks[label] = own if redrawn.masks is None else (redrawn.masks, index)
+    result.seconds["tissues"] = time.perf_counter() - started
 
 
 def choose_precision(precision: Precision, device: str, *, published: bool = False) -> Literal["fp32", "bf16", "fp16"]:

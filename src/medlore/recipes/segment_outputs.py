@@ -127,6 +127,7 @@ def case_record(result: Segmentation, files: Mapping[str, str]) -> dict[str, Any
         "geometry": result.prepared.path.record(),
         "intensity": result.prepared.intensity.record(),
         "notes": list(result.prepared.notes),
+        "tissues": result.tissues,
         "plan": result.plan.record(),
         "seconds": {name: round(seconds, 3) for name, seconds in result.seconds.items()},
         "peak_memory_bytes": peak_memory_bytes(),

@@ -26,6 +26,7 @@ _DEVICE_BYTES = 500 << 20  # a CUDA context and the work space of its libraries
 # normalised, and the convolution's own copy), counted in the channels of the first stage; measured, see docs/segment.md.
 _LIVE_MAPS = {4: 8.0, 2: 11.0}  # by bytes per number; half precision holds converted weights too
 _LIVE_MAPS_READY = 6.5  # of `models.unet3d_inference`, which runs on a processor with oneDNN
+_TISSUE_WORK = 9  # bytes per voxel of the network's grid: the sum of the tissues, where it is enough, and those places
 _ONEDNN_MACHINES = ("x86_64", "amd64")
 
 
@@ -153,7 +154,7 @@ class CasePlan:
         )
 
 
-def plan_case(
+def plan_case(  # noqa: PLR0913 - each is a fact of the case or of the machine
     shape: Shape,
     affine: Array,
     routes: Mapping[str, Sequence[str]],
@@ -163,6 +164,7 @@ def plan_case(
     memory_bytes: int,
     where: str,
     device_memory_bytes: int | None = None,
+    tissues: int = 0,
 ) -> CasePlan:
     """The plan of one case.
 
@@ -175,6 +177,7 @@ def plan_case(
         memory_bytes: what may be used.
         where: name of the image, for the error.
         device_memory_bytes: what may be used on the GPU that runs the network; None where the processor does.
+        tissues: how many labels' probabilities are kept on the network's grid (`segment_tissues`).
 
     Raises:
         InputError: not even one label fits; the message says what would.
@@ -194,6 +197,7 @@ def plan_case(
     band = min(rules.roi_size[0], change.new_shape[0]) * change.new_shape[1] * change.new_shape[2]
     sums, bits = int(band * (8 if rules.published else 2) * 1.5), voxels // 8
     host = int(_INTERPRETER_BYTES + weights + voxels * 4 + processed * 6 + 2 * voxels)
+    host += processed * (2 * tissues + _TISSUE_WORK) if tissues else 0
     device = None
     if device_memory_bytes is None:
         fixed, per_label = host + int(network) + ready, sums + bits

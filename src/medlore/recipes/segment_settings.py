@@ -38,6 +38,7 @@ class SegmentSettings(Settings):
     published: bool = False
     grid: Literal["original", "processed"] = "original"
     resample: Literal["probability", "nearest"] = "probability"
+    redraw_tissues: bool = True
     overlap_rule: Literal["small-over-large", "given"] = "small-over-large"
     image_copy: bool = True
     picture: bool = True
@@ -57,5 +58,5 @@ RULES_VERSION = 2
 # What changes the masks; a finished case is skipped only if all of it is unchanged.
 DECISIVE = (
     "region", "expert_by", "allow_unknown", "affine_from", "precision", "roi_size", "overlap", "published", "grid", "resample",
-    "overlap_rule", "lora_alpha", "dicom_seg",
+    "redraw_tissues", "overlap_rule", "lora_alpha", "dicom_seg",
 )  # fmt: skip

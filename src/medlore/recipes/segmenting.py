@@ -163,6 +163,7 @@ def load_segmenter(  # noqa: PLR0913 - each is a flag of the command
     overlap: float | None = None,
     sw_batch_size: int = 1,
     published: bool = False,
+    redraw_tissues: bool = True,
     text: str | Path | None = None,
     tokenizer: str | Path | None = None,
     prompt_embeddings: str | Path | None = None,
@@ -179,6 +180,7 @@ def load_segmenter(  # noqa: PLR0913 - each is a flag of the command
         overlap: share that neighbouring windows have in common.
         sw_batch_size: windows at a time.
         published: the published rules throughout.
+        redraw_tissues: redraw the borders of tissues by grey values, where the model names tissues.
         text: the published text encoder, for prompts outside a table.
         tokenizer: its wordpiece list.
         prompt_embeddings: a table of prompts for a published file.
@@ -198,5 +200,6 @@ def load_segmenter(  # noqa: PLR0913 - each is a flag of the command
         sw_batch_size=sw_batch_size,
         memory_bytes=None if memory is None else read_bytes(memory, where="memory"),
         published=published,
+        redraw_tissues=redraw_tissues,
     )
     return LoadedSegmenter(model)
