@@ -18,10 +18,13 @@ import torch
 from PIL import Image
 from tests.recipes.tiny_backbone import striped, two_labels, write_backbone
 
+from medlore.data.images import read_images
 from medlore.data.imageset import ImageSet
+from medlore.data.transforms import Preprocessing
 from medlore.errors import CheckpointError, DataError, InputError, MedloreError, StepError
 from medlore.files import read_json
 from medlore.recipes.evaluate import EvaluateSettings, evaluate
+from medlore.recipes.examples import image_examples
 from medlore.recipes.finetune import FinetuneSettings, dry_run, finetune
 from medlore.recipes.image_splits import SplitRules, hold_out, read_splits, split_images
 from medlore.recipes.predict import PredictSettings, predict, write_medfmc
@@ -87,6 +90,38 @@ def test_tuning_learns_something(run: tuple[Path, Any]) -> None:
     _, result = run
     assert result.metrics["balanced_accuracy"] > 0.6
     assert result.history.epochs[-1]["train_loss"] < result.history.epochs[0]["train_loss"]
+
+
+def folder_of_images(place: Path, *, broken: tuple[str, ...]) -> Path:
+    """Five images of each of two classes in `train` and in `test`, some of them cut off."""
+    noise = np.random.default_rng(5)
+    for part in ("train", "test"):
+        for name in ("dark", "light"):
+            (place / part / name).mkdir(parents=True)
+            for i in range(5):
+                pixels = noise.integers(0, 128, (16, 16, 3), np.uint8) + np.uint8(128 * (name == "light"))
+                Image.fromarray(pixels).save(place / part / name / f"{i}.png")
+    for name in broken:
+        content = (place / name).read_bytes()
+        (place / name).write_bytes(content[: len(content) // 2])
+    return place
+
+
+BROKEN = ("train/dark/0.png", "test/dark/3.png", "test/light/4.png")
+
+
+def test_broken_images_of_all_parts_are_named_before_anything_is_trained(backbone: Path, tmp_path: Path) -> None:
+    data = folder_of_images(tmp_path / "data", broken=BROKEN)
+    with pytest.raises(DataError, match="3 of 20 cannot be read") as caught:
+        finetune(FinetuneSettings(model=str(backbone), method="linear-probe", data=data, epochs=1), tmp_path / "out")
+    assert sorted(fault.partition(": ")[0] for fault in caught.value.faults) == sorted(str(data / name) for name in BROKEN)
+
+
+def test_broken_images_are_named_at_once_where_they_are_read_batch_by_batch(tmp_path: Path) -> None:
+    data = folder_of_images(tmp_path / "data", broken=BROKEN)
+    with pytest.raises(DataError) as caught:
+        image_examples(read_images(data, split="test"), Preprocessing(16), cache_bytes=0)
+    assert len(caught.value.faults) == 2
 
 
 def test_predictions_are_those_of_the_report(run: tuple[Path, Any]) -> None:
@@ -254,6 +289,16 @@ def test_evaluate_finds_the_numbers_of_the_run(run: tuple[Path, Any], backbone: 
     assert found.report["metrics"]["accuracy"]["value"] == tuned.metrics["accuracy"]
     assert read_json(tmp_path / "evaluated" / "report.json")["results"]["test"]["items"] == 20
     assert (tmp_path / "evaluated" / "predictions.csv").read_bytes() == (tmp_path / "run" / "predictions.csv").read_bytes()
+
+
+def test_evaluate_names_every_broken_image(backbone: Path, tmp_path: Path) -> None:
+    data = folder_of_images(tmp_path / "data", broken=())
+    finetune(FinetuneSettings(model=str(backbone), method="linear-probe", data=data, epochs=1, bootstrap=0), tmp_path / "run")
+    for name in BROKEN:
+        (data / name).write_bytes(b"\x89PNG")
+    with pytest.raises(DataError, match="2 of 10 cannot be read") as caught:
+        evaluate(EvaluateSettings(tuned=tmp_path / "run", data=data, bootstrap=0), tmp_path / "evaluated")
+    assert [name for name in BROKEN if any(name in fault for fault in caught.value.faults)] == list(BROKEN[1:])
 
 
 def test_predict_reads_files_folders_and_lists(run: tuple[Path, Any], tmp_path: Path) -> None:

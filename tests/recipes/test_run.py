@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pydantic
 import pytest
 import torch
 
@@ -31,6 +32,30 @@ def test_all_faults_at_once_with_the_nearest_name(tmp_path: Path) -> None:
         read_settings(Example, file)
     assert any("rate" in fault and "'fast'" in fault for fault in caught.value.faults)
     assert any("shot: unknown setting; the nearest are shots" in fault for fault in caught.value.faults)
+
+
+def test_a_key_that_stands_twice_is_named_with_both_lines(tmp_path: Path) -> None:
+    text = "shots: 1\nshot: 2\nshots: 3\nlist:\n  - {a: 1, b: 2, a: 3}\n  - inner:\n      rate: 1\n      other: 2\n      rate: 2\n"
+    with pytest.raises(InputError) as caught:
+        read_settings(Example, write_text(tmp_path / "s.yaml", text))
+    told = "given before in line {}; which one is meant?"
+    assert caught.value.faults[:3] == (
+        f"line 3, shots: {told.format(1)}", f"line 5, list.0.a: {told.format(5)}", f"line 9, list.1.inner.rate: {told.format(7)}",
+    )  # fmt: skip
+    assert caught.value.faults[3].startswith("line 2, shot: unknown")
+
+
+def test_one_word_in_several_mappings_is_no_repetition(tmp_path: Path) -> None:
+    class Inner(Settings):
+        a: int = 0
+        rates: dict[str, int] = pydantic.Field(default_factory=dict)
+
+    class Outer(Settings):
+        each: tuple[Inner, ...] = ()
+        a: int = 0
+
+    text = "each:\n  - &first {a: 1}\n  - {a: 1, rates: {a: 1}}\n  - *first\na: 2\n"
+    assert read_settings(Outer, write_text(tmp_path / "s.yaml", text)).each[2].a == 1
 
 
 @pytest.mark.parametrize("text", ["- 1\n", "a: [", "just words"])

@@ -14,9 +14,13 @@ from tiny_segmentation import STUDY
 
 from medlore.cli import main
 from medlore.errors import InputError, UnknownNameError
+from medlore.files import write_text
 from medlore.models.bundle import load_segmenter
+from medlore.recipes.run import read_settings
 from medlore.recipes.segmentation.few_shot import FewShotSettings, plan_tuning
+from medlore.recipes.segmentation.settings import SegmentationSettings
 from medlore.recipes.segmentation.study import read_study
+from medlore.recipes.segmentation.workshop import settings_rules
 from small_segmenter import write_small_pack
 
 
@@ -46,6 +50,16 @@ def study_with(folder: Path, **changes: Any) -> Path:
         ({"variants": ["experts", "shared", "shared"]}, r"variants name one twice"),
         ({"teacher__learning_rate": float("inf")}, r"line \d+, teacher\.learning_rate: .*finite number"),
         ({"seed": -1}, r"line \d+, seed: "),
+        ({"patches": {"augment": "x"}}, r"line \d+, patches\.augment: .*boolean, got 'x'"),
+        ({"patches": {"weights": 3}}, r"line \d+, patches\.weights: .*dictionary, got 3"),
+        ({"patches": {"weights": {"ball": "much"}}}, r"line \d+, patches\.weights\.ball: .*number, got 'much'"),
+        ({"patches": {"wieghts": {}}}, r"line \d+, patches\.wieghts: unknown setting; the nearest are weights"),
+        ({"patches": {"warp": {"scale": [1.2, 0.8]}}}, r"line \d+, patches\.warp\.scale: the smallest comes first"),
+        ({"patches": {"grey": 4}}, r"line \d+, patches\.grey: settings by name"),
+        ({"patches": {"synthesis": {"bias": 1.0}}}, r"line \d+, patches\.synthesis: unknown setting"),
+        ({"synthesis": {"deviation": [1.0]}}, r"line \d+, synthesis\.deviation\.1: "),
+        ({"synthesis": {"noise": -1}}, r"line \d+, synthesis\.noise: no number of these rules is below 0"),
+        ({"synthesis": {"gamma": "wide"}}, r"line \d+, synthesis\.gamma: .*number, got 'wide'"),
     ],
 )
 def test_wrong_settings_are_named(changes: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,6 +69,32 @@ def test_wrong_settings_are_named(changes: dict[str, Any], said: str, tmp_path: 
     assert main(["decompose", str(study), "--out", str(tmp_path / "out"), "--dry-run"]) == 2
     assert "To do:" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_faults_of_rules_come_with_the_others_and_each_with_its_line(tmp_path: Path) -> None:
+    text = "patches:\n  augment: x\n  weights: 3\n"
+    with pytest.raises(InputError) as caught:
+        read_settings(
+            SegmentationSettings, write_text(tmp_path / "s.yaml", f"name: a\ndata: [{{name: b, cases: c.jsonl}}]\nsteps: 3\n{text}")
+        )
+    assert [fault.partition(":")[0] for fault in caught.value.faults] == [
+        "line 5, patches.augment",
+        "line 6, patches.weights",
+        "line 3, steps",
+    ]
+    (tmp_path / "tune.yaml").write_text(f"model: m\ncases: c.jsonl\n{text}")
+    with pytest.raises(InputError, match=r"line 4, patches\.augment: (.|\n)*line 5, patches\.weights: "):
+        read_settings(FewShotSettings, tmp_path / "tune.yaml")
+
+
+def test_lists_and_whole_numbers_of_yaml_are_rules() -> None:
+    patches = {"augment": False, "least_voxels": 2, "jitter": 0, "weights": {"ball": 3}, "warp": {"scale": [0.9, 1.1]}}
+    settings = SegmentationSettings.model_validate({
+        "name": "a", "data": [{"name": "b", "cases": "c.jsonl"}], "patches": patches, "synthesis": {"deviation": [1, 2.5]},
+    })  # fmt: skip
+    assert settings.patches == patches
+    rules = settings_rules(settings)
+    assert (rules.warp.scale, rules.synthesis.deviation, rules.weights) == ((0.9, 1.1), (1, 2.5), {"ball": 3})
 
 
 def test_flags_and_folders_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from tests.recipes.tiny_backbone import striped, two_labels, write_backbone
 
 from medlore.data.imageset import ImageSet
@@ -170,6 +171,22 @@ def test_a_cell_that_fails_costs_no_other_and_runs_again(place: Path, tmp_path: 
     monkeypatch.undo()
     assert run_study(study, tmp_path, workers=0, resume=True).failed == 0
     assert len((tmp_path / "cells.jsonl").read_text().splitlines()) == 7
+
+
+def test_a_cell_names_its_broken_images_before_it_trains(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for part in ("train", "test"):
+        for name in ("a", "b"):
+            (tmp_path / "set" / part / name).mkdir(parents=True)
+            for i in range(6):
+                Image.fromarray(np.full((16, 16, 3), 20 * i, np.uint8)).save(tmp_path / "set" / part / name / f"{i}.png")
+    (tmp_path / "set" / "test" / "a" / "2.png").write_bytes(b"\x89PNG")
+    (tmp_path / "set" / "test" / "b" / "5.png").write_text("no image")
+    monkeypatch.setattr(worker, "finetune", lambda *_args, **_parts: pytest.fail("it was trained"))
+    study = read_settings(StudySettings, write_study(place))
+    cells = cells_of(study.model_copy(update={"data": (study.data[0].model_copy(update={"data": "set"}),)}))
+    found = work_on(cells[0], str(tmp_path), 0)
+    assert found["state"] == "failed"
+    assert all(f"set/test/{name}" in found["reason"] for name in ("a/2.png", "b/5.png"))
 
 
 def test_tuning_never_sees_the_test_images(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

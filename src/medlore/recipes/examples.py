@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from medlore.data.imageset import ImageSet
+from medlore.data.pixels import Pixels, load_many
 from medlore.data.transforms import Preprocessing, TrainAugmentation, decode, normalise
 from medlore.layers.surgery import without_head
 from medlore.models.backbones import Backbone
@@ -55,6 +56,20 @@ class _FeatureBatches:
         return self.features[torch.from_numpy(indices)]
 
 
+def refuse_unreadable(*parts: ImageSet | None) -> None:
+    """Read the image files of all parts once and keep none: a broken one is named before a training, not after it.
+
+    Raises:
+        DataError: images that cannot be read; those of all parts are named at once.
+    """
+    items = [item for part in parts if part is not None for item in part.items if not isinstance(item.source, np.ndarray)]
+    load_many(items, after=_nothing_of)
+
+
+def _nothing_of(pixels: Pixels) -> Pixels:
+    return np.empty((0, 0, pixels.shape[2]), np.uint8)
+
+
 def image_examples(
     images: ImageSet,
     preprocessing: Preprocessing,
@@ -69,6 +84,8 @@ def image_examples(
     """
     size = 3 * preprocessing.image_size**2 * len(images)
     cache = decode(images.items, preprocessing) if size <= cache_bytes else None
+    if cache is None:  # batches would name those of one batch, after some were worked on
+        refuse_unreadable(images)
     targets: NDArray[Any] = images.targets() if images.labelled else np.zeros(len(images), dtype=np.int64)
     return Examples(_ImageBatches(images, preprocessing, cache, augmentation), targets)
 

@@ -27,7 +27,7 @@ from medlore.models.backbones import Backbone
 from medlore.ranks.allocate import plan_ranks
 from medlore.ranks.plan import RankPlan
 from medlore.recipes.accelerators import make_accelerator
-from medlore.recipes.examples import feature_examples, image_examples, preprocessing_of, steps_of
+from medlore.recipes.examples import feature_examples, image_examples, preprocessing_of, refuse_unreadable, steps_of
 from medlore.recipes.finetune_settings import FinetuneSettings
 from medlore.recipes.idle_settings import refuse_idle
 from medlore.recipes.image_splits import ImageSplits, read_splits, split_images
@@ -139,10 +139,9 @@ def dry_run(settings: FinetuneSettings) -> dict[str, Any]:
     refuse_idle(settings)
     accelerator = make_accelerator(settings.device, settings.precision, None)
     prepared = _prepare(settings, _splits(settings, None, None, None), accelerator, BackboneStore())
-    schedule = settings.schedule()
     return {
         "settings": settings.model_dump(mode="json"),
-        "learning_rate": schedule.learning_rate,
+        "learning_rate": settings.schedule().learning_rate,
         **_facts(settings, prepared),
     }
 
@@ -168,6 +167,7 @@ def _splits(settings: FinetuneSettings, train: ImageSet | None, validation: Imag
 def _prepare(settings: FinetuneSettings, splits: ImageSplits, accelerator: Any, backbones: BackboneStore) -> _Prepared:
     _check_labels(splits)
     _check_groups(settings, splits)
+    refuse_unreadable(splits.train, splits.validation, splits.test)
     classes = len(splits.train.classes)
     chosen = {name: getattr(settings, name) for name in ("image_size", "heads", "seed", "mean", "std")}
     backbone = backbones.load(settings.model, classes=classes, **chosen)

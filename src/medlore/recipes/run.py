@@ -9,7 +9,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -53,14 +53,16 @@ def read_settings(kind: type[S], file: str | Path | None = None, **flags: Any) -
     """Settings from a YAML file (optional) with the flags that are not None laid over it.
 
     Raises:
-        InputError: unknown keys or wrong values; all of them at once, each with its line.
+        InputError: unknown or repeated keys or wrong values; all of them at once, each with its line.
     """
     values: dict[str, Any] = {}
     lines: dict[Place, int] = {}
+    repeated: list[str] = []
     if file is not None:
         try:
             text = existing_file(file).read_text(encoding="utf-8")
-            loaded, lines = yaml.safe_load(text), _lines_of(yaml.compose(text, yaml.SafeLoader))
+            loaded, tree = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
+            lines, repeated = _lines_of(tree), _repeated_keys(tree)
         except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date such as 2024-13-01 is a ValueError
             raise InputError(str(file), f"not YAML ({error})", "a YAML mapping of settings", "mend the file") from error
         if not isinstance(loaded, dict):
@@ -68,7 +70,7 @@ def read_settings(kind: type[S], file: str | Path | None = None, **flags: Any) -
         values.update(loaded)
     values.update({name: value for name, value in flags.items() if value is not None})
     lines = {place: line for place, line in lines.items() if flags.get(str(place[0])) is None}
-    return check_settings(kind, values, where=str(file) if file is not None else "settings", lines=lines)
+    return check_settings(kind, values, where=str(file) if file is not None else "settings", lines=lines, faults=repeated)
 
 
 Place = tuple[str | int, ...]
@@ -97,7 +99,31 @@ def _lines_of(node: yaml.Node | None, place: Place = (), seen: set[int] | None =
     return found
 
 
-def check_settings(kind: type[S], values: Mapping[str, Any], *, where: str, lines: Mapping[Place, int] | None = None) -> S:
+def _repeated_keys(node: yaml.Node | None, place: Place = (), seen: set[int] | None = None) -> list[str]:
+    """Keys that stand twice in one mapping, where YAML would silently take the last: one sentence each."""
+    seen = set() if seen is None else seen
+    if id(node) in seen:
+        return []
+    seen.add(id(node))
+    faults: list[str] = []
+    if isinstance(node, yaml.MappingNode):
+        first: dict[tuple[str, str], int] = {}
+        for key, value in node.value:
+            here, line = (*place, str(key.value)), key.start_mark.line + 1
+            if (word := (key.tag, str(key.value))) in first:
+                name = ".".join(str(part) for part in here)
+                faults.append(f"line {line}, {name}: given before in line {first[word]}; which one is meant?")
+            first.setdefault(word, line)
+            faults += _repeated_keys(value, here, seen)
+    elif isinstance(node, yaml.SequenceNode):
+        for number, value in enumerate(node.value):
+            faults += _repeated_keys(value, (*place, number), seen)
+    return faults
+
+
+def check_settings(
+    kind: type[S], values: Mapping[str, Any], *, where: str, lines: Mapping[Place, int] | None = None, faults: Sequence[str] = ()
+) -> S:
     """Validate a mapping into settings.
 
     Args:
@@ -105,16 +131,21 @@ def check_settings(kind: type[S], values: Mapping[str, Any], *, where: str, line
         values: what came.
         where: the file, for the message.
         lines: where each entry stands in that file.
+        faults: what is wrong with the file already.
 
     Raises:
         InputError: unknown keys or wrong values; all of them at once.
     """
+    cause, told = None, list(faults)
     try:
-        return kind.model_validate(dict(values))
+        settings = kind.model_validate(dict(values))
     except pydantic.ValidationError as error:
-        faults = [_fault(kind, item["loc"], item["type"], item["msg"], item.get("input"), lines or {}) for item in error.errors()]
-        count = f"{len(faults)} fault" + ("s" if len(faults) > 1 else "")
-        raise InputError(where, count, f"the settings of {kind.__name__}", "correct what is listed", faults=faults) from error
+        told += [_fault(kind, item["loc"], item["type"], item["msg"], item.get("input"), lines or {}) for item in error.errors()]
+        cause = error
+    if told:
+        count = f"{len(told)} fault" + ("s" if len(told) > 1 else "")
+        raise InputError(where, count, f"the settings of {kind.__name__}", "correct what is listed", faults=told) from cause
+    return settings
 
 
 def _fault(kind: type[Settings], place: Place, fault: str, message: str, came: Any, lines: Mapping[Place, int]) -> str:

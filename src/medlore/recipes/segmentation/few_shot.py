@@ -31,6 +31,7 @@ from medlore.recipes.run import DeviceChoice, Run, Settings, seed_everything
 from medlore.recipes.segmentation.cohort import Cohort
 from medlore.recipes.segmentation.network import PromptedSegmenter, new_prompts
 from medlore.recipes.segmentation.packs import in_type
+from medlore.recipes.segmentation.rule_settings import checked_patches
 from medlore.recipes.segmentation.settings import (
     DEFAULT_PREPROCESSING,
     DataSettings,
@@ -84,6 +85,8 @@ class FewShotSettings(Settings):
     seed: int = pydantic.Field(default=0, ge=0, lt=2**32)
     device: DeviceChoice = "auto"
     precision: Precision = "fp32"
+
+    _patches = pydantic.field_validator("patches")(checked_patches)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from medlore.models.segmenter import SegmenterConfig
 from medlore.models.segmenter_manifest import preprocessing_faults
 from medlore.models.vocabulary import MODALITIES
 from medlore.recipes.run import DeviceChoice, Settings
+from medlore.recipes.segmentation.rule_settings import checked_patches, checked_synthesis
 
 Variant = Literal["teacher", "experts", "shared", "single", "experts-uniform", "experts-given", "experts-stable-rank"]
 RankRule = Literal["uniform", "given", "stable-rank"]
@@ -221,6 +222,9 @@ class SegmentationSettings(Settings):
     device: DeviceChoice = "auto"
     precision: Precision = "fp32"
     weights: Literal["fp32", "fp16"] = "fp16"
+
+    _patches = pydantic.field_validator("patches")(checked_patches)
+    _synthesis = pydantic.field_validator("synthesis")(checked_synthesis)
 
     @pydantic.model_validator(mode="after")
     def _fits_together(self) -> SegmentationSettings:

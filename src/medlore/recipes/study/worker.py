@@ -15,6 +15,7 @@ from typing import Any
 from medlore.errors import InputError, MedloreError
 from medlore.models.backbone_store import BackboneStore
 from medlore.recipes.comparison import measure_of
+from medlore.recipes.examples import refuse_unreadable
 from medlore.recipes.finetune import FinetuneResult, content_hash, finetune
 from medlore.recipes.finetune_settings import FinetuneSettings
 from medlore.recipes.image_splits import ImageSplits
@@ -24,6 +25,7 @@ from medlore.recipes.study.cells import StudyCell
 from medlore.recipes.study.parts import parts_of
 
 BACKBONES = BackboneStore()  # of this process: its cells share what is read, none shares what is trained
+_READABLE: set[str] = set()  # draws whose images have all been read once in this process
 
 
 def work_on(cell: StudyCell, folder: str, threads: int) -> dict[str, Any]:
@@ -63,6 +65,7 @@ def record_of(cell: StudyCell) -> dict[str, Any]:
 
 def _measured(cell: StudyCell, folder: str) -> dict[str, Any]:
     parts = parts_of(cell.entry, cell.rules, folder, shots=cell.shots, draw=cell.draw)
+    _read_once(parts)
     settings = FinetuneSettings.model_validate(cell.settings)
     best, trials = tried_on_validation(settings, parts, cell.rates)
     if parts.test is None:
@@ -74,6 +77,15 @@ def _measured(cell: StudyCell, folder: str) -> dict[str, Any]:
         "tuning_seconds": round(sum(trial["seconds"] for trial in trials), 2),
         "training_seconds": best.seconds,
     }
+
+
+def _read_once(parts: ImageSplits) -> None:
+    """Refuse a draw with images that cannot be read before anything is trained on it; a draw that could be read is known again."""
+    there = [part for part in (parts.train, parts.validation, parts.test) if part is not None]
+    key = " ".join(f"{part.source} {content_hash(part)}" for part in there)
+    if key not in _READABLE:
+        refuse_unreadable(*there)
+        _READABLE.add(key)
 
 
 @dataclass(frozen=True)
