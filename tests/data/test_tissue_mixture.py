@@ -58,7 +58,7 @@ def test_places_decide_where_grey_values_do_not() -> None:
 def test_the_posterior_is_that_of_bayes() -> None:
     mixture = TissueMixture(np.array([0.0, 1.0, 3.0]), np.array([0.5, 1.0, 0.7]))
     values, prior = np.linspace(-1, 4, 11), np.tile(np.array([[0.2], [0.5], [0.3]]), 11)
-    weights = (prior**1.5) * stats.norm.pdf(values[None], mixture.mean[:, None], mixture.deviation[:, None])
+    weights = (prior**2) * stats.norm.pdf(values[None], mixture.mean[:, None], mixture.deviation[:, None])
     np.testing.assert_allclose(mixture.share_out(values, prior), weights / weights.sum(axis=0), rtol=1e-4)
 
 

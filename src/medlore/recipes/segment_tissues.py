@@ -20,7 +20,7 @@ from medlore.data.intensity import finite_values
 from medlore.data.tissue_mixture import ANY_TISSUE, TissueMixture, fit_mixture
 from medlore.data.volumes import PackedMasks, Prepared
 
-LEAST_SEPARATION = 1.75  # d' below which a grey value says little: 19 % of two equal tissues then lie on the wrong side
+LEAST_SEPARATION = 2.0  # d'; below it, more than 16 % of two equal tissues lie on the wrong side of the best cut
 _PLANES_AT_ONCE = 8
 
 

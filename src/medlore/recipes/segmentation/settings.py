@@ -31,6 +31,7 @@ DEFAULT_PREPROCESSING: dict[str, Any] = {
     "gaussian_sigma": 0.125,
     "threshold": 0.5,
 }
+_OF_INFERENCE = ("roi_size", "overlap", "threshold", "tissues")  # decide masks, not weights
 
 
 class DataSettings(Settings):
@@ -235,8 +236,9 @@ class SegmentationSettings(Settings):
             raise ValueError(f"variants name one twice in {list(self.variants)}")
         if faults := preprocessing_faults(self.full_preprocessing, "preprocessing"):
             raise ValueError("; ".join(faults))
-        if strange := sorted(set(self.preprocessing) - set(DEFAULT_PREPROCESSING)):
-            raise ValueError(f"preprocessing has {strange}; known are {', '.join(DEFAULT_PREPROCESSING)}")
+        known = (*DEFAULT_PREPROCESSING, "tissues")
+        if strange := sorted(set(self.preprocessing) - set(known)):
+            raise ValueError(f"preprocessing has {strange}; known are {', '.join(known)}")
         for who, sizes in (("teacher", self.teacher.sizes), ("student", self.student.sizes)):
             if any(side % sizes.patch for side in self.patch_size):
                 raise ValueError(f"patch_size {self.patch_size} must be multiples of {who}.sizes.patch {sizes.patch}")
@@ -272,7 +274,7 @@ class SegmentationSettings(Settings):
         """The settings that decide a network's weights; a finished one is taken over only when they are the same."""
         common = {"seed", "patch_size", "max_prompts", "patches", "synthesis", "batches", "loss", "precision", *parts}
         told = {name: value for name, value in self.model_dump(mode="json").items() if name in common}
-        told["preprocessing"] = {k: v for k, v in self.full_preprocessing.items() if k not in ("roi_size", "overlap", "threshold")}
+        told["preprocessing"] = {k: v for k, v in self.full_preprocessing.items() if k not in _OF_INFERENCE}
         if "student" not in parts:  # a teacher is not taught
             told["loss"] = {name: told["loss"][name] for name in ("bce", "dice")}
         return told
