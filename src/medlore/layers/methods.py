@@ -22,6 +22,7 @@ from medlore.files import atomic_folder
 from medlore.layers import surgery
 from medlore.layers.adapter_folder import Factors, write_lora_folder
 from medlore.layers.lora_step import quicken
+from medlore.layers.tuning.explained_variance import start_from_variance
 from medlore.layers.tuning.installed import tune_modules, tune_norms, tune_pairs
 from medlore.layers.tuning.interface import (
     TRAINED_NAMES,
@@ -107,21 +108,16 @@ def _dora(model: nn.Module, request: Request) -> Tuning:
 
 
 def _eva(model: nn.Module, request: Request) -> Tuning:
-    """Directions of largest variance of each layer's input; ranks are shared out anew under the same total.
+    """Directions of largest variance of each layer's input, from one pass over a few batches; ranks are shared out anew.
+
+    The total of the ranks stays. Unlike PEFT's own search, it sees each batch once and always ends (`explained_variance`).
 
     Source: Paischer et al., "Parameter Efficient Fine-tuning via Explained Variance Adaptation", 2024.
     """
-    from peft import EvaConfig, initialize_lora_eva_weights
+    from peft import EvaConfig
 
     tuned = _with_factors(model, request, init_lora_weights="eva", eva_config=EvaConfig(rho=2.0))
-    initialize_lora_eva_weights(
-        tuned,
-        cast("Any", [{"pixel_values": batch} for batch in request.batches()]),
-        forward_fn=lambda network, inputs: network(**inputs),
-        prepare_model_inputs_fn=None,
-        prepare_layer_inputs_fn=None,
-        show_progress_bar=False,
-    )
+    start_from_variance(tuned, request.batches(), most=2.0)
     config = tuned.peft_config["default"]
     config.init_lora_weights, config.eva_config = True, None  # loading the folder must not ask for data again
     return _peft_tuning(tuned, request)

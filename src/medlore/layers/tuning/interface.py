@@ -41,7 +41,7 @@ class Request:
         last_blocks: blocks that `partial` trains.
         options: sizes of what a method adds.
         sample: (b, c, h, w) one small normalised batch.
-        batches: a few normalised training batches, for methods that look at the data (EVA); a list, since it is read twice.
+        batches: a few normalised training batches, for methods that look at the data (EVA).
     """
 
     head: str
