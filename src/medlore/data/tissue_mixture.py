@@ -3,7 +3,8 @@
 A network knows which fold of the cortex a voxel lies in, but its borders are as coarse as its grid. The grey values of the
 file are as fine as the file, but the same grey means different things in different places. Expectation and maximisation bring
 the two together: one Gaussian a tissue is fitted to the grey values that the network gives to it, each voxel is then shared out
-by grey value and place, and so on until nothing moves.
+by grey value and place, and so on until nothing moves. How much there is of each tissue is fitted too. No tissue's Gaussian is
+wider than the middle one: noise is the same everywhere, and what makes one wider are the voxels on its border with another.
 
 Source: Van Leemput et al., IEEE TMI 18 (1999) 897-908; Ashburner and Friston, NeuroImage 26 (2005) 839-851 (there the prior is
 an atlas).
@@ -11,19 +12,18 @@ an atlas).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from medlore.data.geometry import Array
 
-ANY_TISSUE = 0.5  # voxels where the network's probabilities sum to less are none of the tissues
+ANY_TISSUE = 0.4  # voxels where the network's probabilities sum to less are none of the tissues
 _ROUNDS = 40
 _SETTLED = 1e-4  # of the range of grey values
 _SAMPLES = 80_000
-_FLOOR = 0.02  # least prior: a network is never quite sure
-_SHARPER = 2.0  # exponent of the prior: probabilities on a coarse grid are blurred
+_FLOOR = 0.1  # least prior: a network is never quite sure
 _LEAST_DEVIATION = 0.01  # of the range
 
 
@@ -34,10 +34,14 @@ class TissueMixture:
     Args:
         mean: k grey values.
         deviation: k.
+        proportion: k factors of the prior, around 1.
+        background: values up to this one are no tissue (what a stripped skull leaves behind).
     """
 
     mean: Array
     deviation: Array
+    proportion: Array
+    background: float = -np.inf
 
     @property
     def separation(self) -> float:
@@ -55,62 +59,82 @@ class TissueMixture:
             prior: k and the same shape, each from 0 to 1.
 
         Returns:
-            Like `prior`, float32; they sum to 1 where the prior's sum reaches `ANY_TISSUE`, and are 0 elsewhere.
+            Like `prior`, float32; they sum to 1 where the prior's sum reaches `ANY_TISSUE` and there is no background, and are 0 elsewhere.
 
         Example:
-            >>> mixture = TissueMixture(np.array([0.0, 10.0]), np.array([1.0, 1.0]))
+            >>> mixture = TissueMixture(np.array([0.0, 10.0]), np.ones(2), np.ones(2))
             >>> mixture.share_out(np.array([4.9, 5.1, 5.1]), np.array([[0.5, 0.5, 0.1], [0.5, 0.5, 0.1]])).argmax(axis=0).tolist()
             [0, 1, 0]
         """
-        posterior = _sharpened(prior)
+        posterior = _weighted(_floored(prior), self.proportion)
         for index, (mean, deviation) in enumerate(zip(self.mean, self.deviation, strict=True)):
             posterior[index] *= _density(values, mean, deviation)
         posterior /= posterior.sum(axis=0) + np.float32(1e-30)
-        posterior *= prior.sum(axis=0, dtype=np.float32) >= ANY_TISSUE
+        posterior *= (prior.sum(axis=0, dtype=np.float32) >= ANY_TISSUE) & (values > self.background)
         return posterior
 
     def record(self) -> dict[str, Any]:
         """Plain JSON."""
-        return {"mean": self.mean.round(4).tolist(), "deviation": self.deviation.round(4).tolist(), "separation": round(self.separation, 3)}
+        found = {name: getattr(self, name).round(4).tolist() for name in ("mean", "deviation", "proportion")}
+        return {**found, "separation": round(self.separation, 3)}
 
 
 def fit_mixture(values: Array, prior: Array) -> TissueMixture | None:
     """Fit the tissues' Gaussians.
 
     Args:
-        values: grey values, of any shape.
+        values: grey values, of any shape; the smallest is background.
         prior: k and the same shape, each from 0 to 1.
 
     Returns:
         The same for the same input, every time; None where a tissue has no voxel.
     """
-    inside = np.flatnonzero(prior.sum(axis=0, dtype=np.float32) >= ANY_TISSUE)
+    background = float(values.min())
+    inside = np.flatnonzero((prior.sum(axis=0, dtype=np.float32) >= ANY_TISSUE) & (values > background))
     inside = inside[:: max(1, len(inside) // _SAMPLES)]
     grey = values.reshape(-1)[inside].astype(np.float64)
     there = prior.reshape(len(prior), -1)[:, inside]
     if not len(inside) or (there > 0.5).sum(axis=1).min() == 0:
         return None
-    span = max(float(np.ptp(grey)), 1e-3 * float(np.abs(grey).max()), 1e-6)  # one grey everywhere is no contrast
-    share, mean = _sharpened(there), np.full(len(there), np.inf)
+    span = max(float(np.ptp(grey)), 1e-6)
+    there = _floored(there)
+    share, proportion, mean = there, np.ones(len(there)), np.full(len(there), np.inf)
     for _ in range(_ROUNDS):
-        found = _moments(grey, share, least=_LEAST_DEVIATION * span)
+        found = _fitted(grey, share, proportion, least=_LEAST_DEVIATION * span)
         moved, mean = np.abs(found.mean - mean).max(), found.mean
         if moved < _SETTLED * span:
             break
-        share = found.share_out(grey, there)
-    return found
+        share = _normalised(
+            _weighted(there, proportion) * np.stack([_density(grey, *pair) for pair in zip(mean, found.deviation, strict=True)])
+        )
+        proportion = _proportions(share, _weighted(there, proportion), proportion)
+    return replace(found, background=background)
 
 
-def _moments(grey: Array, share: Array, *, least: float) -> TissueMixture:
+def _fitted(grey: Array, share: Array, proportion: Array, *, least: float) -> TissueMixture:
     weight = share.sum(axis=1, dtype=np.float64) + 1e-12
     mean = (share.astype(np.float64) @ grey) / weight
     variance = np.stack([(part * (grey - m) ** 2).sum() for part, m in zip(share, mean, strict=True)]) / weight
-    return TissueMixture(mean, np.sqrt(variance + least**2))
+    deviation = np.sqrt(variance + least**2)
+    return TissueMixture(mean, np.minimum(deviation, np.median(deviation)), proportion)
 
 
-def _sharpened(prior: Array) -> Array:
-    sharp = np.maximum(prior, _FLOOR).astype(np.float32) ** np.float32(_SHARPER)
-    return np.asarray(sharp / sharp.sum(axis=0))
+def _proportions(share: Array, weighted: Array, before: Array) -> Array:
+    """The factors under which the prior has as much of each tissue as the posterior (Ashburner and Friston 2005)."""
+    found = before * share.sum(axis=1, dtype=np.float64) / (weighted.sum(axis=1, dtype=np.float64) + 1e-12)
+    return np.asarray(found / found.mean())
+
+
+def _floored(prior: Array) -> Array:
+    return _normalised(np.maximum(prior, _FLOOR).astype(np.float32))
+
+
+def _weighted(prior: Array, proportion: Array) -> Array:
+    return _normalised(prior * proportion.astype(np.float32).reshape(-1, *[1] * (prior.ndim - 1)))
+
+
+def _normalised(values: Array) -> Array:
+    return np.asarray(values / (values.sum(axis=0) + np.float32(1e-30)))
 
 
 def _density(values: Array, mean: float, deviation: float) -> Array:
