@@ -72,6 +72,22 @@ def test_borders_come_back_on_the_grid_of_the_file(work: Path) -> None:
         assert after > 0.95
 
 
+def test_a_network_that_grey_values_would_overturn_keeps_its_masks(work: Path) -> None:
+    """A prior that is right in three voxels of four: the fit is clean, and too many voxels would change sides."""
+    volume, truth = read_volume(work / "head.nii.gz"), np.load(work / "truth.npy")
+    prepared = prepare(volume, "mri", spacing_mm=(1.5, 1.5, 1.5))
+    rng = np.random.default_rng(0)
+    wrong = np.where(rng.random(truth.shape) < 0.4, rng.integers(1, 4, truth.shape), truth) * (truth > 0)
+    prior = np.stack([on_network_grid(prepared.path, (wrong == k).astype(np.float32)) for k in (1, 2, 3)])
+    tissues = TissuePass(TISSUES, prepared.path.crop.new_shape)
+    tissues.keep(TISSUES, 0, torch.from_numpy(prior).half())
+    found = tissues.masks(prepared, prepared.path, volume.array)
+    assert found.masks is None
+    assert found.record["separation"] > 2
+    assert found.record["kept"] < 0.8
+    assert found.record["redrawn"] is False
+
+
 def test_where_grey_says_nothing_the_networks_own_masks_stay(work: Path) -> None:
     volume = read_volume(work / "head.nii.gz")
     plain = medlore.load_segmenter(work / "plain", device="cpu", precision="fp32").segment(
@@ -92,6 +108,7 @@ def test_where_grey_says_nothing_the_networks_own_masks_stay(work: Path) -> None
 
 def test_both_grids_are_redrawn_and_other_labels_are_not(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("medlore.recipes.segment_tissues.LEAST_SEPARATION", 0.0)
+    monkeypatch.setattr("medlore.recipes.segment_tissues.LEAST_KEPT", 0.0)
     volume = read_volume(work / "head.nii.gz")
     model = medlore.load_segmenter(work / "pack", device="cpu", precision="fp32")
     asked = ["white matter", "hippocampus"]

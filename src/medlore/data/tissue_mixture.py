@@ -36,12 +36,14 @@ class TissueMixture:
         deviation: k.
         proportion: k factors of the prior, around 1.
         background: values up to this one are no tissue (what a stripped skull leaves behind).
+        kept: share of the voxels of the fit whose likeliest tissue stays the prior's.
     """
 
     mean: Array
     deviation: Array
     proportion: Array
     background: float = -np.inf
+    kept: float = 1.0
 
     @property
     def separation(self) -> float:
@@ -76,7 +78,7 @@ class TissueMixture:
     def record(self) -> dict[str, Any]:
         """Plain JSON."""
         found = {name: getattr(self, name).round(4).tolist() for name in ("mean", "deviation", "proportion")}
-        return {**found, "separation": round(self.separation, 3)}
+        return {**found, "separation": round(self.separation, 3), "kept": round(self.kept, 3)}
 
 
 def fit_mixture(values: Array, prior: Array) -> TissueMixture | None:
@@ -108,7 +110,7 @@ def fit_mixture(values: Array, prior: Array) -> TissueMixture | None:
             _weighted(there, proportion) * np.stack([_density(grey, *pair) for pair in zip(mean, found.deviation, strict=True)])
         )
         proportion = _proportions(share, _weighted(there, proportion), proportion)
-    return replace(found, background=background)
+    return replace(found, background=background, kept=float(np.mean(share.argmax(axis=0) == there.argmax(axis=0))))
 
 
 def _fitted(grey: Array, share: Array, proportion: Array, *, least: float) -> TissueMixture:

@@ -2,8 +2,8 @@
 
 A pack may name tissues that exclude each other (`preprocessing.tissues`, e.g. grey matter, white matter and fluid of mri).
 Their probabilities are kept on the network's grid while the windows go by; then a mixture (`data.tissue_mixture`) is fitted there and
-each voxel of the file is shared out, a few planes at a time. Where grey values do not tell the tissues apart, the network's
-own masks stay.
+each voxel of the file is shared out, a few planes at a time. Where grey values do not tell the tissues apart, or would not redraw
+the network's masks but overturn them, those stay.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from medlore.data.tissue_mixture import ANY_TISSUE, TissueMixture, fit_mixture
 from medlore.data.volumes import PackedMasks, Prepared
 
 LEAST_SEPARATION = 2.0  # d'; below it, more than 16 % of two equal tissues lie on the wrong side of the best cut
+LEAST_KEPT = 0.8  # grey values move borders; where they would move more than a fifth of all voxels, one of the two is wrong
 _PLANES_AT_ONCE = 8
 
 
@@ -66,7 +67,7 @@ class TissuePass:
         """
         mixture = fit_mixture(prepared.pixels[0].numpy(), self._prior)
         told = {"labels": list(self.tissues), "redrawn": False, **({} if mixture is None else mixture.record())}
-        if mixture is None or mixture.separation < LEAST_SEPARATION:
+        if mixture is None or mixture.separation < LEAST_SEPARATION or mixture.kept < LEAST_KEPT:
             return TissueMasks(None, told)
         found = PackedMasks(path.resampling.shape, len(self.tissues))
         box = bounding_box(self._prior.sum(axis=0, dtype=np.float32) >= ANY_TISSUE)
