@@ -46,6 +46,7 @@ def preprocessing_faults(told: Mapping[str, Any], where: str) -> list[str]:
         "threshold": (lambda v: _is_number(v) and 0 < v < 1, "number between 0 and 1"),
         "intensity": (_is_intensity, "mapping with `ct: {clip: [low, high]}` and `other: {clip_percentiles: [low, high]}`"),
         "tissues": (_are_tissues, "mapping from mri, pet or us to two labels or more that exclude each other"),
+        "parts": (_are_parts, "mapping from modality to label to a share above 0 and up to 1"),
         "label_regions": (_is_text_to_text, "mapping from modality/label to region"),
     }
     return [
@@ -115,6 +116,13 @@ def _are_tissues(value: Any) -> bool:
         and len(set(map(str, labels))) == len(labels) >= 2
         and all(isinstance(label, str) for label in labels)
         for modality, labels in value.items()
+    )
+
+
+def _are_parts(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(parts, dict) and all(isinstance(label, str) and _is_number(share) and 0 < share <= 1 for label, share in parts.items())
+        for parts in value.values()
     )
 
 

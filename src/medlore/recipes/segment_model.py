@@ -23,6 +23,7 @@ from medlore.models.segmenter import Segmenter
 from medlore.models.unet3d_inference import ready_for_cpu
 from medlore.models.vocabulary import WHOLE_BODY
 from medlore.recipes.segment_labels import ModelFacts, Routes, facts_of_bundle, route_labels, tissues_of, with_tissues
+from medlore.recipes.segment_parts import without_stray_parts
 from medlore.recipes.segment_plan import CasePlan, WindowRules, available_memory, plan_case, usable
 from medlore.recipes.segment_rules import window_rules
 from medlore.recipes.segment_tissues import TissuePass
@@ -194,6 +195,8 @@ class SegmentingModel:
         self._run(result, rules, path, resample, on_window, kept)
         if tissues:
             _redraw(result, kept, path)
+        parts = {} if self.published else self.facts.preprocessing.get("parts", {}).get(routes.modality, {})
+        result.masks |= {label: without_stray_parts(*result.masks[label], parts[label]) for label in result.masks if label in parts}
         return result
 
     def _run(
