@@ -42,4 +42,5 @@ def large_parts(mask: Array, share: float) -> Array:
     parts, _ = ndimage.label(mask, structure=np.ones((3, 3, 3)))
     sizes = np.bincount(parts.reshape(-1))
     sizes[0] = 0
-    return np.asarray((sizes >= share * sizes.max()) & (sizes > 0))[parts]
+    large = (sizes >= share * sizes.max()) & (sizes > 0)
+    return np.asarray(large[parts])
