@@ -88,6 +88,7 @@ def test_a_killed_run_ends_where_an_unbroken_one_ends(study: tuple[SegmentationS
     assert [s["step"] for s in history.scores] == [2, 4]
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine with one core
 def test_the_loader_does_not_change_what_is_drawn(study: tuple[SegmentationSettings, Cohort]) -> None:
     dealer, numbers = dealer_of(study), [5, 0, 2, 7]
     direct = [dealer.batch(n) for n in numbers]

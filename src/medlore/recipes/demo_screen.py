@@ -21,7 +21,7 @@ With your own images (a folder with one subfolder for each class):
 Ranks for a model of your own, and a PEFT configuration with them:
   medlore ranks model.safetensors --plot ranks.png --out plan.json --peft lora
 Masks of your own volumes, by the names of structures, and a page to look at them:
-  medlore segment --image IMAGE.nii.gz --labels "grey matter,hippocampus" --modality mri --model PACK --out masks
+  medlore segment --image IMAGE.nii.gz --labels "grey matter,hippocampus" --modality mri --model medlore:seg-mini --out masks
   medlore view masks --open"""
 
 
