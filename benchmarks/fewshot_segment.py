@@ -135,6 +135,7 @@ def table(arguments: argparse.Namespace) -> None:
     if not done:
         sys.exit(f"{arguments.out}/cells.jsonl: no finished cell; run `python -m benchmarks.fewshot_segment run` first")
     command = "python -m benchmarks.fewshot_segment run --cases runs/seg-mini/cases/hippocampus.jsonl --out runs/fewshot-segment"
+    command += f" --steps {done[0]['steps']} --draws {max(cell['draw'] for cell in done)}"
     text = section(done, command)
     if arguments.page is None:
         sys.stdout.write(text)
