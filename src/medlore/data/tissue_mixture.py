@@ -68,12 +68,14 @@ class TissueMixture:
             >>> mixture.share_out(np.array([4.9, 5.1, 5.1]), np.array([[0.5, 0.5, 0.1], [0.5, 0.5, 0.1]])).argmax(axis=0).tolist()
             [0, 1, 0]
         """
-        posterior = _weighted(_floored(prior), self.proportion)
-        for index, (mean, deviation) in enumerate(zip(self.mean, self.deviation, strict=True)):
-            posterior[index] *= _density(values, mean, deviation)
-        posterior /= posterior.sum(axis=0) + np.float32(1e-30)
+        posterior = self._shares(values, _weighted(_floored(prior), self.proportion))
         posterior *= (prior.sum(axis=0, dtype=np.float32) >= ANY_TISSUE) & (values > self.background)
         return posterior
+
+    def _shares(self, values: Array, weighted: Array) -> Array:
+        """Each tissue's share of every voxel, given the weighted prior."""
+        densities = [_density(values, mean, deviation) for mean, deviation in zip(self.mean, self.deviation, strict=True)]
+        return _normalised(weighted * np.stack(densities))
 
     def record(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -106,10 +108,9 @@ def fit_mixture(values: Array, prior: Array) -> TissueMixture | None:
         moved, mean = np.abs(found.mean - mean).max(), found.mean
         if moved < _SETTLED * span:
             break
-        share = _normalised(
-            _weighted(there, proportion) * np.stack([_density(grey, *pair) for pair in zip(mean, found.deviation, strict=True)])
-        )
-        proportion = _proportions(share, _weighted(there, proportion), proportion)
+        weighted = _weighted(there, proportion)
+        share = found._shares(grey, weighted)
+        proportion = _proportions(share, weighted, proportion)
     return replace(found, background=background, kept=float(np.mean(share.argmax(axis=0) == there.argmax(axis=0))))
 
 
