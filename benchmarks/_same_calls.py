@@ -37,6 +37,7 @@ CLIMATE = {
 }
 LONGEST_SECONDS = 900.0
 _BEFORE_KILL = 0.01
+_CHECKPOINTS = ("checkpoint*", "*.pt", "*.ckpt")
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Caller:
         code = "import pathlib, medlore; print(pathlib.Path(medlore.__file__).resolve().parent)"
         return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
-    def call(self, module: str, arguments: Sequence[str], *, folder: Path, streams: Path, kill_at: str | None = None) -> Ended:
+    def call(self, module: str, arguments: Sequence[str], *, folder: Path, streams: Path, kill: bool = False) -> Ended:
         """Run `python -m MODULE ARGUMENTS` in a folder.
 
         Args:
@@ -76,14 +77,14 @@ class Caller:
             arguments: what follows.
             folder: working folder.
             streams: stem of the files that take stdout and stderr.
-            kill_at: kill it (SIGKILL) as soon as a file of this pattern lies below the folder.
+            kill: kill it (SIGKILL) as soon as a checkpoint lies below the folder.
 
         Raises:
             RuntimeError: it was to be killed and ended before, or ran for too long.
         """
         out, err = streams.with_suffix(".out"), streams.with_suffix(".err")
         process = self._started(module, list(arguments), folder, out, err)
-        status, seconds = _waited(process, folder, kill_at)
+        status, seconds = _waited(process, folder, kill=kill)
         self.seconds += seconds
         return Ended(status, out.read_text(encoding="utf-8", errors="replace"), err.read_text(encoding="utf-8", errors="replace"), seconds)
 
@@ -126,24 +127,28 @@ def _become(module: str, arguments: list[str], folder: Path, out: Path, err: Pat
         os._exit(status)
 
 
-def _waited(process: int, folder: Path, kill_at: str | None) -> tuple[int, float]:
-    began, killed = time.monotonic(), False
+def _waited(process: int, folder: Path, *, kill: bool) -> tuple[int, float]:
+    began, killed, before = time.monotonic(), False, _checkpoints(folder)
     while True:
         found, code, usage = os.wait4(process, os.WNOHANG)
         if found:
             break
         late = time.monotonic() - began > LONGEST_SECONDS
-        if late or (kill_at is not None and not killed and _is_there(folder, kill_at)):
+        if late or (kill and not killed and _checkpoints(folder) - before):
             os.kill(process, signal.SIGKILL)
             killed = True
-        time.sleep(_BEFORE_KILL if kill_at else 0.05)
+        time.sleep(_BEFORE_KILL if kill else 0.05)
     if time.monotonic() - began > LONGEST_SECONDS:
         raise RuntimeError(f"ran for more than {LONGEST_SECONDS:.0f} s")
-    if kill_at is not None and not killed:
-        raise RuntimeError(f"ended before it could be killed at the first {kill_at}")
+    if kill and not killed:
+        raise RuntimeError("ended before it could be killed at its first checkpoint")
     return os.waitstatus_to_exitcode(code), usage.ru_utime + usage.ru_stime
 
 
-def _is_there(folder: Path, pattern: str) -> bool:
-    """A finished file of that pattern; temporary ones have a hidden part in their path."""
-    return any(not any(part.startswith(".") for part in path.relative_to(folder).parts) for path in folder.rglob(pattern))
+def _checkpoints(folder: Path) -> set[Path]:
+    """Finished checkpoints below a folder; temporary files have a hidden part in their path."""
+    try:
+        found = [path for pattern in _CHECKPOINTS for path in folder.rglob(pattern)]
+    except FileNotFoundError:  # a temporary folder went away meanwhile
+        return set()
+    return {path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)}

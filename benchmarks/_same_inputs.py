@@ -39,6 +39,7 @@ def make_inputs(folder: Path, data: Path) -> None:
     """
     done = folder / "done"
     if done.is_file():
+        _studies(folder)  # texts, which cost nothing
         return
     if not data.is_dir():
         raise SystemExit(f"--data {data}: no such folder; the runs take parts of the real sets, give their place")
@@ -97,7 +98,6 @@ def _networks(folder: Path) -> None:
     """A Swin, a DINOv2 and a ResNet of transformers, and a fused ViT under timm's names, all with fixed random weights."""
     import torch
     import transformers
-    from safetensors.torch import save_file
 
     labels = {"num_labels": 2}
     made: dict[str, tuple[Any, Any]] = {
@@ -117,17 +117,24 @@ def _networks(folder: Path) -> None:
                 decay = torch.arange(1, parameter.shape[-1] + 1) ** -0.4
                 parameter.data = torch.randn(parameter.shape, generator=generator) * decay * 0.3
         model.save_pretrained(folder / name)
-    generator = torch.Generator().manual_seed(7)
-    decay = torch.arange(1, 65) ** -0.7
-    save_file(
-        {
-            f"blocks.{i}.attn.{name}.weight": torch.randn(rows, 64, generator=generator) * decay
-            for i in range(3)
-            for name, rows in (("qkv", 192), ("proj", 64))
-        },
-        folder / "fused.safetensors",
-    )
+    write_fused(folder / "fused.safetensors", blocks=3, width=64)
     (folder / "ranks.txt").write_text("[[9, 10], [25, 31], [4, 5]]\n", encoding="utf-8")
+
+
+def write_fused(path: Path, *, blocks: int, width: int) -> Path:
+    """Attention weights of a ViT under timm's names, fused, with spectra that decay."""
+    import torch
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(7)
+    decay = torch.arange(1, width + 1) ** -0.7
+    state = {
+        f"blocks.{i}.attn.{name}.weight": torch.randn(rows, width, generator=generator) * decay
+        for i in range(blocks)
+        for name, rows in (("qkv", 3 * width), ("proj", width))
+    }
+    save_file(state, path)
+    return path
 
 
 def _volumes(folder: Path, data: Path) -> None:
@@ -303,6 +310,9 @@ def _studies(folder: Path) -> None:
         "segmenter-added-no-decay": no_decay.replace("volumes/belly.jsonl", "volumes/added.jsonl"),
         "grid": GRID,
         "pretraining": PRETRAINING,
+        "pretraining-no-decay": PRETRAINING + "weight_decay: 0\n",
     }
     for name, text in files.items():
-        (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
+        place = folder / f"{name}.yaml"
+        if not place.is_file() or place.read_text(encoding="utf-8") != text:
+            place.write_text(text, encoding="utf-8")

@@ -37,20 +37,20 @@ class Step:
     record: dict[str, Any] = field(default_factory=dict)
     skipped: set[str] = field(default_factory=set)
 
-    def run(self, label: str, *arguments: Any, status: int = 0, kill_at: str | None = None, module: str = "medlore") -> Ended:
+    def run(self, label: str, *arguments: Any, status: int = 0, kill: bool = False, module: str = "medlore") -> Ended:
         """Run one command line and keep its status and what it printed.
 
         Args:
             label: name of the command in the record.
             arguments: of the command line.
             status: expected; another one is kept and told.
-            kill_at: kill it when such a file appears; nothing of it is kept but its files.
+            kill: kill it at its first checkpoint; nothing of it is kept but its files.
             module: program.
         """
         streams = self.work / ".streams" / f"{self.name}-{label}".replace("/", "-")
         streams.parent.mkdir(parents=True, exist_ok=True)
-        ended = self.caller.call(module, [str(a) for a in arguments], folder=self.folder, streams=streams, kill_at=kill_at)
-        if kill_at is not None:
+        ended = self.caller.call(module, [str(a) for a in arguments], folder=self.folder, streams=streams, kill=kill)
+        if kill:
             return ended
         found: dict[str, Any] = {"status": ended.status, "expected": status, "seconds": round(ended.seconds, 1)}
         found["stdout"] = self._printed(ended.out) if "--json" in arguments else {}

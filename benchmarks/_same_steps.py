@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from benchmarks._same_inputs import write_fused
 from benchmarks._same_step import Step
 
 MEMORY = "4GiB"  # said each time: by default it is a share of what is free
@@ -38,9 +39,10 @@ def ranks(step: Step) -> None:
         step.run(f"{network} linear", "ranks", step.inputs / network, "--targets", "all-linear", "--rounding", "floor", "--json")
     step.run("resnet", "ranks", step.inputs / "resnet", "--targets", "conv", "--out", "resnet.json", "--json")
     step.run("swin fused", "ranks", step.inputs / "swin", "--granularity", "fused", "--budget", "uniform:4", "--json")
-    for name in RANK_LISTS:  # that they do not fit is told by status 2; the one that fits is used
-        step.run(f"list {name}", "ranks", vit, "--ranks", f"medlore:rank-lists/{name}", status=2)
-        step.run(f"about {name}", "info", step.programs / "assets" / "rank-lists" / f"{name}.json", "--json")
+    blocks = write_fused(step.folder / "twelve.safetensors", blocks=12, width=192)
+    for name in RANK_LISTS:
+        step.run(f"list {name}", "ranks", blocks, "--ranks", f"medlore:rank-lists/{name}", "--json")
+    step.run("list of other depth", "ranks", vit, "--ranks", "medlore:rank-lists/vit-b-dino", status=2)
 
 
 def demo(step: Step) -> None:
@@ -68,7 +70,7 @@ def tune_methods(step: Step) -> None:
 
 def tune_last_epoch(step: Step) -> None:
     """Some methods without validation images, and without weight decay."""
-    for method in ("sr-lora", "ssf", "full", "linear-probe"):
+    for method in ("sr-lora", "ssf", "vpt-deep", "partial", "full", "linear-probe"):
         tune(step, method, "--method", method, "--test-data", step.inputs / "judge", data="pool")
         tune(step, f"{method}-no-decay", "--method", method, "--test-data", step.inputs / "judge", "--weight-decay", 0, data="pool")
 
@@ -105,7 +107,7 @@ def tune_resume(step: Step) -> None:
     for method in ("sr-lora", "adalora"):
         given = ("--method", method, "--epochs", 8, "--data", step.inputs / "mednist.zip", "--shots", 2, *_TUNE)
         step.run(f"{method} whole", "finetune", *given, "--out", f"{method}-whole")
-        step.run(f"{method} killed", "finetune", *given, "--out", f"{method}-resumed", kill_at="checkpoint*")
+        step.run(f"{method} killed", "finetune", *given, "--out", f"{method}-resumed", kill=True)
         step.run(f"{method} resumed", "finetune", *given, "--out", f"{method}-resumed", "--resume")
 
 
@@ -136,7 +138,7 @@ def decompose_no_decay(step: Step) -> None:
 def decompose_resume(step: Step) -> None:
     """Killed at the first checkpoint and run again; and a short run in bf16."""
     study = step.inputs / "classifier.yaml"
-    step.run("killed", "decompose", study, "--out", "out", kill_at="*.pt")
+    step.run("killed", "decompose", study, "--out", "out", kill=True)
     step.run("again", "decompose", study, "--out", "out", "--json")
     step.run("bf16", "decompose", step.inputs / "classifier-bf16.yaml", "--out", "bf16", "--steps", 3, "--seed", 4, "--json")
 
@@ -176,7 +178,7 @@ def segmenter_no_decay(step: Step) -> None:
 def segmenter_resume(step: Step) -> None:
     """Teacher alone, killed at the first checkpoint, and the same command without `--only`; few-shot tuning killed and run again."""
     study = step.inputs / "segmenter.yaml"
-    step.run("killed", "decompose", study, "--out", "out", "--only", "teacher", kill_at="checkpoint*")
+    step.run("killed", "decompose", study, "--out", "out", "--only", "teacher", kill=True)
     step.run("teacher", "decompose", study, "--out", "out", "--only", "teacher", "--json")
     step.run("again", "decompose", study, "--out", "out", "--json")
 
@@ -269,10 +271,10 @@ def pretrain_program(step: Step) -> str:
 
 
 def pretrain(step: Step) -> None:
-    """A few steps on real images."""
+    """A few steps on real images, with weight decay and without."""
     program = pretrain_program(step)
-    given = (step.inputs / "pretraining.yaml", "--data", step.inputs, "--out", "run")
-    step.run("run", *given, module=program)
+    for study, out in (("pretraining", "run"), ("pretraining-no-decay", "run-no-decay")):
+        step.run(out, step.inputs / f"{study}.yaml", "--data", step.inputs, "--out", out, module=program)
     step.run("ranks", "ranks", "run/backbone", "--json")
 
 
