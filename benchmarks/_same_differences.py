@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from benchmarks._same_digests import volatile
+
 Flat = dict[tuple[str, str], dict[str, Any]]  # (step, file or command) -> name -> value
 _ABSENT = "<absent>"
 _KEYS = {"why", "step", "file", "entry", "to", "drop"}
@@ -58,14 +60,18 @@ def read_rules(path: Path | None) -> list[Rule]:
 
 
 def flat_record(steps: Mapping[str, Any]) -> Flat:
-    """Commands and files of a record, side by side."""
+    """Commands and files of a record, side by side; what became volatile after it was recorded is left out."""
     found: Flat = {}
     for step, told in steps.items():
         for label, command in told["commands"].items():
-            found[step, f"$ {label}"] = {"exit status": command["status"], **command["stdout"]}
+            found[step, f"$ {label}"] = {"exit status": command["status"], **_steady(command["stdout"])}
         for name, values in told["files"].items():
-            found[step, name] = values
+            found[step, name] = _steady(values)
     return found
+
+
+def _steady(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if not any(volatile(part) for part in name.split("."))}
 
 
 def applied(flat: Flat, rules: Sequence[Rule], *, first: bool) -> Flat:

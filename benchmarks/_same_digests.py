@@ -20,9 +20,8 @@ Values = dict[str, Any]
 
 # Keys that no result depends on, wherever they stand.
 VOLATILE = frozenset({
-    "seconds", "peak_memory_bytes", "versions", "git", "machine", "command", "waited", "hours_left", "generated", "date", "time",
+    "peak_memory_bytes", "versions", "git", "machine", "command", "waited", "hours_left", "generated", "date", "time",
 })  # fmt: skip
-_VOLATILE_ENDS = ("_seconds", "_at_utc")
 
 
 class Places:
@@ -63,7 +62,7 @@ def _suffix(name: str) -> str:
 
 def volatile(key: str) -> bool:
     """Whether a key holds times, versions and the like."""
-    return key in VOLATILE or key.endswith(_VOLATILE_ENDS)
+    return key in VOLATILE or "seconds" in key
 
 
 def _flatten(value: Any, name: str, found: Values, places: Places) -> None:
