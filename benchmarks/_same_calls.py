@@ -35,7 +35,7 @@ CLIMATE = {
     "NO_COLOR": "1",
     "MEDLORE_TRACEBACK": "1",
 }
-LONGEST_SECONDS = 900.0
+LONGEST_SECONDS = 7200.0
 _BEFORE_KILL = 0.01
 _CHECKPOINTS = ("checkpoint*", "*.pt", "*.ckpt")
 
