@@ -347,6 +347,8 @@ STEPS: dict[str, Callable[[Step], None]] = {
     "old-files": old_files,
 }
 
+AT_THE_END = ("old-files",)  # takes what the others wrote
+
 
 def chosen_steps(names: Sequence[str]) -> list[str]:
     """All steps, or those that are named, in their own order."""
