@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,14 +15,18 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 _WORDS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
-def make_accelerator(device: DeviceChoice, precision: Precision, folder: Path | None, *, track: str = "none") -> Any:
+def make_accelerator(
+    device: DeviceChoice, precision: Precision, folder: Path | None = None, *, track: str = "none", absent_parameters: bool = False
+) -> Any:
     """An accelerator.
 
     Args:
         device: `auto` takes the first that is there.
-        precision: `auto` is bfloat16 (else float16) on CUDA, float32 elsewhere.
+        precision: of forward passes; `auto` is bfloat16 (else float16) on CUDA, float32 elsewhere.
         folder: where trackers write; None for no trackers.
         track: `none` or `tensorboard`.
+        absent_parameters: whether some parameters take no part in some steps (experts that a batch does not ask): several processes
+            have to be told, since they wait for every gradient.
 
     Raises:
         InputError: the device is not there.
@@ -33,15 +38,14 @@ def make_accelerator(device: DeviceChoice, precision: Precision, folder: Path | 
     chosen = choose_device(device)
     if PartialState._shared_state and PartialState().num_processes == 1:
         AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run in this process may have had another device or precision
-    if track == "tensorboard":
-        _check_tensorboard()
-    unused = accelerate.DistributedDataParallelKwargs(find_unused_parameters=False)
+    if track == "tensorboard" and not has_tensorboard():
+        raise MissingExtraError("--track tensorboard", "tensorboard", "tracking")
     return accelerate.Accelerator(
         cpu=chosen == "cpu",
         mixed_precision=_mixed_precision(precision, chosen),
         log_with=track if track != "none" and folder is not None else None,
         project_dir=str(folder) if folder is not None else None,
-        kwargs_handlers=[unused],
+        kwargs_handlers=[accelerate.DistributedDataParallelKwargs(find_unused_parameters=absent_parameters)],
     )
 
 
@@ -52,16 +56,22 @@ def is_main_process() -> bool:
     return not PartialState._shared_state or bool(PartialState().is_main_process)
 
 
+def autocast(device: torch.device | str, precision: str) -> AbstractContextManager[Any]:
+    """The precision of a forward pass outside a training: bf16 where it is asked for."""
+    kind = torch.device(device).type
+    return torch.autocast(kind, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def has_tensorboard() -> bool:
+    """Whether the package of the extra `tracking` is installed."""
+    from importlib.util import find_spec
+
+    return find_spec("tensorboard") is not None
+
+
 def _mixed_precision(precision: Precision, device: str) -> str:
     if precision != "auto":
         return _WORDS[precision]
     if device == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     return "no"
-
-
-def _check_tensorboard() -> None:
-    try:
-        import tensorboard  # noqa: F401 - only whether it is there
-    except ImportError as error:
-        raise MissingExtraError("--track tensorboard", "tensorboard", "tracking") from error
