@@ -137,7 +137,9 @@ class _Loop:
         if all_finite(self.task.state()):
             self._save(step)
         fix = f"lower the learning rate (its peak is {self.schedule.rate.peak:g}) or the clipping, or take full precision"
-        kept = f"; the last good state is kept in {self.checkpoint.path}" if self.checkpoint is not None and self.checkpoint.exists() else ""
+        kept = (
+            f"; the last good state is kept in {self.checkpoint.path}" if self.checkpoint is not None and self.checkpoint.exists() else ""
+        )
         raise not_finite(self.task, step, loss, terms, norm, cases, fix + kept)
 
     def _after(self, step: int) -> None:

@@ -12,7 +12,9 @@ _WARMUP_START = 1e-3  # share of the rate at which a warm-up begins that is laid
 class Rate(Protocol):
     """The learning rate of a step."""
 
-    peak: float
+    @property
+    def peak(self) -> float:
+        """The highest one."""
 
     def __call__(self, step: int, steps: int) -> float:
         """The rate of `step` (from 0) of `steps`."""

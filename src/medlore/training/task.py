@@ -109,13 +109,13 @@ class Task(ABC):
         """Called before the first step and after every judgement."""
         self.module.train()
 
-    def begin(self, step: int) -> None:
+    def begin(self, step: int) -> None:  # noqa: B027 - most tasks have nothing to do here
         """Called before the batch of a step is made."""
 
-    def gather_gradients(self) -> None:
+    def gather_gradients(self) -> None:  # noqa: B027
         """Called when the gradients of a step are there, before they are clipped."""
 
-    def updated(self, step: int) -> None:
+    def updated(self, step: int) -> None:  # noqa: B027
         """Called after the optimiser's step; gradients are still there."""
 
     def cases(self, batch: Any) -> Sequence[str]:
@@ -154,7 +154,7 @@ class Task(ABC):
         """What besides tensors must survive a kill: plain values and tensors."""
         return {}
 
-    def load_memory(self, memory: Mapping[str, Any]) -> None:
+    def load_memory(self, memory: Mapping[str, Any]) -> None:  # noqa: B027
         """Put `memory` back."""
 
 
