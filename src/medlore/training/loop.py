@@ -56,7 +56,7 @@ def train(
         loop.run(loop.resume() if resume else 0)
     finally:
         task.release()
-        task.accelerator.free_memory()  # it holds on to every network and optimiser that it has seen
+        loop.let_go()
     return loop.history
 
 
@@ -73,6 +73,11 @@ class _Loop:
         self.average = None if schedule.ema is None else Average(self.parameters, schedule.ema)
         self.best: dict[str, Tensor] = {}
         self.means = Means()
+
+    def let_go(self) -> None:
+        """The accelerator holds on to every network and optimiser that it has seen (its own `free_memory` runs the collector, too)."""
+        self.accelerator._models.clear()
+        self.accelerator._optimizers.clear()
 
     def run(self, start: int) -> None:
         """All steps that are left."""
