@@ -226,7 +226,7 @@ def _segmenter() -> Kind:
     from medlore.decomposing.segmenters.training import SegmenterTask
     from medlore.models.segmenter.network import Segmenter
 
-    plan = _plan(accumulate=2, ema=0.7, batch_size=2, weight_decay=0.01)
+    plan = _plan(accumulate=2, ema=0.2, batch_size=2, weight_decay=0.01)
 
     def make(accelerator: Any, folder: Path, scores: list[float] | None = None) -> Task:
         del scores

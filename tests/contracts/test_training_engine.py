@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 import re
@@ -431,15 +432,40 @@ def test_accumulated_batches_count_as_their_mean_and_all_terms_count() -> None:
     task = Toy([1.0, 2.0, 3.0, 5.0], 2)
     history = train(task, Schedule(2, CosineAfterWarmup(0.0), clip=None, accumulate=2, log_every=1))
     assert task.gradients == [1.5, 4.0]
-    weight = float(task.module.weight)  # type: ignore[arg-type,union-attr]
+    weight = float(task.module.weight.detach())  # type: ignore[arg-type,union-attr]
     assert [line["a"] for line in history.losses] == pytest.approx([0.25 * 1.5 * weight, 0.25 * 4.0 * weight])
     assert history.scores[0]["loss"] == pytest.approx(4.0 * weight)
+
+
+def test_every_step_has_the_rate_of_the_schedule() -> None:
+    """With one gradient for ever, AdamW moves by the rate itself."""
+    task, rate = Toy([1.0] * 8, 1), CosineAfterWarmup(0.25, 0.5, 0.25)
+    start, places = float(task.module.weight.detach()), list[float]()  # type: ignore[arg-type,union-attr]
+    task.updated = lambda _step: places.append(float(task.module.weight.detach()))  # type: ignore[method-assign,arg-type,assignment,union-attr]
+    train(task, Schedule(8, rate, clip=None))
+    moved = [before - after for before, after in itertools.pairwise([start, *places])]
+    assert moved == pytest.approx([rate(step, 8) for step in range(8)], rel=1e-4)
+
+
+def test_a_copy_of_few_digits_follows_its_masters(folder: Path) -> None:
+    task = made("pre-training", folder)
+    seen, updated = list[bool](), task.updated
+
+    def look(step: int) -> None:
+        assert all(p.grad is None for p in task.module.parameters())
+        updated(step)
+        pairs = zip(task.parameters(), task.module.parameters(), strict=True)
+        seen.append(all(torch.equal(copied, own.to(copied.dtype)) for (_, own), copied in pairs))
+
+    task.updated = look  # type: ignore[method-assign]
+    train(task, kind("pre-training").schedule)
+    assert seen == [True] * STEPS
 
 
 def test_history_has_a_line_of_means_whatever_is_judged() -> None:
     task = Toy([float(n) for n in range(7)], 1)
     history = train(task, Schedule(7, CosineAfterWarmup(0.0), clip=None, log_every=3, judge_every=5))
-    weight = float(task.module.weight)  # type: ignore[arg-type,union-attr]
+    weight = float(task.module.weight.detach())  # type: ignore[arg-type,union-attr]
     assert [line["step"] for line in history.losses] == [3, 6, 7]
     assert [line["b"] for line in history.losses] == pytest.approx([0.75 * weight * mean for mean in (1.0, 4.0, 6.0)])
     assert [record["step"] for record in history.scores] == [5, 7]
@@ -537,3 +563,7 @@ def test_a_network_is_trained_once_and_taken_over(file: str, tmp_path: Path) -> 
     assert networks.state_of("one", identity) == "to be trained"
     asked[0].write({"step": 1})
     assert networks.state_of("one", identity) == "begun"
+    identity = identity_of("other data")
+    networks.finish("one", identity, second, training(second))
+    networks.finish("one", identity, second, training(second))
+    assert len(asked) == 2  # another identity is trained anew, once
