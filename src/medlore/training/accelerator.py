@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from medlore.errors import MissingExtraError
+from medlore.extras import require
 from medlore.runs.settings import DeviceChoice, choose_device
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -38,8 +38,8 @@ def make_accelerator(
     chosen = choose_device(device)
     if PartialState._shared_state and PartialState().num_processes == 1:
         AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run in this process may have had another device or precision
-    if track == "tensorboard" and not has_tensorboard():
-        raise MissingExtraError("--track tensorboard", "tensorboard", "tracking")
+    if track == "tensorboard":
+        require("tensorboard", "--track tensorboard")
     return accelerate.Accelerator(
         cpu=chosen == "cpu",
         mixed_precision=_mixed_precision(precision, chosen),
@@ -60,13 +60,6 @@ def autocast(device: torch.device | str, precision: str) -> AbstractContextManag
     """The precision of a forward pass outside a training: bf16 where it is asked for."""
     kind = torch.device(device).type
     return torch.autocast(kind, torch.bfloat16) if precision == "bf16" else nullcontext()
-
-
-def has_tensorboard() -> bool:
-    """Whether the package of the extra `tracking` is installed."""
-    from importlib.util import find_spec
-
-    return find_spec("tensorboard") is not None
 
 
 def _mixed_precision(precision: Precision, device: str) -> str:

@@ -17,7 +17,8 @@ from medlore.decomposing.segmenters.training import Plan, Validate, train_segmen
 from medlore.decomposing.segmenters.validation import WindowSettings, make_validation
 from medlore.decomposing.trained_once import TrainedOnce, identity_of
 from medlore.errors import InputError
-from medlore.training.accelerator import has_tensorboard, make_accelerator
+from medlore.extras import is_installed
+from medlore.training.accelerator import make_accelerator
 from medlore.training.checkpoint import Checkpoint
 from medlore.training.watching import Progress
 
@@ -168,7 +169,7 @@ def open_context(
 
 def _accelerator(settings: SegmentationSettings, logs: Path) -> Any:
     """With a TensorBoard tracker where the package is there; a batch does not ask every expert."""
-    track = "tensorboard" if has_tensorboard() else "none"
+    track = "tensorboard" if is_installed("tensorboard") else "none"
     accelerator = make_accelerator(settings.device, settings.precision, logs, track=track, absent_parameters=True)
     if track != "none":
         logs.mkdir(parents=True, exist_ok=True)
