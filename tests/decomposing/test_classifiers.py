@@ -26,6 +26,7 @@ from medlore.layers.experts.layer import ExpertLayer
 from medlore.layers.experts.routing import route
 from medlore.models.classifier_pack import load_classifier_pack
 from medlore.runs.settings import seed_everything
+from medlore.training.watching import Progress
 
 SIZE = 32
 
@@ -132,7 +133,7 @@ def test_a_second_run_takes_finished_networks_over(finished: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in (finished / "out" / "networks").rglob("best.pt")}
     trained: list[str] = []
 
-    def narrate(name: str) -> training.Progress:
+    def narrate(name: str) -> Progress:
         trained.append(name)
         return lambda _step, _steps, _text: None
 
@@ -149,7 +150,7 @@ def test_other_data_under_the_same_name_is_trained_on_anew(finished: Path, tmp_p
     write_task(tmp_path / "again", "left", classes=2, seed=77)
     trained: list[str] = []
 
-    def narrate(name: str) -> training.Progress:
+    def narrate(name: str) -> Progress:
         trained.append(name)
         return lambda _step, _steps, _text: None
 
@@ -177,7 +178,7 @@ def test_what_is_measured_is_what_the_pack_holds() -> None:
 def test_a_run_that_was_stopped_ends_where_an_unbroken_one_ends(finished: Path, tmp_path: Path) -> None:
     study = write_study(tmp_path, variants=["experts"])
 
-    def stop_at_third_step(name: str) -> training.Progress:
+    def stop_at_third_step(name: str) -> Progress:
         def progress(step: int, _steps: int, _text: str) -> None:
             if name == "experts" and step == 3:
                 raise KeyboardInterrupt

@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from medlore.cli import main
+from medlore.decomposing.segmenters.context import settings_rules
 from medlore.decomposing.segmenters.few_shot import FewShotSettings, plan_tuning
 from medlore.decomposing.segmenters.settings import SegmentationSettings
 from medlore.decomposing.segmenters.study import read_study
-from medlore.decomposing.segmenters.workshop import settings_rules
 from medlore.errors import InputError, UnknownNameError
 from medlore.files import write_text
 from medlore.models.segmenter.bundle import load_segmenter

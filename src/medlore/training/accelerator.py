@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,14 +15,18 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 _WORDS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
-def make_accelerator(device: DeviceChoice, precision: Precision, folder: Path | None, *, track: str = "none") -> Any:
+def make_accelerator(
+    device: DeviceChoice, precision: Precision, folder: Path | None = None, *, track: str = "none", absent_parameters: bool = False
+) -> Any:
     """An accelerator.
 
     Args:
         device: `auto` takes the first that is there.
-        precision: `auto` is bfloat16 (else float16) on CUDA, float32 elsewhere.
+        precision: of forward passes; `auto` is bfloat16 (else float16) on CUDA, float32 elsewhere.
         folder: where trackers write; None for no trackers.
         track: `none` or `tensorboard`.
+        absent_parameters: whether some parameters take no part in some steps (experts that a batch does not ask): several processes
+            have to be told, since they wait for every gradient.
 
     Raises:
         InputError: the device is not there.
@@ -34,14 +39,13 @@ def make_accelerator(device: DeviceChoice, precision: Precision, folder: Path | 
     if PartialState._shared_state and PartialState().num_processes == 1:
         AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run in this process may have had another device or precision
     if track == "tensorboard":
-        _check_tensorboard()
-    unused = accelerate.DistributedDataParallelKwargs(find_unused_parameters=False)
+        require("tensorboard", "--track tensorboard")
     return accelerate.Accelerator(
         cpu=chosen == "cpu",
         mixed_precision=_mixed_precision(precision, chosen),
         log_with=track if track != "none" and folder is not None else None,
         project_dir=str(folder) if folder is not None else None,
-        kwargs_handlers=[unused],
+        kwargs_handlers=[accelerate.DistributedDataParallelKwargs(find_unused_parameters=absent_parameters)],
     )
 
 
@@ -52,13 +56,15 @@ def is_main_process() -> bool:
     return not PartialState._shared_state or bool(PartialState().is_main_process)
 
 
+def autocast(device: torch.device | str, precision: str) -> AbstractContextManager[Any]:
+    """The precision of a forward pass outside a training: bf16 where it is asked for."""
+    kind = torch.device(device).type
+    return torch.autocast(kind, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
 def _mixed_precision(precision: Precision, device: str) -> str:
     if precision != "auto":
         return _WORDS[precision]
     if device == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     return "no"
-
-
-def _check_tensorboard() -> None:
-    require("tensorboard", "--track tensorboard")

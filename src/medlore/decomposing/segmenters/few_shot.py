@@ -19,6 +19,7 @@ from torch import Tensor
 from medlore.assets import PREFIX
 from medlore.data.volumes.cases import read_cases
 from medlore.decomposing.segmenters.cohort import Cohort
+from medlore.decomposing.segmenters.context import Job, Narrator, StudyContext, hash_of, open_context, silent
 from medlore.decomposing.segmenters.network import PromptedSegmenter, new_prompts
 from medlore.decomposing.segmenters.packs import in_type
 from medlore.decomposing.segmenters.rule_settings import checked_patches
@@ -31,7 +32,6 @@ from medlore.decomposing.segmenters.settings import (
     SegmentationSettings,
 )
 from medlore.decomposing.segmenters.table import measure_network
-from medlore.decomposing.segmenters.workshop import Narrator, Order, Workshop, hash_of, open_workshop, silent
 from medlore.decomposing.stored_weights import as_stored
 from medlore.errors import DataError, InputError, UnknownNameError
 from medlore.layers.experts.surgery import install_experts
@@ -124,26 +124,26 @@ def tune_segmenter(
     """
     out = Path(out)
     bundle = _load(settings)
-    shop = open_workshop(_as_study(settings, bundle), folder=Path.cwd(), out=out, narrate=narrate, say=say)
-    region = _the_region(shop.cohort)
-    with Run("finetune", out, settings=settings, seed=settings.seed, device=str(shop.accelerator.device)) as run:
+    context = open_context(_as_study(settings, bundle), folder=Path.cwd(), out=out, narrate=narrate, say=say)
+    region = _the_region(context.cohort)
+    with Run("finetune", out, settings=settings, seed=settings.seed, device=str(context.accelerator.device)) as run:
         run.add_input(settings.cases)
         run.add_input(bundle.source)
         start = _start(bundle, region)
         plan = plan_of(start, settings)
-        network = _network(start, bundle, shop.cohort, settings, plan)
-        table = _before(shop, bundle, start)
-        schedule = shop.settings.student
-        order = Order(settings.method, schedule, shop.cohort, ("student",), begins_with=hash_of(network))
+        network = _network(start, bundle, context.cohort, settings, plan)
+        table = _before(context, bundle, start)
+        schedule = context.settings.student
+        job = Job(settings.method, schedule, context.cohort, ("student",), begins_with=hash_of(network))
         trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
-        network = _as_written(shop.finish(order, network), settings).to(shop.accelerator.device)
-        table += measure_network(settings.method, network, shop.cohort, shop.windows(), shop.facts)
-        pack = _write(out / "pack", network, bundle, shop.cohort, settings, region)
+        network = _as_written(context.finish(job, network), settings).to(context.accelerator.device)
+        table += measure_network(settings.method, network, context.cohort, context.windows(), context.facts)
+        pack = _write(out / "pack", network, bundle, context.cohort, settings, region)
         run.add_output("pack", pack)
         if plan is not None:
             run.add_output("plan", plan.save(out / "plan.json"))
         run.results.update(
-            table=table, networks=shop.facts, trainable=trainable, skipped=list(shop.cohort.faults), cases=shop.case_counts()
+            table=table, networks=context.facts, trainable=trainable, skipped=list(context.cohort.faults), cases=context.case_counts()
         )
     return FewShotResult(pack, table, trainable, plan)
 
@@ -156,25 +156,25 @@ def plan_tuning(settings: FewShotSettings) -> dict[str, Any]:
     """
     bundle = _load(settings)
     with TemporaryDirectory() as folder:
-        shop = open_workshop(_as_study(settings, bundle), folder=Path.cwd(), out=Path(folder))
-        region = _the_region(shop.cohort)
+        context = open_context(_as_study(settings, bundle), folder=Path.cwd(), out=Path(folder))
+        region = _the_region(context.cohort)
         start = _start(bundle, region)
         plan = plan_of(start, settings)
-        network = _network(start, bundle, shop.cohort, settings, plan)
+        network = _network(start, bundle, context.cohort, settings, plan)
         whole = sum(p.numel() for p in start.parameters())
         trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
         return {
             "settings": settings.model_dump(mode="json"),
-            "device": str(shop.accelerator.device),
+            "device": str(context.accelerator.device),
             "region": region,
-            "prompts": list(shop.cohort.keys),
-            "known_prompts": sorted(set(shop.cohort.keys) & set(bundle.prompts.keys if bundle.prompts else ())),
-            "cases": shop.case_counts()["cases"],
-            "skipped": list(shop.cohort.faults),
+            "prompts": list(context.cohort.keys),
+            "known_prompts": sorted(set(context.cohort.keys) & set(bundle.prompts.keys if bundle.prompts else ())),
+            "cases": context.case_counts()["cases"],
+            "skipped": list(context.cohort.faults),
             "parameters": whole,
             "trainable": trainable,
             "trainable_share": round(trainable / whole, 4),
-            "learning_rate": shop.settings.student.learning_rate,
+            "learning_rate": context.settings.student.learning_rate,
             "ranks": {} if plan is None else {layer.name: layer.rank for layer in plan.layers},
         }
 
@@ -276,13 +276,13 @@ class _TunedSegmenter(PromptedSegmenter):
         return [_NEW for _ in regions or ()]
 
 
-def _before(shop: Workshop, bundle: SegmenterBundle, start: Segmenter) -> list[dict[str, Any]]:
+def _before(context: StudyContext, bundle: SegmenterBundle, start: Segmenter) -> list[dict[str, Any]]:
     """What the pack says of the test cases as it is; nothing where it does not know the labels."""
-    if bundle.prompts is None or not set(shop.cohort.keys) <= set(bundle.prompts.keys):
+    if bundle.prompts is None or not set(context.cohort.keys) <= set(bundle.prompts.keys):
         return []
-    rows = torch.cat([bundle.queries([label], modality) for modality, label in (key.split("/", 1) for key in shop.cohort.keys)])
-    network = PromptedSegmenter(start, rows, learn_prompts=False).to(shop.accelerator.device)
-    return measure_network("before", network, shop.cohort, shop.windows(), shop.facts)
+    rows = torch.cat([bundle.queries([label], modality) for modality, label in (key.split("/", 1) for key in context.cohort.keys)])
+    network = PromptedSegmenter(start, rows, learn_prompts=False).to(context.accelerator.device)
+    return measure_network("before", network, context.cohort, context.windows(), context.facts)
 
 
 def _as_written(network: PromptedSegmenter, settings: FewShotSettings) -> PromptedSegmenter:
