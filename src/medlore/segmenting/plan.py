@@ -6,21 +6,16 @@ The sizes are upper bounds: the crop to the body, known only once the voxels are
 from __future__ import annotations
 
 import math
-import os
 import platform
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from medlore.data.volumes.geometry import Array, Shape, reorientation_to, resampling_to
 from medlore.data.volumes.window_grid import WindowGrid
 from medlore.errors import InputError
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _INTERPRETER_BYTES = 350 << 20  # Python, torch, NumPy and the rest, before any weight
-_AVAILABLE_SHARE = 0.8
 _DEVICE_BYTES = 500 << 20  # a CUDA context and the work space of its libraries
 # Full-resolution maps that are alive at the widest point of the U-Net (skip, upsampled, both concatenated, convolved,
 # normalised, and the convolution's own copy), counted in the channels of the first stage; measured, see docs/segment.md.
@@ -28,6 +23,7 @@ _LIVE_MAPS = {4: 8.0, 2: 11.0}  # by bytes per number; half precision holds conv
 _LIVE_MAPS_READY = 6.5  # of `models.unet3d_inference`, which runs on a processor with oneDNN
 _TISSUE_WORK = 9  # bytes per voxel of the network's grid: the sum of the tissues, where it is enough, and those places
 _ONEDNN_MACHINES = ("x86_64", "amd64")
+Grid = Literal["original", "processed"]
 
 
 @dataclass(frozen=True)
@@ -93,6 +89,9 @@ class CasePlan:
 
     Args:
         shape: on the network's grid before the crop.
+        rules: windows and grid.
+        tissues: labels whose probabilities are kept on the network's grid, so that their borders can be redrawn.
+        grid: on which the masks are wanted.
         windows: how many, at most, for each pass.
         groups: for each region its labels, in groups that fit the memory; each group is one pass over the windows.
         fixed_bytes: weights, volume and the network's maps.
@@ -102,6 +101,9 @@ class CasePlan:
     """
 
     shape: Shape
+    rules: WindowRules
+    tissues: tuple[str, ...]
+    grid: Grid
     windows: int
     groups: dict[str, list[list[str]]]
     fixed_bytes: int
@@ -164,7 +166,8 @@ def plan_case(  # noqa: PLR0913 - each is a fact of the case or of the machine
     memory_bytes: int,
     where: str,
     device_memory_bytes: int | None = None,
-    tissues: int = 0,
+    tissues: Sequence[str] = (),
+    grid: Grid = "original",
 ) -> CasePlan:
     """The plan of one case.
 
@@ -177,14 +180,15 @@ def plan_case(  # noqa: PLR0913 - each is a fact of the case or of the machine
         memory_bytes: what may be used.
         where: name of the image, for the error.
         device_memory_bytes: what may be used on the GPU that runs the network; None where the processor does.
-        tissues: how many labels' probabilities are kept on the network's grid (`segment_tissues`).
+        tissues: labels whose probabilities are kept on the network's grid.
+        grid: on which the masks are wanted.
 
     Raises:
         InputError: not even one label fits; the message says what would.
     """
     turn = reorientation_to(rules.orientation_code, affine, shape)
     change = resampling_to(rules.spacing_mm, turn.apply_to_affine(affine), turn.new_shape)
-    grid = WindowGrid(change.new_shape, rules.roi_size, rules.overlap)
+    windows = WindowGrid(change.new_shape, rules.roi_size, rules.overlap)
     voxels, processed = math.prod(shape), math.prod(change.new_shape)
     network = (
         rules.sw_batch_size
@@ -197,7 +201,7 @@ def plan_case(  # noqa: PLR0913 - each is a fact of the case or of the machine
     band = min(rules.roi_size[0], change.new_shape[0]) * change.new_shape[1] * change.new_shape[2]
     sums, bits = int(band * (8 if rules.published else 2) * 1.5), voxels // 8
     host = int(_INTERPRETER_BYTES + weights + voxels * 4 + processed * 6 + 2 * voxels)
-    host += processed * (2 * tissues + _TISSUE_WORK) if tissues else 0
+    host += processed * (2 * len(tissues) + _TISSUE_WORK) if tissues else 0
     device = None
     if device_memory_bytes is None:
         fixed, per_label = host + int(network) + ready, sums + bits
@@ -209,7 +213,7 @@ def plan_case(  # noqa: PLR0913 - each is a fact of the case or of the machine
     if device is not None:
         fitting = min(fitting, (device.memory_bytes - device.fixed_bytes) // device.bytes_per_label)
     groups = {region: _split(list(labels), fitting) for region, labels in routes.items()}
-    return CasePlan(change.new_shape, len(grid.windows()), groups, fixed, per_label, memory_bytes, device)
+    return CasePlan(change.new_shape, rules, tuple(tissues), grid, len(windows.windows()), groups, fixed, per_label, memory_bytes, device)
 
 
 def _live_maps(rules: WindowRules, *, on_device: bool) -> float:
@@ -227,40 +231,6 @@ def _fitting(memory_bytes: int, fixed: int, per_label: int, where: str, fix: str
     return count
 
 
-def read_bytes(text: str, *, where: str = "--memory") -> int:
-    """Bytes of a size such as `6GiB`, `500MB` or `2e9`.
-
-    Raises:
-        InputError: not a size.
-
-    Example:
-        >>> read_bytes("6GiB") == 6 * 2**30
-        True
-    """
-    found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kmgt]i?)?b?\s*", text, flags=re.IGNORECASE)
-    value = float(found[1]) * _UNITS[(found[2] or "").lower()] if found and found[1].count(".") < 2 else 0
-    if value < 1:
-        raise InputError(where, f"got {text!r}", "a size such as 6GiB or 500MB", "write a number and a unit")
-    return int(value)
-
-
-def available_memory() -> int:
-    """Bytes that may be used by default: four fifths of what is free, or of what the container may still take."""
-    free = _meminfo() or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
-        try:
-            left = int(Path("/sys/fs/cgroup", limit).read_text()) - int(Path("/sys/fs/cgroup", used).read_text())
-        except (OSError, ValueError):  # no such group, or the word "max"
-            continue
-        free = min(free, max(left, 0)) if left < free else free
-    return usable(free)
-
-
-def usable(free: int) -> int:
-    """What is taken of free bytes by default."""
-    return int(free * _AVAILABLE_SHARE)
-
-
 def gib(size: int) -> str:
     """Bytes for people.
 
@@ -269,14 +239,6 @@ def gib(size: int) -> str:
         ('3.0 GiB', '1 MiB')
     """
     return f"{size / 2**30:.1f} GiB" if size >= 1 << 30 else f"{max(round(size / 2**20), 1)} MiB"
-
-
-def _meminfo() -> int | None:
-    try:
-        found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), flags=re.MULTILINE)
-    except OSError:
-        return None
-    return int(found[1]) * 1024 if found else None
 
 
 def _split(labels: list[str], most: int) -> list[list[str]]:

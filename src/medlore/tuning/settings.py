@@ -15,8 +15,8 @@ from medlore.errors import InputError
 from medlore.layers.tuning.methods import METHODS, ComponentMasking
 from medlore.layers.tuning.options import DEFAULT_PATH, TuningOptions, supports_of
 from medlore.models.backbones.statistics import Triple
-from medlore.runs.settings import DeviceChoice, Settings
-from medlore.training.accelerator import Precision
+from medlore.runs.hardware import DeviceChoice, Precision
+from medlore.runs.settings import Settings
 from medlore.tuning.training import Schedule
 
 MethodName = Literal[

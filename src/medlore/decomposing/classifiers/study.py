@@ -34,7 +34,8 @@ from medlore.models.backbones.reading import load_backbone
 from medlore.models.backbones.students import StudentKind, build_student, feature_width
 from medlore.models.classifier_pack import ExpertEntry, save_classifier_pack
 from medlore.models.multitask import MixedOutput, MultiTaskNetwork, count_parameters
-from medlore.runs.settings import Run, choose_device, read_settings, seed_everything
+from medlore.runs.hardware import choose_device, seed_everything
+from medlore.runs.settings import Run, read_settings
 
 _STUDENTS = ("shufflenet", "resnet-18", "vit-small")
 _SCALING = 2.0  # of every expert, whatever its rank, as in LoRKD's form with unequal ranks

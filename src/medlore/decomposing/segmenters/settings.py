@@ -13,7 +13,8 @@ from medlore.linalg.matricize import Layout
 from medlore.models.segmenter.manifest import preprocessing_faults
 from medlore.models.segmenter.network import SegmenterConfig
 from medlore.models.segmenter.vocabulary import MODALITIES
-from medlore.runs.settings import DeviceChoice, Settings
+from medlore.runs.hardware import DeviceChoice
+from medlore.runs.settings import Settings
 
 Variant = Literal["teacher", "experts", "shared", "single", "experts-uniform", "experts-given", "experts-stable-rank"]
 RankRule = Literal["uniform", "given", "stable-rank"]

@@ -23,7 +23,7 @@ from medlore.decomposing.segmenters.training import Plan, Progress, Validate, tr
 from medlore.decomposing.segmenters.validation import WindowSettings, make_validation
 from medlore.errors import CheckpointError, InputError
 from medlore.files import atomic_path, read_json, write_json
-from medlore.runs.settings import choose_device
+from medlore.runs.hardware import choose_device
 
 Narrator = Callable[[str], Progress]
 
