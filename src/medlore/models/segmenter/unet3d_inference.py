@@ -68,10 +68,15 @@ class _Block(nn.Module):
         self._eps = norm.eps
         self._weight = conv.weight.detach().to(dtype).contiguous(memory_format=_LAYOUT)
         self._bias = None if conv.bias is None else conv.bias.detach().to(dtype)
+        # oneDNN refuses bfloat16 on a processor without AVX-512 or AVX-NE-CONVERT; PyTorch itself multiplies it there, slowly
+        self._direct = dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
         self._scale, self._shift = norm.weight.detach().float(), norm.bias.detach().float()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = torch.mkldnn_convolution(x, self._weight, self._bias, (1, 1, 1), self._stride, (1, 1, 1), 1)
+        if self._direct:
+            y = torch.mkldnn_convolution(x, self._weight, self._bias, (1, 1, 1), self._stride, (1, 1, 1), 1)
+        else:
+            y = F.conv3d(x, self._weight, self._bias, self._stride, 1)
         return F.leaky_relu_(F.group_norm(y, y.shape[1], self._scale, self._shift, self._eps), NEGATIVE_SLOPE)
 
 
