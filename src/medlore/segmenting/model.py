@@ -121,8 +121,15 @@ class SegmentingModel:
 
     def plan(self, volume: Volume, routes: Routes, *, orientation_code: str | None = None, grid: Grid = "original") -> CasePlan:
         """What `segment` will do with a volume: see `Planner.plan`."""
-        where = str(volume.path)
-        return self.planner.plan(volume.shape, volume.affine, routes, where=where, orientation_code=orientation_code, grid=grid)
+        return self.planner.plan(
+            volume.shape,
+            volume.affine,
+            routes,
+            where=str(volume.path),
+            orientation_code=orientation_code,
+            grid=grid,
+            voxel_bytes=volume.array.itemsize,
+        )
 
     def segment(
         self,

@@ -66,7 +66,15 @@ class Planner:
         )
 
     def plan(
-        self, shape: Shape, affine: Array, routes: Routes, *, where: str, orientation_code: str | None = None, grid: Grid = "original"
+        self,
+        shape: Shape,
+        affine: Array,
+        routes: Routes,
+        *,
+        where: str,
+        orientation_code: str | None = None,
+        grid: Grid = "original",
+        voxel_bytes: int = 4,
     ) -> CasePlan:
         """The plan of one case.
 
@@ -77,6 +85,7 @@ class Planner:
             where: name of the image, for errors.
             orientation_code: in which the network sees the volume.
             grid: on which the masks are wanted.
+            voxel_bytes: of a voxel as it was read; four cover all types but 64 bits.
 
         Raises:
             InputError: windows that the network cannot take, or not even one label fits the memory.
@@ -95,4 +104,6 @@ class Planner:
             device_memory_bytes=self.hardware.device_memory_bytes,
             tissues=tissues,
             grid=grid,
+            modality=routes.modality,
+            voxel_bytes=max(voxel_bytes, 4),
         )

@@ -35,7 +35,8 @@ class Family:
         prefix_tokens: rows of the table of positions that stand before those of the patches (class token and its like).
         any_size: a convolutional network, which takes every size as it is.
         whole_patches: whether the input must be a multiple of the patch.
-        smallest: configuration of the image network -> smallest input in pixels; None for one patch.
+        smallest: configuration of the image network -> smallest input that works, and the smallest whole one to advise, in pixels;
+            None for one patch.
     """
 
     name: str
@@ -49,7 +50,7 @@ class Family:
     prefix_tokens: int = 1
     any_size: bool = False
     whole_patches: bool = True
-    smallest: Callable[[Any], int] | None = None
+    smallest: Callable[[Any], tuple[int, int]] | None = None
 
 
 def family_of(model_type: str) -> Family | None:
@@ -76,14 +77,15 @@ def _swin_width(config: Any) -> int:
     return int(config.embed_dim * 2 ** (len(config.depths) - 1))
 
 
-def _swin_smallest(config: Any) -> int:
-    """A Swin's last feature map must hold one attention window, else its table of biases does not fit."""
-    halvings = 2 ** (len(config.depths) - 1)
-    return int((config.window_size - 1) * halvings + 1) * int(config.patch_size) - int(config.patch_size) + 1
+def _swin_smallest(config: Any) -> tuple[int, int]:
+    """A Swin's last feature map must hold one attention window, else its table of biases does not fit; halves are rounded up."""
+    last = 2 ** (len(config.depths) - 1) * int(config.patch_size)  # pixels of one place of that map
+    return (int(config.window_size) - 1) * last + 1, int(config.window_size) * last
 
 
-def _convnext_smallest(config: Any) -> int:
-    return int(config.patch_size * 2 ** (len(config.depths) - 1))
+def _convnext_smallest(config: Any) -> tuple[int, int]:
+    whole = int(config.patch_size) * 2 ** (len(config.depths) - 1)
+    return whole, whole
 
 
 def _clip_network(config: Any) -> Any:

@@ -100,6 +100,6 @@ def check_image_size(model: Any, family: Family) -> None:
         InputError: the input is too small.
     """
     config = vision_config(model.config)
-    smallest = 1 if family.smallest is None else family.smallest(config)
+    smallest, whole = (1, 1) if family.smallest is None else family.smallest(config)
     if image_size_of(model) < smallest:
-        raise InputError("image_size", f"got {image_size_of(model)}", f"at least {smallest} for this {family.caption}", f"take {smallest}")
+        raise InputError("image_size", f"got {image_size_of(model)}", f"at least {whole} for this {family.caption}", f"take {whole}")
