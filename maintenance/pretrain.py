@@ -28,7 +28,8 @@ from transformers import ViTConfig, ViTForImageClassification
 from maintenance.pretrain_images import LabelledImages, augment, balanced_order, mix, read_labelled_zips
 from medlore.errors import CheckpointError, MedloreError
 from medlore.files import atomic_folder, existing_file, write_json
-from medlore.runs.settings import Run, Settings, read_settings, seed_everything
+from medlore.runs.hardware import seed_everything
+from medlore.runs.settings import Run, Settings, read_settings
 from medlore.training.accelerator import make_accelerator
 from medlore.training.checkpoint import Checkpoint, read_saved
 from medlore.training.loop import train

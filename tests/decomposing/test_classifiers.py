@@ -25,7 +25,7 @@ from medlore.inspecting.files import describe
 from medlore.layers.experts.layer import ExpertLayer
 from medlore.layers.experts.routing import route
 from medlore.models.classifier_pack import load_classifier_pack
-from medlore.runs.settings import seed_everything
+from medlore.runs.hardware import seed_everything
 from medlore.training.watching import Progress
 
 SIZE = 32

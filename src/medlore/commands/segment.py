@@ -126,7 +126,7 @@ def _print_plan(plan: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         sys.stdout.write(json_text(plan) + "\n")
     else:
-        sys.stdout.write(f"model: {plan['model']}\n")
+        sys.stdout.write(f"model: {plan['model']}, on {plan['hardware']['device']} in {plan['hardware']['precision']}\n")
         for case in plan["cases"]:
             sys.stdout.write(f"{case['name']}: {case.get('in_words') or case['error']}\n")
     if any("error" in case for case in plan["cases"]):

@@ -16,6 +16,7 @@ from typing import Literal
 
 from medlore.errors import InputError
 from medlore.extras import EXTRAS, is_installed
+from medlore.runs.hardware import cpu_has_bfloat16
 
 _MINIMUM = {"torch": (2, 8), "transformers": (5, 0), "peft": (0, 17), "numpy": (2, 0)}
 _FREE_DISK_GIB = 2.0
@@ -100,15 +101,6 @@ def _bfloat16() -> list[Finding]:
     fast = cpu_has_bfloat16()
     seen = f"{torch.backends.cpu.get_cpu_capability()}: bf16 instructions {'found' if fast else 'not found'}"
     return [Finding("bf16 on CPU", "ok" if fast else "note", seen, "" if fast else "segment runs in fp32 on this processor")]
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 matrices in hardware (AVX512-BF16 or AMX; Arm: bf16)."""
-    flags = Path("/proc/cpuinfo")
-    if not flags.exists():
-        return False
-    words = set(flags.read_text(errors="replace").split())
-    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def _extras() -> list[Finding]:

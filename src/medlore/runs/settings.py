@@ -1,10 +1,9 @@
-"""What every recipe shares: settings from YAML and flags, seed, device, and the `report.json` that each run leaves."""
+"""What every recipe shares: settings from YAML and flags, and the `report.json` that each run leaves."""
 
 from __future__ import annotations
 
 import os
 import platform
-import random
 import resource
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Any, Self, TypeVar, get_args
 
 import pydantic
 import yaml
@@ -22,7 +21,6 @@ from medlore.errors import InputError, nearest_names
 from medlore.files import existing_file, read_json, sha256_of, write_json
 
 REPORT_SCHEMA = "medlore/report/1"
-DeviceChoice = Literal["auto", "cpu", "cuda", "mps"]
 
 _REPORTED_PACKAGES = ("medlore", "torch", "transformers", "peft", "accelerate", "numpy", "safetensors", "nibabel", "scikit-learn")
 
@@ -191,34 +189,6 @@ def _classes_in(annotation: Any) -> Iterator[type[Settings]]:
         yield annotation
     for part in get_args(annotation):
         yield from _classes_in(part)
-
-
-def choose_device(choice: DeviceChoice = "auto") -> str:
-    """`cuda`, `mps` or `cpu`; `auto` takes the first that is there.
-
-    Raises:
-        InputError: the device that was asked for is not on this machine.
-    """
-    import torch
-
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if choice == "auto":
-        return next(name for name, found in there.items() if found)
-    if not there[choice]:
-        raise InputError(
-            "--device", f"{choice!r}, which is not on this machine", ", ".join(k for k, v in there.items() if v), "take --device auto"
-        )
-    return choice
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch (all devices)."""
-    import numpy as np
-    import torch
-
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 - third-party code draws from the legacy generator
-    torch.manual_seed(seed)
 
 
 class Run:

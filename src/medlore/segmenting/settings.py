@@ -7,7 +7,8 @@ from typing import Literal
 
 import pydantic
 
-from medlore.runs.settings import DeviceChoice, Settings
+from medlore.runs.hardware import DeviceChoice, Precision
+from medlore.runs.settings import Settings
 
 
 class SegmentSettings(Settings):
@@ -29,7 +30,7 @@ class SegmentSettings(Settings):
     orientation_code: str | None = None
     affine_from: Literal["auto", "sform", "qform"] = "auto"
     device: DeviceChoice = "auto"
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Precision = "auto"
     memory: str | None = None
     roi_size: tuple[int, int, int] | None = None
     overlap: float | None = pydantic.Field(default=None, ge=0, lt=1)

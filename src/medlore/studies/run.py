@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from medlore.errors import InputError
 from medlore.files import atomic_path, made_folder, write_text
-from medlore.runs.settings import Run, choose_device
+from medlore.runs.hardware import choose_device
+from medlore.runs.settings import Run
 from medlore.runs.workers import spread
 from medlore.studies.cells import StudyCell, cells_of, chosen_cells, contenders_of, merged_settings
 from medlore.studies.faults import read_study

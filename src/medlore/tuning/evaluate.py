@@ -16,8 +16,9 @@ from medlore.data.images.splits import part_of
 from medlore.errors import DataError
 from medlore.files import made_folder
 from medlore.metrics.classification import classification_report
-from medlore.runs.settings import DeviceChoice, Run, Settings
-from medlore.training.accelerator import Precision, make_accelerator
+from medlore.runs.hardware import DeviceChoice, Precision
+from medlore.runs.settings import Run, Settings
+from medlore.training.accelerator import make_accelerator
 from medlore.tuning.examples import image_examples
 from medlore.tuning.predictions import write_predictions
 from medlore.tuning.training import predict_logits, probabilities

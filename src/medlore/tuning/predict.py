@@ -18,8 +18,9 @@ from medlore.data.images.submission import write_submission
 from medlore.data.images.trees import is_image, tree_of
 from medlore.errors import InputError, StepError
 from medlore.files import made_folder
-from medlore.runs.settings import DeviceChoice, Settings
-from medlore.training.accelerator import Precision, make_accelerator
+from medlore.runs.hardware import DeviceChoice, Precision
+from medlore.runs.settings import Settings
+from medlore.training.accelerator import make_accelerator
 from medlore.tuning.evaluate import score_images
 from medlore.tuning.predictions import write_predictions
 from medlore.tuning.tuned import TunedCard, load_tuned

@@ -14,9 +14,9 @@ from medlore.data.images.transforms import Flip
 from medlore.errors import InputError
 from medlore.layers.tuning.methods import METHODS, ComponentMasking
 from medlore.layers.tuning.options import DEFAULT_PATH, TuningOptions, supports_of
-from medlore.models.backbones.statistics import Triple
-from medlore.runs.settings import DeviceChoice, Settings
-from medlore.training.accelerator import Precision
+from medlore.models.backbones.families import Triple
+from medlore.runs.hardware import DeviceChoice, Precision
+from medlore.runs.settings import Settings
 from medlore.tuning.training import Schedule
 
 MethodName = Literal[

@@ -12,7 +12,8 @@ from medlore.data.images.transforms import Flip
 from medlore.linalg.matricize import Layout
 from medlore.models.backbones.shufflenet import Norm
 from medlore.models.backbones.students import StudentKind
-from medlore.runs.settings import DeviceChoice, Settings
+from medlore.runs.hardware import DeviceChoice
+from medlore.runs.settings import Settings
 
 Rule = Literal["uniform", "given", "task-size", "stable-rank"]
 Variant = Literal[

@@ -32,7 +32,8 @@ from medlore.models.backbones.reading import load_backbone
 from medlore.models.backbones.students import StudentKind, build_student, feature_width
 from medlore.models.classifier_pack import ExpertEntry, save_classifier_pack
 from medlore.models.multitask import MixedOutput, MultiTaskNetwork, count_parameters
-from medlore.runs.settings import Run, read_settings, seed_everything
+from medlore.runs.hardware import seed_everything
+from medlore.runs.settings import Run, read_settings
 from medlore.training.accelerator import make_accelerator
 from medlore.training.checkpoint import Checkpoint
 from medlore.training.schedule import CosineAfterWarmup, Schedule

@@ -27,7 +27,8 @@ from medlore.models.segmenter.checkpoints import Expert, SegmenterWeights
 from medlore.models.segmenter.experts import collect_weights, segmenter_with_experts
 from medlore.models.segmenter.prompts import PromptTable
 from medlore.models.segmenter.vocabulary import REGIONS, default_vocabulary
-from medlore.runs.settings import Run, seed_everything
+from medlore.runs.hardware import seed_everything
+from medlore.runs.settings import Run
 
 
 def add_expert(

@@ -42,7 +42,8 @@ from medlore.models.segmenter.prompts import PromptTable
 from medlore.models.segmenter.vocabulary import REGIONS, WHOLE_BODY, canonical_modality
 from medlore.ranks.allocate import plan_ranks
 from medlore.ranks.plan import RankPlan
-from medlore.runs.settings import DeviceChoice, Run, Settings, seed_everything
+from medlore.runs.hardware import DeviceChoice, seed_everything
+from medlore.runs.settings import Run, Settings
 
 Method = Literal["sr-lora", "lora", "full", "scratch"]
 RATES: dict[Method, float] = {"sr-lora": 2e-3, "lora": 2e-3, "full": 5e-4, "scratch": 1e-3}

@@ -10,10 +10,12 @@ import pydantic
 from medlore.decomposing.segmenters.rule_settings import checked_patches, checked_synthesis
 from medlore.errors import InputError
 from medlore.linalg.matricize import Layout
+from medlore.models.segmenter.encoders import UNET
 from medlore.models.segmenter.manifest import preprocessing_faults
 from medlore.models.segmenter.network import SegmenterConfig
 from medlore.models.segmenter.vocabulary import MODALITIES
-from medlore.runs.settings import DeviceChoice, Settings
+from medlore.runs.hardware import DeviceChoice
+from medlore.runs.settings import Settings
 
 Variant = Literal["teacher", "experts", "shared", "single", "experts-uniform", "experts-given", "experts-stable-rank"]
 RankRule = Literal["uniform", "given", "stable-rank"]
@@ -70,6 +72,7 @@ class SizeSettings(Settings):
     heads: int = 4
     feedforward: int = 256
     mask_activation: Literal["gelu", "none"] = "none"
+    encoder: str = UNET
 
     @pydantic.model_validator(mode="after")
     def _fit_each_other(self) -> SizeSettings:

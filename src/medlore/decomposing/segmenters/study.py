@@ -30,7 +30,8 @@ from medlore.layers.experts.surgery import install_experts
 from medlore.models.segmenter.bundle import SegmenterBundle, load_segmenter
 from medlore.models.segmenter.experts import segmenter_with_experts
 from medlore.models.segmenter.network import Segmenter
-from medlore.runs.settings import Run, read_settings, seed_everything
+from medlore.runs.hardware import seed_everything
+from medlore.runs.settings import Run, read_settings
 
 Rows = list[dict[str, Any]]
 
