@@ -29,7 +29,9 @@ from transformers import ViTConfig, ViTForImageClassification
 from maintenance.pretrain_images import LabelledImages, augment, balanced_order, mix, read_labelled_zips
 from medlore.errors import CheckpointError, MedloreError, StepError
 from medlore.files import atomic_folder, atomic_path, existing_file, write_json
-from medlore.runs.settings import Run, Settings, read_settings, seed_everything
+from medlore.runs.report import Run
+from medlore.runs.settings import Settings, seed_everything
+from medlore.runs.settings_file import read_settings
 
 _STATE = "state.pt"
 _CHANNEL_MEAN = _CHANNEL_STD = (0.5, 0.5, 0.5)
@@ -406,7 +408,7 @@ def _compute_type() -> torch.dtype:
 
 
 def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)  # noqa: T201 - progress
+    print(text, file=sys.stderr, flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -422,7 +424,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MedloreError as error:
         _note(str(error))
         return error.exit_status
-    print(results)  # noqa: T201 - the result of a command
+    print(results)
     return 0
 
 

@@ -24,7 +24,7 @@ from medlore.decomposing.segmenters.workshop import Order, Workshop, settings_ru
 from medlore.errors import InputError, StepError
 from medlore.layers.experts.surgery import install_experts
 from medlore.models.segmenter.network import Segmenter, expert_targets
-from medlore.runs.settings import read_settings
+from medlore.runs.settings_file import read_settings
 from tiny_segmentation import write_study
 
 SCHEDULE = ScheduleSettings(steps=4, batch_size=2, accumulate=2, learning_rate=3e-3, ema=0.9)
@@ -116,7 +116,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(study: tu
             return found
 
     dealer = Poisoned(**vars(dealer_of(study)))
-    schedule = SCHEDULE.model_copy(update={"accumulate": 1})
+    schedule = SCHEDULE.changed(accumulate=1)
     with pytest.raises(StepError, match=r"step 2, cases (brain|belly)\d") as caught:
         train_segmenter(network, dealer, plan_of(schedule, minutes=9), accelerator=Accelerator(cpu=True), checkpoint=checkpoint)
     assert str(checkpoint) in str(caught.value)

@@ -16,7 +16,7 @@ from medlore.errors import MissingExtraError, StepError
 
 Entry = dict[str, Any]
 Job = tuple[Any, ...]
-_KILLED = "its process died; as a rule it was killed for its memory: give fewer --workers, or a smaller --memory"
+_KILLED = "its process died; as a rule it was killed for its memory: give fewer --workers"
 
 
 def spread(

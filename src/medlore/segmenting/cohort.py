@@ -22,11 +22,12 @@ from medlore.errors import DataError, InputError, MedloreError
 from medlore.files import read_json, sha256_of
 from medlore.models.segmenter.vocabulary import canonical_modality, default_vocabulary
 from medlore.runs.output_lock import OutputLock
-from medlore.runs.settings import Run, choose_device
+from medlore.runs.report import Run
+from medlore.runs.settings import choose_device
 from medlore.runs.workers import spread
 from medlore.segmenting.labels import ModelFacts, Routes, facts_of_bundle, facts_of_pack, route_labels, tissues_of, with_tissues
 from medlore.segmenting.plan import CasePlan, available_memory, plan_case, read_bytes
-from medlore.segmenting.settings import DECISIVE, RULES_VERSION, SegmentSettings
+from medlore.segmenting.settings import RULES_VERSION, SegmentSettings
 
 if TYPE_CHECKING:
     from medlore.segmenting.model import SegmentingModel
@@ -259,7 +260,7 @@ def _entries(
             yield {"index": index, **segment_case(settings, model, case, name, watcher)}
         return
     if settings.memory is None:  # measured once, before the workers take their share
-        settings = settings.model_copy(update={"memory": f"{available_memory()}B"})
+        settings = settings.changed(memory=f"{available_memory()}B")
     jobs = [(settings, index, case, name) for index, (case, name) in enumerate(zip(cases, names, strict=True))]
     yield from spread(_work, jobs, lost=_lost, engine=settings.engine, workers=settings.workers, gpus_each=int(settings.device == "cuda"))
 
@@ -366,8 +367,7 @@ def _fingerprint(settings: SegmentSettings, model: SegmentingModel, case: Case, 
     from medlore.data.volumes.preparation import existing_image
 
     existing_image(case.image)
-    values = settings.model_dump(mode="json")
-    decisive = {name: values[name] for name in DECISIVE} | {"precision": model.precision}
+    decisive = settings.decisive() | {"precision": model.precision}
     orientation = case.orientation_code or settings.orientation_code
     part = [case.frame, case.series]
     prompts = [sha256_of(file) for file in (settings.prompt_embeddings, settings.text, settings.tokenizer) if file is not None]

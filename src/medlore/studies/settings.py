@@ -7,11 +7,10 @@ from typing import Any, Literal
 import pydantic
 
 from medlore.data.images.reading import Format
-from medlore.data.images.transforms import Flip
-from medlore.errors import nearest_names
+from medlore.data.images.words import Flip
 from medlore.layers.tuning.methods import METHODS
-from medlore.runs.settings import Settings
-from medlore.tuning.settings import FinetuneSettings, MethodName
+from medlore.runs.settings import Settings, known_name
+from medlore.tuning.settings import DatasetSettings, FinetuneSettings, PartsSettings
 
 DIGITS = "sklearn:digits"
 GRID_NAMES = ("data", "shots", "draw", "method", "seed")  # what names a cell
@@ -19,11 +18,8 @@ Shots = int | Literal["all"]
 Measure = Literal["auto", "accuracy", "balanced_accuracy", "macro_auc", "mean_average_precision"]
 
 # Decided by the grid, the data entry or the study; the settings of a study or a method may not say them again.
-DECIDED = frozenset({
-    "data", "format", "images", "test_data", "split", "task", "classes", "group_pattern", "shots", "draw", "data_seed", "per",
-    "official_draw", "validation_shots", "validation_fraction", "test_fraction", "method", "seed", "learning_rate", "flip", "bootstrap",
-    "track", "checkpoints",
-})  # fmt: skip
+FIXED = {"bootstrap": 0, "checkpoints": False}
+DECIDED = frozenset({*DatasetSettings.fields(), *PartsSettings.fields(), "method", "seed", "learning_rate", "flip", "track", *FIXED})
 
 
 class DataEntry(Settings):
@@ -55,7 +51,7 @@ class MethodEntry(Settings):
     `rate` is its peak learning rate in place of the method's default; the factors of `tuning` multiply it.
     """
 
-    method: MethodName
+    method: str
     name: str | None = None
     rate: float | None = pydantic.Field(default=None, gt=0)
     settings: FinetuneSettings = FinetuneSettings()
@@ -69,9 +65,7 @@ class MethodEntry(Settings):
     @pydantic.field_validator("method", mode="before")
     @classmethod
     def _known(cls, value: object) -> object:
-        if isinstance(value, str) and value not in METHODS:
-            raise ValueError(f"no such method; the nearest are {', '.join(nearest_names(value, METHODS))}")
-        return value
+        return known_name(value, METHODS, "no such method; the nearest are {near}")
 
 
 class TuningRules(Settings):

@@ -80,9 +80,9 @@ def run_cell(contender: str, settings: FinetuneSettings, *, pool: ImageSet, test
     if contender not in CONTENDERS:
         raise UnknownNameError("contender", contender, CONTENDERS)
     begun = time.perf_counter()
-    drawn = draw_shots(pool, shots=shots, draw=draw, seed=settings.data_seed).train
+    drawn = draw_shots(pool, shots=shots, draw=draw, seed=settings.parts.data_seed).train
     changes = {**CONTENDERS[contender], "shots": None, "seed": draw, "bootstrap": 0, "checkpoints": False}
-    result = finetune(without_idle(settings.model_copy(update=changes)), train=drawn, test=test)
+    result = finetune(without_idle(settings.changed(**changes)), train=drawn, test=test)
     report, measure = result.report, measure_of(test)
     return Cell(
         contender=contender,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from medlore.errors import CheckpointError, StepError
 from medlore.files import atomic_path
 from medlore.layers.surgery import load_trainable_state, set_training, trainable_state
-from medlore.layers.tuning.methods import Tuning
+from medlore.layers.tuning.interface import Tuning
 from medlore.training.watching import Watcher
 from medlore.weightfiles import load_torch_file
 

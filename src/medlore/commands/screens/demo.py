@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from medlore.commands.screens.answers import print_json
+from medlore.commands.screens.ranks import print_plan
 from medlore.demo.demo import DemoResult
 from medlore.demo.tuning import LABELS
-from medlore.files import json_text
-from medlore.inspecting.ranks import print_plan
 
 _NEXT = """
 With your own images (a folder with one subfolder for each class):
@@ -28,7 +27,7 @@ Masks of your own volumes, by the names of structures, and a page to look at the
 def print_demo(result: DemoResult, *, as_json: bool) -> None:
     """Plan, table and the commands to go on with; or one JSON object."""
     if as_json:
-        sys.stdout.write(json_text(_as_json(result)) + "\n")
+        print_json(_as_json(result))
         return
     print_plan(result.plan, {})
     console = Console(highlight=False, soft_wrap=True)

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from medlore.commands.screens.tuning import print_json
+from medlore.commands.screens.answers import print_json
 from medlore.studies.run import plan_study, run_study
 
 

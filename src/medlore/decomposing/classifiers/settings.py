@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from medlore.data.images.transforms import Flip
+from medlore.data.images.words import Flip
 from medlore.linalg.matricize import Layout
 from medlore.models.backbones.shufflenet import Norm
 from medlore.models.backbones.students import StudentKind

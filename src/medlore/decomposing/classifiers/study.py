@@ -34,7 +34,9 @@ from medlore.models.backbones.reading import load_backbone
 from medlore.models.backbones.students import StudentKind, build_student, feature_width
 from medlore.models.classifier_pack import ExpertEntry, save_classifier_pack
 from medlore.models.multitask import MixedOutput, MultiTaskNetwork, count_parameters
-from medlore.runs.settings import Run, choose_device, read_settings, seed_everything
+from medlore.runs.report import Run
+from medlore.runs.settings import choose_device, seed_everything
+from medlore.runs.settings_file import read_settings
 
 _STUDENTS = ("shufflenet", "resnet-18", "vit-small")
 _SCALING = 2.0  # of every expert, whatever its rank, as in LoRKD's form with unequal ranks
@@ -173,7 +175,7 @@ def _train_all(shop: _Workshop, teacher: MultiTaskNetwork | None) -> tuple[list[
     for variant in settings.variants:
         if variant.startswith("experts-"):
             rule = cast("Rule", variant.removeprefix("experts-"))
-            ranks = settings.ranks.model_copy(update={"rule": rule})
+            ranks = settings.ranks.changed(rule=rule)
             rows += _compare(shop, variant, _with_experts(shop, teacher, ranks), _distillation(shop, teacher))
     experts = _with_experts(shop, teacher)
     rows += _compare(shop, "experts", experts, _distillation(shop, teacher))

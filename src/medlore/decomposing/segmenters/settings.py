@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ DEFAULT_PREPROCESSING: dict[str, Any] = {
     "gaussian_sigma": 0.125,
     "threshold": 0.5,
 }
+KNOWN_PREPROCESSING = (*DEFAULT_PREPROCESSING, "tissues", "parts")
 _OF_INFERENCE = ("roi_size", "overlap", "threshold", "tissues", "parts")  # decide masks, not weights
 
 
@@ -78,6 +80,11 @@ class SizeSettings(Settings):
         except InputError as error:
             raise ValueError("; ".join(error.faults)) from error
         return self
+
+    @classmethod
+    def of(cls, config: SegmenterConfig) -> SizeSettings:
+        """The sizes of a network that is there."""
+        return cls(**asdict(config))
 
     def config(self) -> SegmenterConfig:
         """The network's own record.
@@ -236,9 +243,8 @@ class SegmentationSettings(Settings):
             raise ValueError(f"variants name one twice in {list(self.variants)}")
         if faults := preprocessing_faults(self.full_preprocessing, "preprocessing"):
             raise ValueError("; ".join(faults))
-        known = (*DEFAULT_PREPROCESSING, "tissues", "parts")
-        if strange := sorted(set(self.preprocessing) - set(known)):
-            raise ValueError(f"preprocessing has {strange}; known are {', '.join(known)}")
+        if strange := sorted(set(self.preprocessing) - set(KNOWN_PREPROCESSING)):
+            raise ValueError(f"preprocessing has {strange}; known are {', '.join(KNOWN_PREPROCESSING)}")
         for who, sizes in (("teacher", self.teacher.sizes), ("student", self.student.sizes)):
             if any(side % sizes.patch for side in self.patch_size):
                 raise ValueError(f"patch_size {self.patch_size} must be multiples of {who}.sizes.patch {sizes.patch}")
@@ -268,7 +274,7 @@ class SegmentationSettings(Settings):
 
     def with_rule(self, rule: RankRule) -> SegmentationSettings:
         """The same study with experts of another rank rule."""
-        return self.model_copy(update={"experts": self.experts.model_copy(update={"rule": rule})})
+        return self.changed(experts=self.experts.changed(rule=rule))
 
     def decides(self, *parts: str) -> dict[str, Any]:
         """The settings that decide a network's weights; a finished one is taken over only when they are the same."""

@@ -30,7 +30,9 @@ from medlore.layers.experts.surgery import install_experts
 from medlore.models.segmenter.bundle import SegmenterBundle, load_segmenter
 from medlore.models.segmenter.experts import segmenter_with_experts
 from medlore.models.segmenter.network import Segmenter
-from medlore.runs.settings import Run, read_settings, seed_everything
+from medlore.runs.report import Run
+from medlore.runs.settings import seed_everything
+from medlore.runs.settings_file import read_settings
 
 Rows = list[dict[str, Any]]
 
@@ -58,7 +60,7 @@ def read_study(study: str | Path, *, steps: int | None = None, **flags: Any) -> 
         raise InputError("--steps", str(steps), "at least 1", "give the optimiser steps of every student")
     settings = read_settings(SegmentationSettings, study, **flags)
     settings.check_windows()
-    return settings if steps is None else settings.model_copy(update={"student": settings.student.model_copy(update={"steps": steps})})
+    return settings if steps is None else settings.changed(student=settings.student.changed(steps=steps))
 
 
 def decompose_segmenter(
@@ -155,7 +157,7 @@ def single_order(shop: Workshop, region: str) -> Order:
     """A single-region student takes its region's share of the steps, so that each network sees a region's cases equally often."""
     schedule = shop.settings.student
     steps = max(round(schedule.steps * region_shares(shop.cohort)[region]), 1)
-    return Order(f"single {region}", schedule.model_copy(update={"steps": steps}), shop.cohort.only(region), ("student",))
+    return Order(f"single {region}", schedule.changed(steps=steps), shop.cohort.only(region), ("student",))
 
 
 def _teacher(shop: Workshop) -> tuple[PromptedSegmenter, dict[str, Path]]:
