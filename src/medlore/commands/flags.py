@@ -17,7 +17,7 @@ from typer.core import TyperCommand
 
 from medlore.errors import nearest_names
 from medlore.runs.settings import Settings, flags_of, setting
-from medlore.runs.settings_file import laid_over, lines_left, refuse, validated, with_paths_beside
+from medlore.runs.settings_file import fault_of, laid_over, lines_left, validated, with_paths_beside
 from medlore.runs.yaml_places import Place, read_mapping
 
 S1 = TypeVar("S1", bound=Settings)
@@ -68,8 +68,8 @@ class Given:
         faults += [*more, *most]
         if faults or one is None or two is None:
             where = f"medlore {self.verb}" if self.file is None else str(self.file)
-            refuse(faults, where=where, accepted=f"what `medlore {self.verb} --help` lists")
-        return one, two  # type: ignore[return-value]
+            raise fault_of(faults, where=where, accepted=f"what `medlore {self.verb} --help` lists")
+        return one, two
 
     def names(self, file_too: str) -> bool:
         """Whether a setting stands on the line or in the file."""
@@ -133,8 +133,8 @@ def command(run: Callable[[Given], None], *kinds: type[Settings], config: tuple[
     verb = run.__name__
     first = {name: kind for kind in reversed(kinds) for name in kind.fields()}
     named = {name: flags_of(kind, name) for name, kind in first.items()}
-    parameters = [_parameter(first[name], name) for kind in kinds for name in kind.fields() if first[name] is kind]
-    parameters = [p for p in parameters if p is not None]
+    shown = [name for kind in kinds for name in kind.fields() if first[name] is kind and (named[name] or kind.facts(name).argument)]
+    parameters = [_parameter(first[name], name) for name in shown]
     parameters.sort(key=lambda p: not isinstance(p.default, typer.models.ArgumentInfo))
     option = typer.Option(None, *config, metavar="FILE", help="YAML file with any of the settings; options lie over it.")
     parameters.append(inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=option, annotation=str | None))
@@ -189,8 +189,8 @@ class VerbCommand(TyperCommand):
         return super().parse_args(ctx, kept)
 
 
-def _parameter(kind: type[Settings], name: str) -> inspect.Parameter | None:
-    """The option or argument of a field; None for one without a flag."""
+def _parameter(kind: type[Settings], name: str) -> inspect.Parameter:
+    """The option or argument of a field."""
     facts, info = kind.facts(name), kind.fields()[name]
     words, annotation = flags_of(kind, name), _plain(info.annotation)
     shown: Any = None if info.is_required() else info.default
@@ -199,8 +199,6 @@ def _parameter(kind: type[Settings], name: str) -> inspect.Parameter | None:
     if facts.argument is not None:
         default: Any = typer.Argument([] if many else None, metavar=facts.argument, show_default=False, **common)
         return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=list[str] if many else str | None)
-    if not words:
-        return None
     if annotation is bool:
         default = typer.Option(bool(shown), f"{words[0]}/--no-{words[0][2:]}", *words[1:], show_default=bool(shown), **common)
         return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=bool)

@@ -95,11 +95,7 @@ class Settings(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, allow_inf_nan=False)
 
-    if TYPE_CHECKING:
-
-        def __init__(self, **values: Any) -> None: ...
-
-    else:
+    if not TYPE_CHECKING:  # own code reads nested, which type checkers then see to
 
         def __getattr__(self, name: str) -> Any:
             """A setting by its flat name; medlore itself reads `settings.SUBJECT.NAME`."""
@@ -160,7 +156,7 @@ class Settings(pydantic.BaseModel):
             if (home := homes.get(name)) is None:
                 continue
             there = found.get(home)
-            inner = there.given() if isinstance(there, Subject) else dict(there) if isinstance(there, Mapping) else {}
+            inner = there.stated() if isinstance(there, Subject) else dict(there) if isinstance(there, Mapping) else {}
             if name in inner and isinstance(there, Mapping):
                 raise ValueError(f"{name} is given twice, flat and in {home}")
             found[home] = {**inner, name: value}
@@ -174,25 +170,25 @@ class Settings(pydantic.BaseModel):
             raise ValueError("true and false are no numbers or names here")
         return value
 
-    def given(self) -> dict[str, Any]:
+    def stated(self) -> dict[str, Any]:
         """Flat name -> value of every setting that was named when these were made."""
         found: dict[str, Any] = {}
         for name in type(self).model_fields:
             value = getattr(self, name)
             if isinstance(value, Subject):
-                found |= value.given()
+                found |= value.stated()
             elif name in self.model_fields_set:
                 found[name] = value
         return found
 
-    def flat(self, *, given: bool = False, json: bool = False) -> dict[str, Any]:
+    def flat(self, *, stated: bool = False, json: bool = False) -> dict[str, Any]:
         """Flat name -> value.
 
         Args:
-            given: only what was named.
+            stated: only what was named.
             json: values as JSON writes them.
         """
-        wanted = self.given() if given else type(self).fields()
+        wanted = self.stated() if stated else type(self).fields()
         if not json:
             return {name: getattr(self, name) for name in wanted}
         dumped = self.model_dump(mode="json")
@@ -206,7 +202,7 @@ class Settings(pydantic.BaseModel):
             pydantic.ValidationError: a value that the field does not take, or values that do not go together.
         """
         homes = type(self).homes()
-        kept = {name: value for name, value in self.given().items() if homes.get(name) not in values}
+        kept = {name: value for name, value in self.stated().items() if homes.get(name) not in values}
         return type(self).model_validate({**kept, **values})
 
     def decisive(self, *parts: str) -> dict[str, Any]:

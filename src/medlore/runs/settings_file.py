@@ -81,18 +81,14 @@ def check_settings(
     """
     settings, found = validated(kind, values, lines or {})
     if settings is None or faults:
-        refuse([*faults, *found], where=where, accepted=f"the settings of {kind.__name__}")
+        raise fault_of([*faults, *found], where=where, accepted=f"the settings of {kind.__name__}")
     return settings
 
 
-def refuse(faults: Sequence[str], *, where: str, accepted: str) -> None:
-    """Say all faults of one input at once.
-
-    Raises:
-        InputError: always.
-    """
+def fault_of(faults: Sequence[str], *, where: str, accepted: str) -> InputError:
+    """All faults of one input as one error."""
     count = f"{len(faults)} fault" + ("s" if len(faults) > 1 else "")
-    raise InputError(where, count, accepted, "correct what is listed", faults=faults)
+    return InputError(where, count, accepted, "correct what is listed", faults=faults)
 
 
 def validated(kind: type[S], values: Mapping[str, Any], lines: Mapping[Place, int]) -> tuple[S, list[str]] | tuple[None, list[str]]:

@@ -89,7 +89,7 @@ def contenders_of(study: StudySettings) -> list[Contender]:
 
 
 def _expanded(entry: MethodEntry) -> list[Contender]:
-    given = entry.settings.given()
+    given = entry.settings.stated()
     rate = entry.rate or METHODS[entry.method].learning_rate
     base = entry.name or entry.method
     made = []
@@ -125,7 +125,7 @@ def merged_settings(*layers: FinetuneSettings | Contender) -> FinetuneSettings:
         if isinstance(layer, Contender):
             values |= {**layer.changes, "method": layer.method}
         else:
-            values |= layer.given()
+            values |= layer.stated()
     return FinetuneSettings.model_validate(values)
 
 
@@ -153,7 +153,7 @@ def _cell(
     # one seed for all contenders of a draw: they share the start of the head and the order of the images
     changes = {"flip": entry.flip, "seed": 1000 * seed + draw, **FIXED}
     settings = without_idle(merged.changed(**changes))
-    given = settings.flat(given=True, json=True)
+    given = settings.flat(stated=True, json=True)
     rates = tuple(contender.rate * factor for factor in study.tuning.rate_factors[:trials])
     facts: dict[str, Any] = {
         "entry": entry.model_dump(mode="json", exclude={"group"}),

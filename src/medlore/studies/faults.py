@@ -9,7 +9,7 @@ from pathlib import Path
 import pydantic
 
 from medlore.errors import MedloreError, nearest_names
-from medlore.runs.settings_file import read_settings, refuse
+from medlore.runs.settings_file import fault_of, read_settings
 from medlore.runs.yaml_places import Place, line_of, lines_in
 from medlore.studies.cells import contenders_of
 from medlore.studies.parts import parts_of
@@ -33,7 +33,9 @@ def read_study(file: str | Path) -> StudySettings:
     # contenders that cannot be built would only say the same faults again
     faults = named + list(_of_settings(study)) or [*_of_rules(study), *_of_data(study, Path(file).parent)]
     if faults:
-        refuse([_with_line(place, text, lines) for place, text in faults], where=str(file), accepted="a study whose cells can all be run")
+        raise fault_of(
+            [_with_line(place, text, lines) for place, text in faults], where=str(file), accepted="a study whose cells can all be run"
+        )
     return study
 
 
@@ -69,11 +71,11 @@ def _misplaced(place: Place, keys: set[str]) -> Iterator[Fault]:
 
 
 def _given(study: StudySettings) -> Iterator[tuple[Place, set[str]]]:
-    yield ("settings",), set(study.settings.given())
+    yield ("settings",), set(study.settings.stated())
     for shots, settings in study.shots_settings.items():
-        yield ("shots_settings", str(shots)), set(settings.given())
+        yield ("shots_settings", str(shots)), set(settings.stated())
     for i, entry in enumerate(study.methods):
-        yield ("methods", i, "settings"), set(entry.settings.given())
+        yield ("methods", i, "settings"), set(entry.settings.stated())
         yield ("methods", i, "grid"), set(entry.grid)
 
 
@@ -82,7 +84,7 @@ def _of_settings(study: StudySettings) -> Iterator[Fault]:
     for i, entry in enumerate(study.methods):
         place: Place = ("methods", i)
         grids = [(key, value) for key, values in entry.grid.items() for value in values if key in FinetuneSettings.fields()]
-        given = {key: value for key, value in entry.settings.given().items() if key not in DECIDED}
+        given = {key: value for key, value in entry.settings.stated().items() if key not in DECIDED}
         for key, value in [*grids, *given.items()]:
             where = (*place, "grid" if (key, value) in grids else "settings", key)
             text = ".".join(str(part) for part in where)

@@ -242,7 +242,7 @@ def choose_plan(settings: FinetuneSettings, backbone: Backbone) -> RankPlan | No
         return planned("stable-rank", wanted.scale, wanted.budget)
     if wanted.rank == "equal":
         pairs = method.pairs(settings.method_options())  # that share the parameters of one
-        return planned(f"uniform:{pairs * max(1, round(planned('stable-rank', settings.scale, settings.budget).uniform_rank))}")
+        return planned(f"uniform:{pairs * max(1, round(planned('stable-rank', wanted.scale, wanted.budget).uniform_rank))}")
     return planned(f"uniform:{wanted.rank}")
 
 

@@ -20,7 +20,7 @@ def idle_settings(settings: FinetuneSettings) -> dict[str, str]:
         >>> idle_settings(FinetuneSettings(method="sr-lora", rank=4))
         {'rank': 'the ranks of sr-lora follow the stable ranks; --scale and --budget change them'}
     """
-    given, fields = settings.given(), FinetuneSettings.fields()
+    given, fields = settings.stated(), FinetuneSettings.fields()
     if given.keys() == fields.keys():
         given = {name: value for name, value in given.items() if value != fields[name].default}
     found: dict[str, str] = {}
@@ -53,4 +53,4 @@ def refuse_idle(settings: FinetuneSettings) -> None:
 def without_idle(settings: FinetuneSettings) -> FinetuneSettings:
     """The same settings, with those that cannot change the run left at their defaults: one set for several methods."""
     idle = idle_settings(settings)
-    return FinetuneSettings.model_validate({name: value for name, value in settings.given().items() if name not in idle})
+    return FinetuneSettings.model_validate({name: value for name, value in settings.stated().items() if name not in idle})

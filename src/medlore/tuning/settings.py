@@ -5,6 +5,7 @@ from __future__ import annotations
 import typing
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -178,6 +179,10 @@ class FactorSettings(Subject):
     dropout: float = setting(0.0, "Dropout before the factors.", ge=0, lt=1, idle=(_NO_FACTORS, _UNSCALED), neutral=0.0)
 
 
+def _of_others(owners: frozenset[str], s: FinetuneSettings) -> bool:
+    return s.method not in owners
+
+
 def _options_of_methods() -> dict[str, Any]:
     """Every option of every method as a field of settings; its default is the methods', where they agree, else None: the method's own."""
     owners: dict[str, list[str]] = {}
@@ -189,9 +194,8 @@ def _options_of_methods() -> dict[str, Any]:
             found.setdefault(field.name, (hints[field.name], set()))[1].add(field.default)
     made = {}
     for name, (hint, defaults) in found.items():
-        own, several = frozenset(owners[name]), len(defaults) > 1
-        methods = ", ".join(owners[name])
-        idle = Idle(lambda s, own=own: s.method not in own, f"only --method {methods} takes it")
+        several, methods = len(defaults) > 1, ", ".join(owners[name])
+        idle = Idle(partial(_of_others, frozenset(owners[name])), f"only --method {methods} takes it")
         text = next(part.description for part in hint.__metadata__ if getattr(part, "description", None))
         values = ", ".join(f"{getattr(METHODS[m].options, name):g} of {m}" for m in owners[name]) if several else ""
         words = f"{text} Only for {methods}." + (f" Default {values}." if several else "")
@@ -270,6 +274,10 @@ class FinetuneSettings(Settings):
     training: TrainingSettings = TrainingSettings()
     augmentation: AugmentationSettings = AugmentationSettings()
     run: RunSettings = RunSettings()
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **values: Any) -> None: ...
 
     @pydantic.field_validator("method", mode="before")
     @classmethod
