@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 import pydantic
 from pydantic_core import PydanticCustomError
 
+from medlore.assets import PREFIX
 from medlore.errors import InputError, nearest_names
 
 DeviceChoice = Literal["auto", "cpu", "cuda", "mps"]
@@ -273,6 +275,29 @@ def beside(folder: str | Path, value: str | Path) -> Path:
         ('/study/../data', '/data')
     """
     return Path(folder) / value
+
+
+def found_beside(folder: str | Path, text: str, *, where: str) -> str:
+    """A text of a file that may be a path: the path from the folder of that file if it is there, else the text (a name of a hub).
+
+    Args:
+        folder: of the file.
+        text: `medlore:NAME`, a path, or a name.
+        where: the setting, for the message.
+
+    Raises:
+        InputError: it leads somewhere from the current folder alone, which is not meant.
+    """
+    place = beside(folder, text)
+    if text.startswith(PREFIX) or not text.strip():
+        return text
+    if place.exists():
+        return str(place)
+    if Path(text).exists():
+        came = f"{text!r}, which is there from the current folder, not from {folder}"
+        fix = f"write {os.path.relpath(text, folder)}"
+        raise InputError(where, came, "a path from the folder of the file that names it", fix)
+    return text
 
 
 def choose_device(choice: DeviceChoice = "auto") -> str:

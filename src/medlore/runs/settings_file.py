@@ -9,7 +9,7 @@ from typing import Any, TypeVar, get_args
 import pydantic
 
 from medlore.errors import InputError, nearest_names
-from medlore.runs.settings import UNKNOWN_NAME, Settings, beside
+from medlore.runs.settings import UNKNOWN_NAME, Settings, beside, found_beside
 from medlore.runs.yaml_places import Place, line_of, read_mapping
 
 S = TypeVar("S", bound=Settings)
@@ -54,9 +54,10 @@ def with_paths_beside(kind: type[Settings], values: Mapping[str, Any], folder: P
         if isinstance(value, Mapping) and name in kind.subjects():
             found[name] = with_paths_beside(kind.subjects()[name], value, folder)
         elif name in fields and isinstance(value, str) and value.strip():
-            place = beside(folder, value)
-            if _is_path(fields[name].annotation) or (kind.facts(name).path and place.exists()):
-                found[name] = str(place)
+            if _is_path(fields[name].annotation):
+                found[name] = str(beside(folder, value))
+            elif kind.facts(name).path:
+                found[name] = found_beside(folder, value, where=name)
     return found
 
 

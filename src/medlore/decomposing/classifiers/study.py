@@ -35,7 +35,7 @@ from medlore.models.backbones.students import StudentKind, build_student, featur
 from medlore.models.classifier_pack import ExpertEntry, save_classifier_pack
 from medlore.models.multitask import MixedOutput, MultiTaskNetwork, count_parameters
 from medlore.runs.report import Run
-from medlore.runs.settings import choose_device, seed_everything
+from medlore.runs.settings import choose_device, found_beside, seed_everything
 from medlore.runs.settings_file import read_settings
 
 _STUDENTS = ("shufflenet", "resnet-18", "vit-small")
@@ -116,8 +116,9 @@ def plan(study: str | Path, **flags: Any) -> dict[str, Any]:
 
 def _open(study: str | Path, out: str | Path, narrate: Narrator, flags: Mapping[str, Any]) -> tuple[_Workshop, nn.Module | None]:
     settings = read_settings(DecomposeSettings, study, **flags)
-    body, preprocessing = _teacher_body(settings)
-    tasks = read_tasks(settings, preprocessing, folder=Path(study).resolve().parent)
+    folder = Path(study).resolve().parent
+    body, preprocessing = _teacher_body(settings, folder)
+    tasks = read_tasks(settings, preprocessing, folder=folder)
     device = choose_device(settings.device)
     shop = _Workshop(settings, tasks, preprocessing, Path(out), device, narrate, make_accelerator(device))
     _with_experts(shop, None, RankSettings(layout=settings.ranks.layout))  # what cannot be installed is said before anything is trained
@@ -200,7 +201,7 @@ def _with_experts(shop: _Workshop, teacher: MultiTaskNetwork | None, ranks: Rank
     return shop.network(body, shop.tasks, experts=True)
 
 
-def _teacher_body(settings: DecomposeSettings) -> tuple[nn.Module | None, Preprocessing]:
+def _teacher_body(settings: DecomposeSettings, folder: Path) -> tuple[nn.Module | None, Preprocessing]:
     """The teacher's body without a head, and the input that it, and so its student, expects."""
     plain = Preprocessing(settings.image_size)
     if settings.teacher is None:
@@ -209,6 +210,7 @@ def _teacher_body(settings: DecomposeSettings) -> tuple[nn.Module | None, Prepro
     seed_everything(settings.seed)
     if source in _STUDENTS:
         return build_student(cast("StudentKind", source), image_size=settings.image_size, norm=settings.student.norm), plain
+    source = found_beside(folder, source, where="teacher.source")
     if not source.startswith(PREFIX) and "/" not in source and not Path(source).exists():
         raise UnknownNameError(
             "teacher.source", source, [*_STUDENTS, "medlore:vit-mini"], "take one of them, or give a folder, file or hub name"

@@ -31,7 +31,7 @@ from medlore.models.segmenter.bundle import SegmenterBundle, load_segmenter
 from medlore.models.segmenter.experts import segmenter_with_experts
 from medlore.models.segmenter.network import Segmenter
 from medlore.runs.report import Run
-from medlore.runs.settings import seed_everything
+from medlore.runs.settings import beside, found_beside, seed_everything
 from medlore.runs.settings_file import read_settings
 
 Rows = list[dict[str, Any]]
@@ -139,7 +139,7 @@ def measured(shop: Workshop, name: str, network: PromptedSegmenter, cohort: Coho
 def teacher_order(shop: Workshop) -> Order:
     """The teacher: asked labels of all regions at once, since it has no experts."""
     begun = shop.settings.teacher.start
-    begins_with = "" if begun is None else _bundle(begun).sha256
+    begins_with = "" if begun is None else _bundle(shop, begun, "teacher.start").sha256
     return Order("teacher", shop.settings.teacher, shop.cohort, ("teacher",), by_region=False, begins_with=begins_with)
 
 
@@ -184,7 +184,7 @@ def new_teacher(shop: Workshop) -> PromptedSegmenter:
         return PromptedSegmenter(
             Segmenter(config, dropout=0.0), new_prompts(len(shop.cohort.keys), config.query_width, seed=seed), learn_prompts=True
         )
-    bundle = _bundle(start)
+    bundle = _bundle(shop, start, "teacher.start")
     if bundle.config != config or bundle.weights.experts:
         experts = f" with {len(bundle.weights.experts)} experts" if bundle.weights.experts else ""
         came = f"{start} of features {list(bundle.config.features)}{experts}"
@@ -192,15 +192,17 @@ def new_teacher(shop: Workshop) -> PromptedSegmenter:
     return PromptedSegmenter(segmenter_with_experts(bundle.weights, dropout=0.0), queries_of(bundle, shop.cohort.keys), learn_prompts=True)
 
 
-def _bundle(source: str, *, text: Path | None = None, prompt_embeddings: Path | None = None) -> SegmenterBundle:
-    return load_segmenter(source if source.startswith(PREFIX) else Path(source), text=text, prompt_embeddings=prompt_embeddings)
+def _bundle(shop: Workshop, named: str, where: str, **prompts: Path | None) -> SegmenterBundle:
+    source = found_beside(shop.study_folder, named, where=where)
+    return load_segmenter(source if source.startswith(PREFIX) else Path(source), **prompts)
 
 
 def given_teacher(shop: Workshop) -> PromptedSegmenter:
     """The teacher that the study names, with its own prompts."""
     wanted = shop.settings.teacher
-    source = str(wanted.source)
-    bundle = _bundle(source, text=wanted.text, prompt_embeddings=wanted.prompt_embeddings)
+    prompts = {name: getattr(wanted, name) for name in ("text", "prompt_embeddings")}
+    beside_study = {name: None if path is None else beside(shop.study_folder, path) for name, path in prompts.items()}
+    bundle = _bundle(shop, str(wanted.source), "teacher.source", **beside_study)
     if bundle.config.query_width != shop.settings.student.sizes.query_width:
         came = f"student.sizes.query_width {shop.settings.student.sizes.query_width}"
         raise InputError(

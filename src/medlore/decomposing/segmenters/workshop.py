@@ -65,6 +65,7 @@ class Workshop:
         accelerator: device and processes.
         narrate: name of a network -> progress of its training.
         facts: what was measured, by network.
+        study_folder: from which the paths of the study start.
     """
 
     settings: SegmentationSettings
@@ -73,6 +74,7 @@ class Workshop:
     accelerator: Accelerator
     narrate: Narrator
     facts: dict[str, Any] = field(default_factory=dict)
+    study_folder: Path = field(default_factory=Path)
 
     @property
     def writes(self) -> bool:
@@ -179,7 +181,7 @@ def open_workshop(
     device = choose_device(settings.device)
     cache = out / "cache" if settings.cache is None else folder / settings.cache
     cohort = read_cohort(settings, folder=folder, cache=cache, say=say)
-    return Workshop(settings, cohort, out, make_accelerator(device, out / "logs"), narrate)
+    return Workshop(settings, cohort, out, make_accelerator(device, out / "logs"), narrate, study_folder=folder)
 
 
 def hash_of(network: PromptedSegmenter) -> str:
