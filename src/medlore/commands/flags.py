@@ -220,6 +220,8 @@ def text_of(value: Any) -> str | None:
         return None
     if isinstance(value, tuple):
         return ",".join(str(text_of(part)) for part in value)
+    if isinstance(value, bool):
+        return str(value).lower()
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -27,7 +27,7 @@ class RanksSettings(Settings):
     ranks: str | None = setting(
         None, "Ranks from a file: nested (qkv, output) pairs, a plan, medlore:rank-lists/NAME.", group=_RULE, path=True
     )
-    scale: float = setting(1.0, "Factor on the stable ranks.", group=_RULE)
+    scale: float = setting(1.0, "Factor on the stable ranks.", group=_RULE, allow_inf_nan=True)
     budget: str | None = setting(None, "Parameters for all factor pairs: 250000, 0.5M, 2% of the model, or uniform:8.", group=_RULE)
     alpha: str | None = setting(None, "rank*C (scaling C, the default with C 1), rslora*C, or a number C (scaling C / rank).", group=_RULE)
     include_k: bool = setting(False, "Adapt the key projections too.", group=_RULE, flags=("--k",))
