@@ -18,8 +18,9 @@ from medlore.tuning.settings import FinetuneSettings
 SOURCE = Path(__file__).resolve().parents[2] / "src" / "medlore"
 # A report of a run before settings were nested, as far as it is needed here.
 FLAT = {
-    "data": None, "format": "auto", "shots": 5, "model": "medlore:vit-mini", "method": "lora", "rank": 4, "mini_loras": 4, "prompt_length": 10,
-    "bottleneck": None, "adapter_scale": None, "last_blocks": 2, "epochs": 7, "seed": 3, "flip": "none", "device": "cpu", "checkpoints": True,
+    "data": None, "format": "auto", "shots": 5, "model": "medlore:vit-mini", "method": "lora", "rank": 4, "mini_loras": 4,
+    "prompt_length": 10, "bottleneck": None, "adapter_scale": None, "last_blocks": 2, "epochs": 7, "seed": 3, "flip": "none",
+    "device": "cpu", "checkpoints": True,
 }  # fmt: skip
 
 
@@ -56,11 +57,10 @@ def test_two_settings_of_one_flat_name_are_no_class() -> None:
         rate: float = setting(1.0, "Rate.")
 
     with pytest.raises(TypeError, match="rate"):
-        type(
-            "Outer",
-            (Settings,),
-            {"__annotations__": {"rate": float, "inner": Inner}, "rate": 0.1, "inner": Inner(), "__module__": __name__},
-        )
+
+        class Outer(Settings):
+            rate: float = setting(0.1, "Another rate.")
+            inner: Inner = Inner()
 
 
 def test_what_decides_a_run_is_told_apart() -> None:
@@ -103,12 +103,8 @@ def calls_in(path: Path) -> list[ast.Call]:
 
 
 def test_no_change_of_settings_goes_round_their_validation() -> None:
-    found = [
-        path
-        for path in SOURCE.rglob("*.py")
-        for call in calls_in(path)
-        if getattr(call.func, "attr", "") in ("model_copy", "model_construct")
-    ]
+    ways = ("model_copy", "model_construct")
+    found = [path for path in SOURCE.rglob("*.py") for call in calls_in(path) if getattr(call.func, "attr", "") in ways]
     assert not found
 
 

@@ -33,7 +33,7 @@ def spread(
     Args:
         work: a function of a module, so that other processes find it.
         jobs: its arguments.
-        lost: what is told of a job whose process died.
+        lost: the result of a job whose process died.
         engine: processes of this machine, or Ray.
         workers: how many at a time.
         gpus_each: GPUs that Ray keeps for a job.

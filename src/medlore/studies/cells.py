@@ -43,7 +43,7 @@ class StudyCell:
 
     Attributes:
         data: name of the set.
-        shots: labelled images a class, or `all`.
+        shots: labelled images per class, or `all`.
         draw: number of the draw, from 1.
         method: name of the contender.
         seed: of head, factors and order, beside the draw.

@@ -66,7 +66,7 @@ def run_study(
         workers: cells at a time; 0 runs them in this process.
         resume: keep the finished cells of the folder, run what failed or is missing.
         trials: at most so many hyper-parameter settings for each method.
-        say: told about every cell.
+        say: hears of every cell.
 
     Raises:
         InputError: faults of the study, or a folder that holds cells already and neither `resume` nor `only`.

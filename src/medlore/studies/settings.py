@@ -33,9 +33,7 @@ class DataEntry(Settings):
     task: Literal["single", "multi"] | None = setting(None, "single or multi, where a table could be both.")
     classes: tuple[str, ...] | None = setting(None, "Class names in label order.")
     group_pattern: str | None = setting(None, "Regular expression on file names; its bracket captures the patient ID.")
-    group: str | None = setting(
-        None, "Gathers sets for the mean of group means (natural, specialized and structured in VTAB-1k).", decides=False
-    )
+    group: str | None = setting(None, "Gathers sets for the mean of group means (natural, specialized, ... in VTAB-1k).", decides=False)
     per: Literal["image", "group"] = setting("image", "One shot is an image or a group (patient).")
     official_draw: bool = setting(False, "Take the published draws of MedFMC or VTAB-1k.")
     test_fraction: float = setting(0.4, "Share held out for the test, where the set has no test part.", gt=0, lt=1)

@@ -81,7 +81,7 @@ def finetune(
         test: images that judge; looked at once, after everything is decided. Missing, a share of `train` is held out
             unless `settings.test_fraction` is 0.
         resume: go on from the last epoch that an earlier, killed run with the same settings finished.
-        watcher: told about every step, epoch and note, on the main process.
+        watcher: hears of every step, epoch and note, on the main process.
         backbones: shared by several runs of this process, so that a backbone is read and prepared once; None reads it.
 
     Raises:

@@ -63,7 +63,7 @@ def predict(tuned: str | Path, sources: Sequence[str | Path], out: str | Path, s
 
 
 def _check_challenge(settings: PredictSettings, card: TunedCard) -> None:
-    """The challenge's file has one column a class; that is known before anything is scored."""
+    """The challenge's file has one column per class; that is known before anything is scored."""
     if settings.medfmc is None:
         return
     dataset = cast("MedfmcName", settings.medfmc.split(":")[0])

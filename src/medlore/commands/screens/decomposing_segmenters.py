@@ -49,11 +49,11 @@ def print_plan(found: dict[str, Any], *, as_json: bool) -> None:
         console.print(f"{name}: " + ", ".join(f"{count} {part}" for part, count in parts.items()))
     for region, count in found["labels"].items():
         console.print(f"{region}: {count} labels, {found['patches'].get(region, 0):.1%} of the patches")
-    for name, told in found["networks"].items():
-        sizes = ", ".join(f"{part} {count:,}" for part, count in told["parameters"].items())
+    for name, network in found["networks"].items():
+        sizes = ", ".join(f"{part} {count:,}" for part, count in network["parameters"].items())
         console.print(
-            f"{name}: {told['state']} ({told['identity']}), {told['steps']} steps, {told['patches']} patches; parameters: {sizes}; "
-            f"{told['trainable']:,} trainable, {told['training_bytes'] / 1e6:.0f} MB without maps"
+            f"{name}: {network['state']} ({network['identity']}), {network['steps']} steps, {network['patches']} patches; "
+            f"parameters: {sizes}; {network['trainable']:,} trainable, {network['training_bytes'] / 1e6:.0f} MB without maps"
         )
     if "student_share_of_teacher" in found:
         console.print(f"the student has {found['student_share_of_teacher']:.1%} of the teacher's parameters")

@@ -42,15 +42,15 @@ def print_demo(result: DemoResult, *, as_json: bool) -> None:
     console.print(_NEXT, markup=False)
 
 
-def _print_segmentation(console: Console, told: dict[str, Any]) -> None:
-    if "left_out" in told:
-        console.print(f"Segmentation: left out. {told['left_out']}.", markup=False)
+def _print_segmentation(console: Console, segmentation: dict[str, Any]) -> None:
+    if "left_out" in segmentation:
+        console.print(f"Segmentation: left out. {segmentation['left_out']}.", markup=False)
         return
-    table = Table(title=f"ICBM152 template by text prompts, {told['seconds']:.0f} s", title_justify="left")
+    table = Table(title=f"ICBM152 template by text prompts, {segmentation['seconds']:.0f} s", title_justify="left")
     table.add_column("label", no_wrap=True)
     for head in ("volume", "Dice", "Dice of k-means"):
         table.add_column(head, justify="right")
-    for row in told["labels"]:
+    for row in segmentation["labels"]:
         numbers = ["" if row[name] is None else f"{row[name]:.3f}" for name in ("dice", "kmeans_dice")]
         table.add_row(row["label"], f"{row['volume_ml']:,.1f} ml", *numbers)
     console.print(table)
@@ -59,7 +59,7 @@ def _print_segmentation(console: Console, told: dict[str, Any]) -> None:
 def _table(result: DemoResult) -> Table:
     settings, measure = result.settings, result.cells[0].measure.replace("_", " ")
     draws = f"{settings.draws} draw" + ("s" if settings.draws > 1 else "")
-    table = Table(title=f"{measure}, {settings.shots} labelled images a digit, {draws}", title_justify="left")
+    table = Table(title=f"{measure}, {settings.shots} labelled images per digit, {draws}", title_justify="left")
     table.add_column("method", no_wrap=True)
     table.add_column("trained", justify="right")
     table.add_column("mean (95 %)", no_wrap=True)

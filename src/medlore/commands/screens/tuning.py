@@ -32,7 +32,7 @@ def print_result(report: Mapping[str, Any]) -> None:
 
 
 def print_report(report: Mapping[str, Any], *, title: str, per_class: bool = True) -> None:
-    """Metrics with their intervals beside the majority answer, then a row a class."""
+    """Metrics with their intervals beside the majority answer, then a row per class."""
     console = Console(highlight=False)
     table = Table("metric", "value", "95 % interval", "majority answer", title=title)
     for name in _SHOWN[report["task"]]:

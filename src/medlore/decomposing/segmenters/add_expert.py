@@ -51,7 +51,7 @@ def add_expert(
         pack: folder that is added to; default `OUT/pack`. It is not changed.
         steps: in place of the study's.
         narrate: name of a network -> progress.
-        say: told of cases that are skipped.
+        say: hears of cases that are skipped.
         flags: settings that override the file.
 
     Raises:

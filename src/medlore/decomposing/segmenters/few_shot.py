@@ -75,7 +75,7 @@ def tune_segmenter(
         settings: what to do.
         out: folder of the results.
         narrate: name of a network -> progress.
-        say: told of cases that are skipped.
+        say: hears of cases that are skipped.
 
     Raises:
         InputError: wrong settings, or a model that cannot be tuned.

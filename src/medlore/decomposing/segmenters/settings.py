@@ -101,9 +101,7 @@ class ScheduleSettings(Settings):
     weight_decay: float = setting(1e-5, "Of matrices and kernels; biases, norms and prompts have none.", ge=0)
     warmup_fraction: float = setting(0.03, "Share of the steps with a linear warm-up.", ge=0, lt=1)
     clip: float = setting(1.0, "Largest norm of the gradient.", gt=0)
-    ema: float | None = setting(
-        None, "Decay of the averaged weights that are kept instead of the last ones; none unless given.", gt=0, lt=1
-    )
+    ema: float | None = setting(None, "Decay of the averaged weights that are kept instead of the last ones; default none.", gt=0, lt=1)
 
 
 class TeacherSettings(ScheduleSettings):
@@ -156,9 +154,7 @@ class SegmentationSettings(Settings):
 
     kind: Literal["segmenter"] = setting("segmenter", "What is decomposed.", decides=False)
     name: str = setting(..., "Of the pack.", decides=False)
-    data: tuple[DataSettings, ...] = setting(
-        ..., "Lists of cases; what is in them decides, not where they lie.", min_length=1, decides=False
-    )
+    data: tuple[DataSettings, ...] = setting(..., "Lists of cases; their content decides, not their place.", min_length=1, decides=False)
     regions: dict[str, str] = setting(
         {}, "`modality/label` -> region, for labels that the vocabulary does not know or that another expert shall answer.", decides=False
     )

@@ -81,7 +81,7 @@ def decompose_segmenter(
         only: `teacher` stops when the teacher's pack is written.
         steps: of every student, in place of the study's.
         narrate: name of a network -> progress of its training.
-        say: told of cases that are skipped and of stages.
+        say: hears of cases that are skipped and of stages.
         flags: settings that override the file.
 
     Raises:
