@@ -52,3 +52,8 @@ def test_documents_use_public_names(page: Path) -> None:
     )
     rooms = {name for name in used - set(medlore.__all__) if hasattr(importlib.import_module(f"medlore.{name}"), "__all__")}
     assert used <= set(medlore.__all__) | rooms, f"{page.name} names {sorted(used - set(medlore.__all__) - rooms)}"
+
+
+def test_the_reference_shows_every_public_name() -> None:
+    shown = set(re.findall(r"^::: medlore\.(\w+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    assert shown == set(medlore.__all__) - {"__version__"}

@@ -10,8 +10,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from medlore.data.volumes.nifti import Volume, header_for, write_nifti
 from medlore.cli import main
+from medlore.data.volumes.nifti import Volume, header_for, write_nifti
 from medlore.errors import InputError, StepError
 from medlore.segmenting.evaluate import evaluate_masks
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from medlore.extras import require
 from medlore.files import atomic_path
 from medlore.ranks.allocate import plan_ranks
 from medlore.ranks.export import refuse_a_trained_adapter, write_peft_config
@@ -89,6 +90,7 @@ def cut_layers(plan: RankPlan) -> list[str]:
 
 def draw_profile(plan: RankPlan, path: str | Path) -> Path:
     """Ranks by depth, one line for each kind of matrix, and the uniform rank with the same parameters."""
+    require("matplotlib", "--plot")
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 

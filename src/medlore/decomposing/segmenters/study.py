@@ -192,17 +192,17 @@ def new_teacher(shop: Workshop) -> PromptedSegmenter:
     return PromptedSegmenter(segmenter_with_experts(bundle.weights, dropout=0.0), queries_of(bundle, shop.cohort.keys), learn_prompts=True)
 
 
-def _bundle(shop: Workshop, named: str, where: str, **prompts: Path | None) -> SegmenterBundle:
-    source = found_beside(shop.study_folder, named, where=where)
-    return load_segmenter(source if source.startswith(PREFIX) else Path(source), **prompts)
+def _bundle(shop: Workshop, named: str, where: str, *, text: Path | None = None, prompt_embeddings: Path | None = None) -> SegmenterBundle:
+    source, start = found_beside(shop.study_folder, named, where=where), shop.study_folder
+    text = None if text is None else beside(start, text)
+    prompt_embeddings = None if prompt_embeddings is None else beside(start, prompt_embeddings)
+    return load_segmenter(source if source.startswith(PREFIX) else Path(source), text=text, prompt_embeddings=prompt_embeddings)
 
 
 def given_teacher(shop: Workshop) -> PromptedSegmenter:
     """The teacher that the study names, with its own prompts."""
     wanted = shop.settings.teacher
-    prompts = {name: getattr(wanted, name) for name in ("text", "prompt_embeddings")}
-    beside_study = {name: None if path is None else beside(shop.study_folder, path) for name, path in prompts.items()}
-    bundle = _bundle(shop, str(wanted.source), "teacher.source", **beside_study)
+    bundle = _bundle(shop, str(wanted.source), "teacher.source", text=wanted.text, prompt_embeddings=wanted.prompt_embeddings)
     if bundle.config.query_width != shop.settings.student.sizes.query_width:
         came = f"student.sizes.query_width {shop.settings.student.sizes.query_width}"
         raise InputError(
