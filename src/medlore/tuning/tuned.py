@@ -149,7 +149,10 @@ def _network(folder: Path, card: TunedCard, model: str | Path | None) -> nn.Modu
     if card.form == "weights":
         file = folder / WEIGHTS_FILE
         if card.modules is not None:
-            add_modules(backbone.model, card.modules, backbone.head_name)
+            try:
+                add_modules(backbone.model, card.modules, backbone.head_name)
+            except DataError as error:
+                raise error.at(str(folder / CARD_FILE)) from error
         load_trainable_state(backbone.model, read_tensors(file), expected=_trained_names(file))
         return absorb(backbone.model)
     return _with_adapter(backbone.model, folder)

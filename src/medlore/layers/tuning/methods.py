@@ -127,14 +127,15 @@ def add_modules(model: nn.Module, added: AddedModules, head: str) -> None:
     # earlier versions wrote the options of all methods
     known = {field.name for each in METHODS.values() for field in dataclasses.fields(each.options)}
     strange = sorted(set(added.options) - known)
-    if method is None or method.add is None or strange:
-        came = f"options {', '.join(strange)}" if strange else f"modules of {added.kind!r}"
-        raise DataError("modules", came, named(lambda m: m.add is not None), "tune again with this version")
+    if method is None or method.add is None:
+        raise DataError("modules.kind", repr(added.kind), named(lambda m: m.add is not None), "tune again with this version")
+    if strange:
+        raise DataError("modules.options", ", ".join(strange), f"options of {added.kind}", "tune again with this version")
     try:
         options = method.chosen(added.options)
     except pydantic.ValidationError as error:
         faults = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise DataError("modules", f"{len(faults)} faults", f"options of {added.kind}", "tune again", faults=faults) from error
+        raise DataError("modules.options", f"{len(faults)} faults", f"options of {added.kind}", "tune again", faults=faults) from error
     method.add(model, options, added.ranks, head)
 
 
