@@ -29,7 +29,8 @@ from medlore.decomposing.segmenters.few_shot import FewShotSettings, tune_segmen
 from medlore.files import write_text
 from medlore.metrics.draws import mean_of_draws
 from medlore.runs.hardware import choose_device
-from medlore.runs.settings import check_settings, describe_machine
+from medlore.runs.report import describe_machine
+from medlore.runs.settings_file import check_settings
 
 SHOTS, DRAWS = 5, 3
 METHODS = ("sr-lora", "lora", "scratch", "full")

@@ -29,7 +29,9 @@ from maintenance.pretrain_images import LabelledImages, augment, balanced_order,
 from medlore.errors import CheckpointError, MedloreError
 from medlore.files import atomic_folder, existing_file, write_json
 from medlore.runs.hardware import seed_everything
-from medlore.runs.settings import Run, Settings, read_settings
+from medlore.runs.report import Run
+from medlore.runs.settings import Settings
+from medlore.runs.settings_file import read_settings
 from medlore.training.accelerator import make_accelerator
 from medlore.training.checkpoint import Checkpoint, read_saved
 from medlore.training.loop import train

@@ -188,7 +188,7 @@ def _script(task: Any, scores: list[float], tasks: int) -> None:
 def _study(folder: Path) -> tuple[Any, Any]:
     from medlore.decomposing.segmenters.cohort import read_cohort
     from medlore.decomposing.segmenters.settings import SegmentationSettings
-    from medlore.runs.settings import read_settings
+    from medlore.runs.settings_file import read_settings
     from tiny_segmentation import write_study
 
     file = folder / "study" / "study.yaml"

@@ -16,7 +16,7 @@ from medlore.decomposing.segmenters.study import read_study
 from medlore.errors import InputError, UnknownNameError
 from medlore.files import write_text
 from medlore.models.segmenter.bundle import load_segmenter
-from medlore.runs.settings import read_settings
+from medlore.runs.settings_file import read_settings
 from small_segmenter import write_small_pack
 from tiny_segmentation import STUDY
 

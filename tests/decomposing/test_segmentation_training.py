@@ -23,7 +23,7 @@ from medlore.decomposing.segmenters.validation import WindowSettings, make_valid
 from medlore.errors import InputError, StepError
 from medlore.layers.experts.surgery import install_experts
 from medlore.models.segmenter.network import Segmenter, expert_targets
-from medlore.runs.settings import read_settings
+from medlore.runs.settings_file import read_settings
 from medlore.training.accelerator import make_accelerator
 from tiny_segmentation import write_study
 
@@ -116,7 +116,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(study: tu
             return found
 
     dealer = Poisoned(**vars(dealer_of(study)))
-    schedule = SCHEDULE.model_copy(update={"accumulate": 1})
+    schedule = SCHEDULE.changed(accumulate=1)
     with pytest.raises(StepError, match=r"step 2, cases (brain|belly)\d") as caught:
         train_segmenter(network, dealer, plan_of(schedule, minutes=9), accelerator=make_accelerator("cpu", "fp32"), checkpoint=checkpoint)
     assert str(checkpoint) in str(caught.value)

@@ -96,7 +96,7 @@ def case(tmp_path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("device", ["auto", "cuda"])
 def test_a_cuda_machine_plans_what_it_runs(monkeypatch: pytest.MonkeyPatch, case: dict[str, Any], device: str) -> None:
     """`--device auto` used to plan full precision for the host and run in half precision on the GPU; `--dry-run` planned for the CPU."""
-    from medlore.runs.settings import read_settings
+    from medlore.runs.settings_file import read_settings
     from medlore.segmenting.cohort import hardware_of, load_model, plan_cases
     from medlore.segmenting.settings import SegmentSettings
 
@@ -119,7 +119,7 @@ def test_a_cuda_machine_plans_what_it_runs(monkeypatch: pytest.MonkeyPatch, case
 
 
 def test_a_case_is_planned_once_and_that_plan_is_executed(monkeypatch: pytest.MonkeyPatch, case: dict[str, Any]) -> None:
-    from medlore.runs.settings import read_settings
+    from medlore.runs.settings_file import read_settings
     from medlore.segmenting import planner
     from medlore.segmenting.cohort import Silence, segment_cases
     from medlore.segmenting.settings import SegmentSettings

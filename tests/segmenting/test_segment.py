@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from medlore.errors import DataError, InputError, UnknownNameError
-from medlore.runs.settings import read_settings
+from medlore.runs.settings_file import read_settings
 from medlore.segmenting.cohort import SegmentSettings, load_model, plan_cases, segment_cases
 from medlore.segmenting.labels import facts_of_bundle, facts_of_pack, route_labels
 from medlore.segmenting.plan import CasePlan, NetworkSize, WindowRules, plan_case

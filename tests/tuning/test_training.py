@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from medlore.errors import CheckpointError, StepError
-from medlore.layers.tuning.methods import Tuning
+from medlore.layers.tuning.interface import Tuning
 from medlore.training.accelerator import make_accelerator
 from medlore.training.checkpoint import read_checkpoint
 from medlore.training.task import seed_of

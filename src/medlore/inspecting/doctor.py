@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import platform
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
@@ -36,22 +35,6 @@ def check_machine() -> list[Finding]:
     """All findings, in reading order; imports torch, not torchvision."""
     checks: list[Callable[[], list[Finding]]] = [_python, _packages, _torchvision, _devices, _bfloat16, _extras, _disk]
     return [finding for check in checks for finding in check()]
-
-
-def print_findings(findings: list[Finding], *, as_json: bool) -> None:
-    """A table for people, or one JSON object `{"healthy": bool, "findings": [...]}`."""
-    if as_json:
-        healthy = all(f.state != "bad" for f in findings)
-        sys.stdout.write(json.dumps({"healthy": healthy, "findings": [asdict(f) for f in findings]}, indent=2) + "\n")
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    colours = {"ok": "green", "note": "yellow", "bad": "red"}
-    table = Table("check", "state", "seen", "what to do", box=None, pad_edge=False)
-    for f in findings:
-        table.add_row(f.name, f"[{colours[f.state]}]{f.state}[/]", f.seen, f.fix)
-    Console().print(table)
 
 
 def _python() -> list[Finding]:

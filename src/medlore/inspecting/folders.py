@@ -10,7 +10,7 @@ from typing import Any
 from medlore.errors import CheckpointError, InputError, MedloreError
 from medlore.files import read_json, sha256_of
 from medlore.models.statefile import State
-from medlore.runs.settings import REPORT_SCHEMA
+from medlore.runs.report import REPORT_SCHEMA
 
 Facts = dict[str, Any]
 CONFIG_FILE = "config.json"

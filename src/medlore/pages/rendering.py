@@ -37,13 +37,14 @@ def page_html(page: Page) -> str:
     sections = [section for section in page.sections if section.pieces]
     viewer = any(isinstance(piece, Slices) for section in sections for piece in section.pieces)
     style, scripts = _part("page.css"), [_part("tables.js"), *([_part("slices.js")] if viewer else [])]
-    return _template().render(
+    text: str = _template().render(
         page=page,
         sections=sections,
         style=style,
         scripts=scripts,
         policy=_policy(style, scripts),
     )
+    return text
 
 
 def _policy(style: str, scripts: Sequence[str]) -> str:

@@ -23,12 +23,12 @@ from medlore.files import read_json, sha256_of
 from medlore.models.segmenter.vocabulary import canonical_modality, default_vocabulary
 from medlore.runs.hardware import Hardware, Work, decide_hardware
 from medlore.runs.output_lock import OutputLock
-from medlore.runs.settings import Run
+from medlore.runs.report import Run
 from medlore.runs.workers import spread
 from medlore.segmenting.labels import ModelFacts, Routes, facts_of_bundle, facts_of_pack, route_labels
 from medlore.segmenting.plan import CasePlan
 from medlore.segmenting.planner import Choices, Planner
-from medlore.segmenting.settings import DECISIVE, RULES_VERSION, SegmentSettings
+from medlore.segmenting.settings import RULES_VERSION, SegmentSettings
 
 if TYPE_CHECKING:
     from medlore.segmenting.model import SegmentingModel
@@ -328,8 +328,7 @@ def _fingerprint(settings: SegmentSettings, model: SegmentingModel, case: Case, 
     from medlore.data.volumes.preparation import existing_image
 
     existing_image(case.image)
-    values = settings.model_dump(mode="json")
-    decisive = {name: values[name] for name in DECISIVE} | {"precision": model.precision}
+    decisive = settings.decisive() | {"precision": model.precision}
     orientation = case.orientation_code or settings.orientation_code
     part = [case.frame, case.series]
     prompts = [sha256_of(file) for file in (settings.prompt_embeddings, settings.text, settings.tokenizer) if file is not None]

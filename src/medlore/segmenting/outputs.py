@@ -28,7 +28,7 @@ from medlore.data.volumes.nifti import copy_image, label_table, write_nifti
 from medlore.extras import is_installed
 from medlore.files import atomic_folder, write_json, write_text
 from medlore.pages.colours import label_colour
-from medlore.runs.settings import peak_memory_bytes
+from medlore.runs.report import peak_memory_bytes
 from medlore.segmenting.model import Segmentation
 from medlore.segmenting.quality_control import write_quality_control
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from medlore.layers.surgery import load_trainable_state, set_training, trainable_state
-from medlore.layers.tuning.methods import Tuning
+from medlore.layers.tuning.interface import Tuning
 from medlore.training import schedule as schedules
 from medlore.training import task as tasks
 from medlore.training.checkpoint import Checkpoint

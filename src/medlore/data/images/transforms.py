@@ -16,10 +16,11 @@ from torch import Tensor
 
 from medlore.data.images.imageset import ImageItem
 from medlore.data.images.pixels import Pixels, load_many
+from medlore.data.images.words import Flip
 from medlore.errors import InputError
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
-Flip = Literal["none", "horizontal", "vertical", "both"]
+
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,

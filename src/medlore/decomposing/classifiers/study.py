@@ -33,7 +33,9 @@ from medlore.models.backbones.students import StudentKind, build_student, featur
 from medlore.models.classifier_pack import ExpertEntry, save_classifier_pack
 from medlore.models.multitask import MixedOutput, MultiTaskNetwork, count_parameters
 from medlore.runs.hardware import seed_everything
-from medlore.runs.settings import Run, read_settings
+from medlore.runs.report import Run
+from medlore.runs.settings import found_beside
+from medlore.runs.settings_file import read_settings
 from medlore.training.accelerator import make_accelerator
 from medlore.training.checkpoint import Checkpoint
 from medlore.training.schedule import CosineAfterWarmup, Schedule
@@ -117,8 +119,9 @@ def plan(study: str | Path, **flags: Any) -> dict[str, Any]:
 
 def _open(study: str | Path, out: str | Path, narrate: Narrator, flags: Mapping[str, Any]) -> tuple[_Context, nn.Module | None]:
     settings = read_settings(DecomposeSettings, study, **flags)
-    body, preprocessing = _teacher_body(settings)
-    tasks = read_tasks(settings, preprocessing, folder=Path(study).resolve().parent)
+    folder = Path(study).resolve().parent
+    body, preprocessing = _teacher_body(settings, folder)
+    tasks = read_tasks(settings, preprocessing, folder=folder)
     accelerator = make_accelerator(settings.device, settings.precision, absent_parameters=True)
     context = _Context(settings, tasks, preprocessing, Path(out), narrate, accelerator)
     _with_experts(context, None, RankSettings(layout=settings.ranks.layout))  # what cannot be installed is said before anything is trained
@@ -185,7 +188,7 @@ def _train_all(context: _Context, teacher: MultiTaskNetwork | None) -> tuple[lis
     for variant in settings.variants:
         if variant.startswith("experts-"):
             rule = cast("Rule", variant.removeprefix("experts-"))
-            ranks = settings.ranks.model_copy(update={"rule": rule})
+            ranks = settings.ranks.changed(rule=rule)
             rows += _compare(context, variant, _with_experts(context, teacher, ranks), _distillation(context, teacher))
     experts = _with_experts(context, teacher)
     rows += _compare(context, "experts", experts, _distillation(context, teacher))
@@ -210,7 +213,7 @@ def _with_experts(context: _Context, teacher: MultiTaskNetwork | None, ranks: Ra
     return context.network(body, context.tasks, experts=True)
 
 
-def _teacher_body(settings: DecomposeSettings) -> tuple[nn.Module | None, Preprocessing]:
+def _teacher_body(settings: DecomposeSettings, folder: Path) -> tuple[nn.Module | None, Preprocessing]:
     """The teacher's body without a head, and the input that it, and so its student, expects."""
     plain = Preprocessing(settings.image_size)
     if settings.teacher is None:
@@ -219,6 +222,7 @@ def _teacher_body(settings: DecomposeSettings) -> tuple[nn.Module | None, Prepro
     seed_everything(settings.seed)
     if source in _STUDENTS:
         return build_student(cast("StudentKind", source), image_size=settings.image_size, norm=settings.student.norm), plain
+    source = found_beside(folder, source, where="teacher.source")
     if not source.startswith(PREFIX) and "/" not in source and not Path(source).exists():
         raise UnknownNameError(
             "teacher.source", source, [*_STUDENTS, "medlore:vit-mini"], "take one of them, or give a folder, file or hub name"

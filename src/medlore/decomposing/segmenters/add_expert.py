@@ -15,7 +15,7 @@ from medlore.decomposing.segmenters.context import Job, Narrator, StudyContext, 
 from medlore.decomposing.segmenters.expert_ranks import choose_expert_ranks
 from medlore.decomposing.segmenters.network import PromptedSegmenter, new_prompts
 from medlore.decomposing.segmenters.packs import smallest_type, without_loss
-from medlore.decomposing.segmenters.settings import SegmentationSettings
+from medlore.decomposing.segmenters.settings import KNOWN_PREPROCESSING, SegmentationSettings
 from medlore.decomposing.segmenters.study import SegmentationResult, measured, read_study
 from medlore.errors import InputError
 from medlore.layers.experts.layer import ExpertLayer
@@ -28,7 +28,7 @@ from medlore.models.segmenter.experts import collect_weights, segmenter_with_exp
 from medlore.models.segmenter.prompts import PromptTable
 from medlore.models.segmenter.vocabulary import REGIONS, default_vocabulary
 from medlore.runs.hardware import seed_everything
-from medlore.runs.settings import Run
+from medlore.runs.report import Run
 
 
 def add_expert(
@@ -51,7 +51,7 @@ def add_expert(
         pack: folder that is added to; default `OUT/pack`. It is not changed.
         steps: in place of the study's.
         narrate: name of a network -> progress.
-        say: told of cases that are skipped.
+        say: hears of cases that are skipped.
         flags: settings that override the file.
 
     Raises:
@@ -98,8 +98,8 @@ def _as_packed(settings: SegmentationSettings, bundle: SegmenterBundle) -> Segme
     if any(side % bundle.config.patch for side in settings.patch_size):
         came = f"patch_size {settings.patch_size}"
         raise InputError("patch_size", came, f"multiples of the pack's patch, {bundle.config.patch}", "change it in the study")
-    own = {name: value for name, value in bundle.preprocessing.items() if name != "label_regions"}
-    return settings.model_copy(update={"preprocessing": own})
+    own = {name: value for name, value in bundle.preprocessing.items() if name in KNOWN_PREPROCESSING}
+    return settings.changed(preprocessing=own)
 
 
 def cohort_of(cohort: Cohort, region: str, bundle: SegmenterBundle) -> Cohort:

@@ -62,6 +62,7 @@ class StudyContext:
         accelerator: device and processes.
         narrate: name of a network -> progress of its training.
         facts: what was measured, by network.
+        study_folder: from which the paths of the study start.
     """
 
     settings: SegmentationSettings
@@ -70,6 +71,7 @@ class StudyContext:
     accelerator: Any
     narrate: Narrator
     facts: dict[str, Any] = field(default_factory=dict)
+    study_folder: Path = field(default_factory=Path)
 
     @property
     def writes(self) -> bool:
@@ -164,7 +166,7 @@ def open_context(
         raise InputError(str(out), "is a file", "a folder for the outputs", "name another folder")
     cache = out / "cache" if settings.cache is None else folder / settings.cache
     cohort = read_cohort(settings, folder=folder, cache=cache, say=say)
-    return StudyContext(settings, cohort, out, _accelerator(settings, out / "logs"), narrate)
+    return StudyContext(settings, cohort, out, _accelerator(settings, out / "logs"), narrate, study_folder=folder)
 
 
 def _accelerator(settings: SegmentationSettings, logs: Path) -> Any:

@@ -39,7 +39,7 @@ def plan_segmenter(
         study: YAML file.
         out: folder of the run; looked through for networks that are trained or begun.
         steps: of every student, in place of the study's.
-        say: told of cases that are skipped.
+        say: hears of cases that are skipped.
         flags: settings that override the file.
 
     Raises:

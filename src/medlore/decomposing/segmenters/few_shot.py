@@ -10,9 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
-import pydantic
 import torch
 from torch import Tensor
 
@@ -20,16 +19,18 @@ from medlore.assets import PREFIX
 from medlore.data.volumes.cases import read_cases
 from medlore.decomposing.segmenters.cohort import Cohort
 from medlore.decomposing.segmenters.context import Job, Narrator, StudyContext, hash_of, open_context, silent
+from medlore.decomposing.segmenters.few_shot_settings import RATES, FewShotSettings
 from medlore.decomposing.segmenters.network import PromptedSegmenter, new_prompts
 from medlore.decomposing.segmenters.packs import in_type
-from medlore.decomposing.segmenters.rule_settings import checked_patches
 from medlore.decomposing.segmenters.settings import (
     DEFAULT_PREPROCESSING,
     DataSettings,
     LossSettings,
-    Precision,
     ScheduleSettings,
     SegmentationSettings,
+    SizeSettings,
+    StudentSettings,
+    TeacherSettings,
 )
 from medlore.decomposing.segmenters.table import measure_network
 from medlore.decomposing.stored_weights import as_stored
@@ -42,52 +43,10 @@ from medlore.models.segmenter.prompts import PromptTable
 from medlore.models.segmenter.vocabulary import REGIONS, WHOLE_BODY, canonical_modality
 from medlore.ranks.allocate import plan_ranks
 from medlore.ranks.plan import RankPlan
-from medlore.runs.hardware import DeviceChoice, seed_everything
-from medlore.runs.settings import Run, Settings
+from medlore.runs.hardware import seed_everything
+from medlore.runs.report import Run
 
-Method = Literal["sr-lora", "lora", "full", "scratch"]
-RATES: dict[Method, float] = {"sr-lora": 2e-3, "lora": 2e-3, "full": 5e-4, "scratch": 1e-3}
 _NEW = "new"  # the one expert while it is trained
-
-
-class FewShotSettings(Settings):
-    """Few-shot tuning of a segmenter.
-
-    Attributes:
-        model: a pack, a published file or `medlore:NAME`.
-        cases: jsonl with masks; lines with `split: test` are measured and never trained on.
-        method: `sr-lora`: factors in every convolution, ranks by stable rank; `lora`: the same number of parameters, one rank;
-            `full`: all weights; `scratch`: all weights, drawn anew.
-        rank: the one rank, whose number of parameters `sr-lora` takes too.
-        scaling: factor before the product of the factors.
-        region: whose expert is the start, and which answers the labels afterwards; default what vocabulary and pack say.
-        steps: optimiser steps.
-        batch_size: patches a step.
-        learning_rate: peak; default the method's.
-        patch_size: of the training patches; multiples of the network's patch.
-        max_prompts: asked of one patch.
-        patches: rules of drawing and augmenting a patch; see `medlore.data.volumes.patches.PatchRules`.
-        weights: type in which the new pack is stored.
-    """
-
-    model: str
-    cases: Path
-    method: Method = "sr-lora"
-    rank: int = pydantic.Field(default=4, ge=1)
-    scaling: float = pydantic.Field(default=1.0, gt=0)
-    region: str | None = None
-    steps: int = pydantic.Field(default=300, ge=1)
-    batch_size: int = pydantic.Field(default=1, ge=1)
-    learning_rate: float | None = pydantic.Field(default=None, gt=0)
-    patch_size: tuple[pydantic.PositiveInt, pydantic.PositiveInt, pydantic.PositiveInt] = (64, 64, 64)
-    max_prompts: int = pydantic.Field(default=8, ge=1)
-    patches: dict[str, Any] = pydantic.Field(default_factory=dict)
-    weights: Literal["fp16", "fp32"] = "fp16"
-    seed: int = pydantic.Field(default=0, ge=0, lt=2**32)
-    device: DeviceChoice = "auto"
-    precision: Precision = "fp32"
-
-    _patches = pydantic.field_validator("patches")(checked_patches)
 
 
 @dataclass(frozen=True)
@@ -116,7 +75,7 @@ def tune_segmenter(
         settings: what to do.
         out: folder of the results.
         narrate: name of a network -> progress.
-        say: told of cases that are skipped.
+        say: hears of cases that are skipped.
 
     Raises:
         InputError: wrong settings, or a model that cannot be tuned.
@@ -197,11 +156,15 @@ def _as_study(settings: FewShotSettings, bundle: SegmenterBundle) -> Segmentatio
         raise InputError("patch_size", str(settings.patch_size), accepted, "give other sides")
     rate = RATES[settings.method] if settings.learning_rate is None else settings.learning_rate
     schedule = ScheduleSettings(steps=settings.steps, batch_size=settings.batch_size, learning_rate=rate)
-    study = SegmentationSettings(
+    sizes = SizeSettings.of(bundle.config)
+    return SegmentationSettings(
         name=f"{settings.method} of {bundle.name}",
         data=(DataSettings(name="cases", cases=settings.cases.resolve(), held_out=0.0),),
         regions=own,
+        patch_size=settings.patch_size,
         max_prompts=settings.max_prompts,
+        teacher=TeacherSettings(sizes=sizes),
+        student=StudentSettings(sizes=sizes, **schedule.flat()),
         patches=settings.patches,
         preprocessing={name: value for name, value in bundle.preprocessing.items() if name in DEFAULT_PREPROCESSING},
         loss=LossSettings(distillation=0.0),
@@ -211,8 +174,6 @@ def _as_study(settings: FewShotSettings, bundle: SegmenterBundle) -> Segmentatio
         precision=settings.precision,
         weights=settings.weights,
     )
-    student = study.student.model_copy(update=schedule.model_dump())
-    return study.model_copy(update={"student": student, "patch_size": settings.patch_size})
 
 
 def _the_region(cohort: Cohort) -> str:

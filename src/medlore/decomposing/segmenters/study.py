@@ -31,7 +31,9 @@ from medlore.models.segmenter.bundle import SegmenterBundle, load_segmenter
 from medlore.models.segmenter.experts import segmenter_with_experts
 from medlore.models.segmenter.network import Segmenter
 from medlore.runs.hardware import seed_everything
-from medlore.runs.settings import Run, read_settings
+from medlore.runs.report import Run
+from medlore.runs.settings import beside, found_beside
+from medlore.runs.settings_file import read_settings
 
 Rows = list[dict[str, Any]]
 
@@ -59,7 +61,7 @@ def read_study(study: str | Path, *, steps: int | None = None, **flags: Any) -> 
         raise InputError("--steps", str(steps), "at least 1", "give the optimiser steps of every student")
     settings = read_settings(SegmentationSettings, study, **flags)
     settings.check_windows()
-    return settings if steps is None else settings.model_copy(update={"student": settings.student.model_copy(update={"steps": steps})})
+    return settings if steps is None else settings.changed(student=settings.student.changed(steps=steps))
 
 
 def decompose_segmenter(
@@ -80,7 +82,7 @@ def decompose_segmenter(
         only: `teacher` stops when the teacher's pack is written.
         steps: of every student, in place of the study's.
         narrate: name of a network -> progress of its training.
-        say: told of cases that are skipped and of stages.
+        say: hears of cases that are skipped and of stages.
         flags: settings that override the file.
 
     Raises:
@@ -140,7 +142,7 @@ def measured(context: StudyContext, name: str, network: PromptedSegmenter, cohor
 def teacher_job(context: StudyContext) -> Job:
     """The teacher: asked labels of all regions at once, since it has no experts."""
     begun = context.settings.teacher.start
-    begins_with = "" if begun is None else _bundle(begun).sha256
+    begins_with = "" if begun is None else _bundle(context, begun, "teacher.start").sha256
     return Job("teacher", context.settings.teacher, context.cohort, ("teacher",), by_region=False, begins_with=begins_with)
 
 
@@ -158,7 +160,7 @@ def single_job(context: StudyContext, region: str) -> Job:
     """A single-region student takes its region's share of the steps, so that each network sees a region's cases equally often."""
     schedule = context.settings.student
     steps = max(round(schedule.steps * region_shares(context.cohort)[region]), 1)
-    return Job(f"single {region}", schedule.model_copy(update={"steps": steps}), context.cohort.only(region), ("student",))
+    return Job(f"single {region}", schedule.changed(steps=steps), context.cohort.only(region), ("student",))
 
 
 def _teacher(context: StudyContext) -> tuple[PromptedSegmenter, dict[str, Path]]:
@@ -185,7 +187,7 @@ def new_teacher(context: StudyContext) -> PromptedSegmenter:
         return PromptedSegmenter(
             Segmenter(config, dropout=0.0), new_prompts(len(context.cohort.keys), config.query_width, seed=seed), learn_prompts=True
         )
-    bundle = _bundle(start)
+    bundle = _bundle(context, start, "teacher.start")
     if bundle.config != config or bundle.weights.experts:
         experts = f" with {len(bundle.weights.experts)} experts" if bundle.weights.experts else ""
         came = f"{start} of features {list(bundle.config.features)}{experts}"
@@ -195,15 +197,19 @@ def new_teacher(context: StudyContext) -> PromptedSegmenter:
     )
 
 
-def _bundle(source: str, *, text: Path | None = None, prompt_embeddings: Path | None = None) -> SegmenterBundle:
+def _bundle(
+    context: StudyContext, named: str, where: str, *, text: Path | None = None, prompt_embeddings: Path | None = None
+) -> SegmenterBundle:
+    source, start = found_beside(context.study_folder, named, where=where), context.study_folder
+    text = None if text is None else beside(start, text)
+    prompt_embeddings = None if prompt_embeddings is None else beside(start, prompt_embeddings)
     return load_segmenter(source if source.startswith(PREFIX) else Path(source), text=text, prompt_embeddings=prompt_embeddings)
 
 
 def given_teacher(context: StudyContext) -> PromptedSegmenter:
     """The teacher that the study names, with its own prompts."""
     wanted = context.settings.teacher
-    source = str(wanted.source)
-    bundle = _bundle(source, text=wanted.text, prompt_embeddings=wanted.prompt_embeddings)
+    bundle = _bundle(context, str(wanted.source), "teacher.source", text=wanted.text, prompt_embeddings=wanted.prompt_embeddings)
     if bundle.config.query_width != context.settings.student.sizes.query_width:
         came = f"student.sizes.query_width {context.settings.student.sizes.query_width}"
         raise InputError(
