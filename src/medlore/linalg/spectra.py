@@ -108,6 +108,17 @@ def stable_rank(
         return _answer(A, question, frobenius2, proof=proof, rng=np.random.default_rng(seed))
 
 
+def rounded_rank(value: float, *, most: int, rounding: Rounding = "half-even", scale: float = 1.0) -> int:
+    """The integer that a stable rank becomes, from 1 to `most`.
+
+    Example:
+        >>> rounded_rank(2.5, most=8), rounded_rank(2.5, most=8, rounding="half-up")
+        (2, 3)
+    """
+    _check_options(rounding, scale, None)
+    return _Question(most, rounding, scale, None).rank(value)
+
+
 def spectral_norm(W: torch.Tensor | Array, *, tolerance: float = 1e-4, proof: bool = False, seed: int = 0) -> SpectralNorm:
     """The largest singular value with certified bounds, at most `tolerance` apart relative to the value.
 
