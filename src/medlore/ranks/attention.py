@@ -80,6 +80,8 @@ def _candidates(shapes: Shapes) -> dict[str, _Candidate]:
             path, _, roles = split_name(key.removesuffix(".weight"))
         else:
             path, _, roles = split_name(key.removesuffix("_weight"))  # nn.MultiheadAttention with k and v of other widths
+        if not roles and key.endswith(".in_proj.weight") and any(speaks_of_attention(p) for p in path.split(".")[-3:-1]):
+            path, roles = path.removesuffix(".in_proj"), "qkv"
         if roles:
             candidates.setdefault(path, _Candidate(path)).keys.setdefault(roles, key)
     return {path: c for path, c in candidates.items() if _best_cover(c) is not None}
@@ -175,7 +177,8 @@ def _output(path: str, keys: Mapping[str, str], matrices: Shapes, widths: Mappin
     """The output projection, or why there is none: by its usual name, else by its shape, beside q, k and v or just above them."""
     above = path.rpartition(".")[0]
     made = _made(keys, matrices, widths)
-    for name in [f"{path}.{leaf}" if path else leaf for leaf in _OUT_BESIDE]:
+    usual = [f"{path}.{leaf}" if path else leaf for leaf in _OUT_BESIDE]
+    for name in [*usual, f"{above}.output.dense"] if speaks_of_attention(above) else usual:
         if (shape := matrices.get(f"{name}.weight")) is not None:
             return Target(name, "o", (shape[0], shape[1]), group=path), ""
     for scope in (path, above) if above else (path,):

@@ -20,6 +20,7 @@ _SEVERAL_ORDERS = (
     (re.compile(r"query_key_value\.weight$"), "heads one after the other in GPT-NeoX and Bloom, parts in others"),
     (re.compile(r"(^|\.)h\.\d+\.attn\.qkv_proj\.weight$"), "CodeGen stores it in quarters, others in thirds"),
     (re.compile(r"c_attn\.weight$"), "GPT-BigCode stores it by heads, others by parts"),
+    (re.compile(r"(^|\.)in_proj\.weight$"), "DeBERTa stores it by heads, others by parts"),
     (re.compile(r"(^|\.)wqkv\.weight$"), "InternLM stores it by groups of heads, others by parts"),
 )
 

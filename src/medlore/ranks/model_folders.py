@@ -37,6 +37,7 @@ _NO_COUNT = (
 )
 _SHORT = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth", "encoder_layers", "decoder_layers", "num_encoder_layers")
 _MOST_WORDS = 512
+_NARROWEST = 16  # a label costs a row of the head; no network here is narrower
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
@@ -46,6 +47,23 @@ def read_config(folder: Path) -> dict[str, Any] | None:
         return None
     content = read_json(path)
     return content if isinstance(content, dict) and isinstance(content.get("model_type"), str) else None
+
+
+def refuse_own_code(config: Mapping[str, Any], where: str) -> None:
+    """Refuse a configuration that names code beside the weights; nothing is asked and nothing of it is run.
+
+    Raises:
+        CheckpointError: it has an `auto_map`.
+    """
+    if named := config.get("auto_map"):
+        first = next(iter(named.values()), "") if isinstance(named, Mapping) else named
+        raise own_code(where, f"code of its own (auto_map: {first!s:.80})")
+
+
+def own_code(where: str, came: str) -> CheckpointError:
+    """What is said of a folder or hub name that wants its own code to be run."""
+    fix = "take a model that transformers itself knows, or name the weights file alone"
+    return CheckpointError(where, f"{came}, which is never executed", "a network that needs no code from its folder", fix)
 
 
 def check_counts(config: Mapping[str, Any], *, tensors: int, values: int, where: str) -> None:
@@ -62,7 +80,8 @@ def check_counts(config: Mapping[str, Any], *, tensors: int, values: int, where:
     """
     faults = []
     for name, count in _counts(config):
-        most = tensors if name.rpartition(".")[2].split("_")[-1] in _LAYERS else values
+        last = name.rpartition(".")[2]
+        most = tensors if last.split("_")[-1] in _LAYERS else values // _NARROWEST if "label" in last else values
         if count > max(most, 1000):
             faults.append(f"{name}: {count}, for {tensors} tensors with {values} values")
     if faults:

@@ -70,7 +70,7 @@ class Probe:
                 return Answer(split, "probed")
         if not tried:
             return None
-        return Answer(None, why=f"the rows of {fused.key} do not act as q, k and v in any order that was tried")
+        return Answer(None, why="the rows of its fused matrix do not act as q, k and v in any order that was tried")
 
 
 def short_probe(folder: Path) -> Orders | None:
@@ -117,7 +117,7 @@ class _Spy(TorchFunctionMode):
 
     def __init__(self, weights: tuple[Tensor, Tensor, Tensor | None], factors: Tensor | None, q_factor: float, *, leaf: bool) -> None:
         super().__init__()
-        self.fused, self.output, self.q = weights
+        self.fused, self.output, self.q = ([w] for w in weights)  # each with its transposes and other views
         self.factors, self.q_factor, self.leaf = factors, q_factor, leaf
         self.made: Tensor | None = None
         self.read: Tensor | None = None
@@ -125,17 +125,30 @@ class _Spy(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         operands = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-        if self.read is None and any(a is self.output for a in operands):
-            self.read = next((a for a in operands if a is not self.output and a.ndim > 1 and a.shape[-1] in self.output.shape), None)
+        if self.read is None and _among(operands, self.output):
+            own = self.output[0].shape
+            self.read = next((a for a in operands if not _among([a], self.output) and a.ndim > 1 and a.shape[-1] in own), None)
         result = func(*args, **kwargs)
         if not isinstance(result, Tensor):
             return result
-        if any(a is self.fused for a in operands) and result.shape[-1] in self.fused.shape and result.ndim > 1:
+        for weight in (self.fused, self.output, self.q):
+            if _among(operands, weight) and result.ndim > 1:
+                return self._seen(weight, result)
+        return result
+
+    def _seen(self, weight: list[Any], result: Tensor) -> Tensor:
+        if result.untyped_storage().data_ptr() == weight[0].untyped_storage().data_ptr():
+            weight.append(result)
+        elif weight is self.fused and result.shape[-1] in weight[0].shape:
             self.made = result.detach().requires_grad_() if self.leaf else result
             return self.made * (1.0 if self.factors is None else self.factors)
-        if self.q is not None and any(a is self.q for a in operands) and result.ndim > 1:
+        elif weight is self.q:
             return result * self.q_factor
         return result
+
+
+def _among(operands: Iterable[Tensor], weight: Iterable[Tensor | None]) -> bool:
+    return any(a is w for a in operands for w in weight)
 
 
 def _trial(owner: nn.Module, path: str, fused: Fused, arguments: ArgumentsFound) -> _Trial | None:
@@ -145,6 +158,10 @@ def _trial(owner: nn.Module, path: str, fused: Fused, arguments: ArgumentsFound)
         weights = (own[fused.key], own[fused.out_key], own.get(fused.q_key))
         trial = _Trial(module, arguments.as_float(), weights, torch.empty(0), torch.empty(0))
         with torch.no_grad():
+            size = trial.run()[0].std().clamp(min=1e-9)
+            for weight in (weights[0], weights[2]):  # weak numbers would make every softmax even, whatever q and k are
+                if weight is not None:
+                    weight.div_(size)
             trial.made, trial.read = trial.run()
     except _FAILURES:
         return None
@@ -155,12 +172,12 @@ def _trial(owner: nn.Module, path: str, fused: Fused, arguments: ArgumentsFound)
 def _prepared(owner: nn.Module) -> nn.Module:
     """A copy in evaluation mode, float32, on the CPU: random matrices, no biases and no tables of positions."""
     module = copy.deepcopy(owner).float().cpu().eval().requires_grad_(False)
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+    for name, tensor in module.named_parameters():
         if not tensor.is_floating_point():
             continue
         if "bias" in name or "rel_pos" in name:
             tensor.zero_()
-        elif tensor.ndim == 2 and isinstance(tensor, nn.Parameter):
+        elif tensor.ndim == 2:
             tensor.copy_(torch.randn(tensor.shape) / tensor.shape[-1] ** 0.5)
     return module
 
@@ -210,10 +227,11 @@ def _rows_of_one_token(trial: _Trial) -> Tensor | None:
             made, read = trial.run(leaf=True)
             tokens = read.reshape(-1, read.shape[-1])
             reached = torch.zeros(made.shape[-1], dtype=torch.long)
-            for token in {len(tokens) - 1, len(tokens) // 2}:
+            busiest = int(tokens.norm(dim=1).argmax())
+            for token in {len(tokens) - 1, len(tokens) // 2, busiest}:
                 (gradient,) = torch.autograd.grad((tokens[token] * torch.randn(tokens.shape[1])).sum(), made, retain_graph=True)
                 size = gradient.reshape(-1, gradient.shape[-1]).abs()
-                reached = torch.maximum(reached, (size > 1e-9 * size.max()).sum(0))
+                reached = torch.maximum(reached, (size > 1e-6 * size.amax(0)).sum(0))
     except _FAILURES:
         return None
     return reached == 1

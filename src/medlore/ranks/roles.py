@@ -73,7 +73,7 @@ def split_name(name: str) -> tuple[str, str, str]:
 
 
 def speaks_of_attention(piece: str) -> bool:
-    """Whether one piece of a path calls a module an attention.
+    """Whether one piece of a path, or a path, calls a module an attention.
 
     Example:
         >>> [speaks_of_attention(p) for p in ("self_attn", "EncDecAttention", "post_attention_layernorm", "attn1")]

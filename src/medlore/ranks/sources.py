@@ -24,7 +24,7 @@ from medlore.files import existing_file, read_json
 from medlore.ranks.model_folders import check_counts, read_config
 from medlore.ranks.quantised import dequantised, is_quantised
 from medlore.ranks.roles import split_name
-from medlore.weightfiles import TORCH_SUFFIXES, broken_file, load_torch_file, unwrapped
+from medlore.weightfiles import TORCH_SUFFIXES, broken_file, check_header, load_torch_file, unwrapped
 
 if TYPE_CHECKING:
     from medlore.ranks.fused_rows import Orders
@@ -144,6 +144,7 @@ class SafetensorsSource(WeightSource):
         self._files: dict[str, Path] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         for path in files:
+            check_header(path)
             try:
                 with safe_open(path, framework="pt") as opened:
                     for name in opened.keys():  # noqa: SIM118 - not a mapping
