@@ -14,7 +14,9 @@ share components, and the adapter can no longer be loaded through this door.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,11 +74,21 @@ def get_peft_model(
     config = plan.to_lora_config(folded=bool(wide), **lora_options)
     if any(m.kind == "attention" for m in wide):
         config._register_custom_module({nn.MultiheadAttention: AttentionLora})
-    tuned = peft.get_peft_model(model, config, adapter_name=adapter_name)
+    with _without_false_alarms():
+        tuned = peft.get_peft_model(model, config, adapter_name=adapter_name)
     for module in wide:
         _split(tuned.base_model.model.get_submodule(module.name), module, plan, adapter_name)
         forbid_fast_path(tuned.base_model.model, module.name)
     return tuned
+
+
+@contextlib.contextmanager
+def _without_false_alarms() -> Iterator[None]:
+    """PEFT looks for patterns among modules alone, not among parameters; and it sees for itself that a `Conv1D` is transposed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys did not match.*experts")
+        warnings.filterwarnings("ignore", message=r"fan_in_fan_out is set to False but the target module is `Conv1D`")
+        yield
 
 
 def save_adapter(model: PeftModel, plan: RankPlan, folder: str | Path) -> Path:

@@ -13,8 +13,8 @@ from medlore.assets import PREFIX, asset_path
 from medlore.errors import CheckpointError, InputError, UnknownNameError
 from medlore.files import sha256_of
 from medlore.models.keymaps import convert_state_dict, read_weights
-from medlore.ranks.model_folders import own_code, refuse_own_code
 from medlore.models.statistics import Family, Interpolation, Statistics, Triple, read_statistics
+from medlore.ranks.model_folders import own_code, refuse_own_code
 
 if TYPE_CHECKING:
     import torch

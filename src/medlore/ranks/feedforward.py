@@ -74,16 +74,17 @@ def stack_target(key: str, shape: tuple[int, ...], group: str = "") -> Target:
 
 def _in_block(attention: Attention, network: _Network, taken: set[str]) -> list[Target]:
     """What the smallest part of the network around the attention holds: usual names first, then whatever has the shapes."""
-    block = attention.path
+    block, others = attention.path, tuple[str, ...]()
     while block:
         block = block.rpartition(".")[0]
         start = f"{block}." if block else ""
+        others += _other_blocks(start, attention, network)
         found = _named(start, attention, network.matrices, taken)
         if not found:
             if sum(a.path.startswith(start) for a in network.attentions) > _MOST_ATTENTIONS_OF_A_BLOCK:
                 return []
-            found = sorted(_pairs(start, attention, network, taken), key=lambda t: natural_key(t.name))
-        if found := found + _stacks(start, attention, network, taken):
+            found = sorted(_pairs(start, attention, network, taken, others), key=lambda t: natural_key(t.name))
+        if found := found + _stacks(start, attention, network, taken, others):
             return found
     return []
 
@@ -93,13 +94,17 @@ def _named(start: str, attention: Attention, matrices: Shapes, taken: set[str]) 
     return [Target(n, "mlp", (matrices[f"{n}.weight"][0], matrices[f"{n}.weight"][1]), group=attention.path) for n in here]
 
 
-def _pairs(start: str, attention: Attention, network: _Network, taken: set[str]) -> list[Target]:
+def _pairs(start: str, attention: Attention, network: _Network, taken: set[str], others: tuple[str, ...]) -> list[Target]:
     """Linear layers below `start` that are one of a pair: up (h or 2h, width), down (width, h)."""
     width = attention.parts["q"].shape[1]
     here = {
         key: shape
         for key, shape in network.matrices.items()
-        if key.startswith(start) and key.endswith(".weight") and key not in taken and _may_be_mlp(key[len(start) :])
+        if key.startswith(start)
+        and key.endswith(".weight")
+        and key not in taken
+        and _may_be_mlp(key[len(start) :])
+        and not key.startswith(others)
     }
     up = {shape[0] for shape in here.values() if shape[1] == width}
     down = {shape[1] for shape in here.values() if shape[0] == width}
@@ -112,8 +117,9 @@ def _pairs(start: str, attention: Attention, network: _Network, taken: set[str])
     return [Target(n, "mlp", (s[0], s[1]), group=attention.path) for n, s in fitting.items()] if len(fitting) > 1 else []
 
 
-def _stacks(start: str, attention: Attention, network: _Network, taken: set[str]) -> list[Target]:
-    free = ((k, s) for k, s in network.shapes.items() if k.startswith(start) and k not in taken and is_expert_stack(k, s))
+def _stacks(start: str, attention: Attention, network: _Network, taken: set[str], others: tuple[str, ...]) -> list[Target]:
+    mine = {k: s for k, s in network.shapes.items() if k.startswith(start) and k not in taken and not k.startswith(others)}
+    free = ((k, s) for k, s in mine.items() if is_expert_stack(k, s))
     return sorted((stack_target(k, s, attention.path) for k, s in free), key=lambda t: natural_key(t.name))
 
 
@@ -122,15 +128,24 @@ def _may_be_mlp(relative: str) -> bool:
     return not any(roles_of(piece) or set(words_of(piece)) & _OTHER for piece in pieces)
 
 
+def _other_blocks(start: str, attention: Attention, network: _Network) -> tuple[str, ...]:
+    """Children of a part of the network that hold another attention: what lies in them is that attention's."""
+    paths = [a.path for a in network.attentions if a.path.startswith(start)]
+    children = {f"{start}{path[len(start) :].split('.')[0]}." for path in paths}
+    return tuple(child for child in children if not f"{attention.path}.".startswith(child))
+
+
 def _shares_a_block(attention: Attention, found: Mapping[str, Iterable[Target]], network: _Network) -> bool:
-    """Whether an attention before it, in the smallest part of the network that holds both, has the MLP."""
-    block = attention.path
+    """Whether the MLP of another attention lies beside both, as in a block with self and cross attention."""
+    block, others = attention.path, tuple[str, ...]()
     while block:
         block = block.rpartition(".")[0]
-        inside = [a.path for a in network.attentions if a.path.startswith(f"{block}." if block else "")]
+        start = f"{block}." if block else ""
+        inside = [a.path for a in network.attentions if a.path.startswith(start)]
         if len(inside) > _MOST_ATTENTIONS_OF_A_BLOCK:
             return False
-        if any(found.get(path) for path in inside if path != attention.path):
+        others += _other_blocks(start, attention, network)
+        if any(t.name.startswith(start) and not t.name.startswith(others) for path in inside for t in found.get(path, ())):
             return True
     return False
 

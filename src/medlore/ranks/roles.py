@@ -21,7 +21,7 @@ _OUTPUT_WORDS = ("o", "wo", "out", "output", "proj", "projection", "dense", "pos
 _CLEARLY_OUTPUT = _OUTPUT_WORDS.index("fc")
 _ATTENTION = re.compile(r"(attn|attention|attentions|mha)\d*$")
 _NO_OUTPUT = frozenset({
-    "gate", "gating", "g", "norm", "ln", "bias", "rel", "relative", "pos", "position", "positional", "beta", "lepe", "sr",
+    "gate", "gating", "g", "norm", "bias", "rel", "relative", "pos", "position", "positional", "beta", "lepe", "sr",
     "dw", "temperature", "router", "up", "down", "mlp", "ffn", "intermediate", "r", "b", "a", "global", "lora", "residual",
     "adapter", "feed", "forward", "expert", "experts", "gamma", "alpha", "decay", "conv", "dwconv", "kernel", "embed",
     "embedding", "embeddings", "table", "index",
