@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from medlore.ranks.model_folders import meta_model
 from medlore.ranks.places import Target, Tower
 from medlore.ranks.plan import RankPlan, found_in, is_plan_file, plan_digest
 from medlore.ranks.planned import PlannedLayer, digest, matrix_of
-from medlore.ranks.rules import alpha_rule, given_ranks, rank_bounds, read_budget, share_budget
+from medlore.ranks.rule_table import GivenRanks, LayerDemand, layer_rule
+from medlore.ranks.rules import alpha_rule
 from medlore.ranks.sources import ModuleSource, WeightSource, open_source
 
 
@@ -26,7 +27,7 @@ def plan_ranks(  # noqa: PLR0913 - every option is one decision that the plan re
     targets: str = "attention",
     granularity: Granularity = "projection",
     rule: str = "stable-rank",
-    ranks: str | Path | Sequence[Any] | Mapping[str, int] | None = None,
+    ranks: GivenRanks | None = None,
     scale: float = 1.0,
     budget: str | float | None = None,
     alpha: str | float | None = None,
@@ -49,7 +50,7 @@ def plan_ranks(  # noqa: PLR0913 - every option is one decision that the plan re
             matches whole module names.
         granularity: `projection` measures each of q, v and o; `fused` measures the stacked q, k, v matrix and gives its rank to
             q and to v, as the released code of the paper does.
-        rule: `stable-rank`, `uniform:K`, or `given` (with `ranks`).
+        rule: `stable-rank`, `uniform:K`, or `given` (with `ranks`); the table is `medlore.ranks.rule_table.RULES`.
         ranks: ranks that are given: a nested list of pairs, a mapping of names, a file with either, `medlore:rank-lists/NAME`, or
             a plan file, whose targets and alphas are taken over too.
         scale: factor on the stable rank before rounding.
@@ -96,25 +97,28 @@ def plan_ranks(  # noqa: PLR0913 - every option is one decision that the plan re
         _refuse_beside_a_plan(str(ranks), asked)
         return _with_module_names(_taken_over(given, opened, alpha), opened)
     alpha = "rank" if alpha is None else alpha
-    options = Options(granularity, _checked_rule(rule, ranks, budget), scale, alpha, include_k, min_rank, max_rank, rounding, proof, seed)
+    text, chosen_rule, number = layer_rule(rule, given=ranks is not None, budget=budget is not None)
+    options = Options(granularity, chosen_rule.measures, scale, alpha, min_rank, max_rank, rounding, proof, seed)
     try:
         found = found_in(opened, targets, include_k=include_k, tower=tower)
     except MedloreError as error:
         raise error.at(opened.label) from None
     measured = measure(opened, found, options, exact_values=budget is not None, progress=progress)
-    chosen, decided, budget_text = _choose(found.targets, measured, options, ranks=ranks, budget=budget, parameters=opened.parameters)
+    results = [m.result for m in measured if m.result is not None]
+    assert chosen_rule.layers is not None  # noqa: S101 - layer_rule gives no other
+    shared = chosen_rule.layers(LayerDemand(found.targets, results, number, ranks, budget, opened.parameters, min_rank, max_rank))
     plan = RankPlan(
         source=opened.label,
         layout=found.layout,
         targets=targets,
         granularity=granularity,
-        rule=options.rule,
-        layers=tuple(_planned(t, m, r, d, options.alpha) for t, m, r, d in zip(found.targets, measured, chosen, decided, strict=True)),
+        rule=text,
+        layers=tuple(_planned(*one, alpha) for one in zip(found.targets, measured, shared.ranks, shared.decided_by, strict=True)),
         sha256=plan_digest(m.sha256 for m in measured),
         include_k=include_k,
         rounding=rounding,
         scale=scale,
-        budget=budget_text,
+        budget=shared.budget,
         alpha_rule=str(alpha_rule(alpha)),
         min_rank=min_rank,
         max_rank=max_rank,
@@ -140,20 +144,6 @@ def uniform_plan(plan: RankPlan, rank: int | None = None) -> RankPlan:
     return plan.with_ranks([min(wanted, *layer.shape) for layer in plan.layers], rule=f"uniform:{wanted}", decided_by="uniform")
 
 
-def _checked_rule(rule: str, ranks: object, budget: object) -> str:
-    if ranks is not None and rule == "stable-rank":
-        rule = "given"
-    accepted = "stable-rank, uniform:K with K from 1, or given"
-    kind, _, number = rule.partition(":")
-    if not (rule in ("stable-rank", "given") or (kind == "uniform" and number.isdigit() and int(number) >= 1)):
-        raise InputError("--rule", f"{rule!r}", accepted, "take stable-rank, or for example uniform:8")
-    if (rule == "given") != (ranks is not None):
-        raise InputError("--rule", f"{rule!r} {'without' if ranks is None else 'with'} --ranks", accepted, "give --ranks with --rule given")
-    if budget is not None and rule != "stable-rank":
-        raise InputError("--budget", f"with --rule {rule}", "a budget for --rule stable-rank", "leave one of the two out")
-    return rule
-
-
 def _taken_over(given: RankPlan, source: WeightSource, alpha: str | float | None) -> RankPlan:
     """A plan that was read from a file, for these weights."""
     digests = [digest(matrix_of(layer, source.read(layer.key))) for layer in given.layers]
@@ -163,33 +153,6 @@ def _taken_over(given: RankPlan, source: WeightSource, alpha: str | float | None
         return replace(plan, rule="given")
     plan = replace(plan, alpha_rule=str(alpha_rule(alpha)))
     return plan.with_ranks([layer.rank for layer in layers], rule="given", decided_by="given")
-
-
-def _choose(
-    targets: Sequence[Target],
-    measured: Sequence[Measured],
-    options: Options,
-    *,
-    ranks: str | Path | Sequence[Any] | Mapping[str, int] | None,
-    budget: str | float | None,
-    parameters: int,
-) -> tuple[list[int], list[str], str | None]:
-    """Ranks, how each was decided, and the budget as it was asked for."""
-    if ranks is not None:
-        return given_ranks(ranks, targets), ["given"] * len(targets), None
-    if options.uniform is not None:
-        return [min(options.uniform, *t.shape) for t in targets], ["uniform"] * len(targets), None
-    results = [m.result for m in measured if m.result is not None]
-    if budget is not None:
-        wanted = read_budget(budget, targets, model_parameters=parameters)
-        values = [r.value for r in results]
-        shared = share_budget(values, targets, wanted, min_rank=options.min_rank, max_rank=options.max_rank)
-        return shared, ["budget"] * len(targets), wanted.text
-    chosen = []
-    for target, result in zip(targets, results, strict=True):
-        low, high = rank_bounds(target, options.min_rank, options.max_rank)
-        chosen.append(min(max(result.rank, low), high))
-    return chosen, [r.decided_by for r in results], None
 
 
 def _planned(target: Target, measured: Measured, rank: int, decided_by: str, alpha: str | float) -> PlannedLayer:

@@ -28,10 +28,9 @@ class Options:
     """What was asked of a plan, checked."""
 
     granularity: Granularity
-    rule: str
+    measures: bool
     scale: float
     alpha: str | float
-    include_k: bool
     min_rank: int
     max_rank: int | None
     rounding: Rounding
@@ -46,15 +45,6 @@ class Options:
                 "--min-rank and --max-rank", f"{self.min_rank} and {self.max_rank}", "1 <= minimum <= maximum", "correct the bounds"
             )
         alpha_rule(self.alpha)
-
-    @property
-    def uniform(self) -> int | None:
-        """The K of `uniform:K`."""
-        return int(self.rule.partition(":")[2]) if self.rule.startswith("uniform:") else None
-
-    def measures(self) -> bool:
-        """Whether the rule reads the weights."""
-        return self.rule == "stable-rank"
 
 
 @dataclass(frozen=True)
@@ -96,9 +86,9 @@ def measure(source: WeightSource, found: Found, options: Options, *, exact_value
     for number, target in enumerate(found.targets, start=1):
         try:
             matrix = reader.matrix(target)
-            if matrix.is_meta and options.measures():
+            if matrix.is_meta and options.measures:
                 raise CheckpointError(source.label, "weights without values (meta device)", "loaded weights", "load the model first")
-            if not options.measures():
+            if not options.measures:
                 measured.append(Measured(_checked_digest(matrix, target)))
             elif options.granularity == "fused" and target.part in ("q", "k", "v"):
                 if target.group not in fused:
