@@ -41,7 +41,7 @@ def blocks_of(model: nn.Module) -> list[str]:
 
     Works for ViT, DINOv2, CLIP (layers), Swin (blocks of all stages) and ResNet (stages), whatever they are called.
 
-    Example:
+    Examples:
         >>> blocks_of(nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])}))
         ['layers.0', 'layers.1']
     """

@@ -6,6 +6,7 @@ these shares; what stays equal between rules is the mean rank of a layer, or the
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from medlore.errors import InputError, TargetError
-from medlore.files import made_folder
+from medlore.files import existing_file, made_folder, sha256_of
 from medlore.linalg.spectra import stable_rank
 from medlore.ranks.plan import RankPlan, plan_digest
 from medlore.ranks.planned import PlannedLayer
@@ -169,6 +170,12 @@ def write_expert_plans(
     experts = list(dict.fromkeys(expert for _, expert in ranks))
     plans = {e: expert_plan(e, ranks, shapes, rule=rule, alpha=alpha, source=source) for e in experts}
     return [plan.save(Path(folder) / f"{expert}.json") for expert, plan in plans.items() if plan.layers]
+
+
+def given_digest(given: Mapping[str, Given], folder: Path) -> str:
+    """A hash of the plans among the ranks that are given; empty where there is none. It belongs to what decides a network."""
+    files = {expert: sha256_of(existing_file(folder / value)) for expert, value in given.items() if isinstance(value, Path)}
+    return hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest() if files else ""
 
 
 def _by_layer(given: Given, demand: ExpertDemand) -> dict[str, float]:

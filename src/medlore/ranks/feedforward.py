@@ -60,7 +60,7 @@ def depth_in_mlp(name: str) -> int:
 def is_expert_stack(key: str, shape: tuple[int, ...]) -> bool:
     """Whether a tensor holds the matrices of all experts of a mixture, one on the other (expert, rows, columns).
 
-    Example:
+    Examples:
         >>> is_expert_stack("layers.0.mlp.experts.gate_up_proj", (8, 64, 32))
         True
     """

@@ -125,7 +125,7 @@ class Found:
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
     """Sort key under which `blocks.10` follows `blocks.9`.
 
-    Example:
+    Examples:
         >>> sorted(["blocks.10.attn", "blocks.9.attn"], key=natural_key)
         ['blocks.9.attn', 'blocks.10.attn']
     """

@@ -92,7 +92,7 @@ def matrix_of(place: PlannedLayer | Target, tensor: Tensor) -> Tensor:
 def row_indices(place: PlannedLayer | Target, height: int) -> list[int]:
     """Rows of a fused matrix of `height` rows that belong to one part, in their order.
 
-    Example:
+    Examples:
         >>> row_indices(PlannedLayer("attn.qkv", "k", (4, 8), 1, 1.0, rows=(2, 4), period=6), 12)
         [2, 3, 8, 9]
     """

@@ -31,7 +31,7 @@ _NO_OUTPUT = frozenset({
 def words_of(leaf: str) -> list[str]:
     """The words of one piece of a name, lower case.
 
-    Example:
+    Examples:
         >>> words_of("toQKV_proj"), words_of("Wo")
         (['to', 'qkv', 'proj'], ['wo'])
     """
@@ -42,7 +42,7 @@ def words_of(leaf: str) -> list[str]:
 def roles_of(leaf: str) -> str:
     """Which of q, k and v a piece of a name spells, in its order; empty for anything else.
 
-    Example:
+    Examples:
         >>> [roles_of(n) for n in ("q_proj", "to_kv", "query_key_value", "Wqkv", "c_attn", "q_a_proj", "proj")]
         ['q', 'kv', 'qkv', 'qkv', 'qkv', '', '']
     """
@@ -61,7 +61,7 @@ def roles_of(leaf: str) -> str:
 def split_name(name: str) -> tuple[str, str, str]:
     """(path of the attention, piece that spells a role, roles) of a module's name; the last two empty where it has none.
 
-    Example:
+    Examples:
         >>> split_name("blocks.0.attn.qkv.linear")
         ('blocks.0.attn', 'qkv', 'qkv')
     """
@@ -75,7 +75,7 @@ def split_name(name: str) -> tuple[str, str, str]:
 def speaks_of_attention(piece: str) -> bool:
     """Whether one piece of a path, or a path, calls a module an attention.
 
-    Example:
+    Examples:
         >>> [speaks_of_attention(p) for p in ("self_attn", "EncDecAttention", "post_attention_layernorm", "attn1")]
         [True, True, False, True]
     """
@@ -89,7 +89,7 @@ def output_likeness(name: str, *, strict: bool = False) -> int | None:
         name: module path below the attention, or beside it.
         strict: a name that says nothing is another thing.
 
-    Example:
+    Examples:
         >>> output_likeness("output.dense"), output_likeness("gate_proj"), output_likeness("mixer", strict=True)
         (3, None, None)
     """

@@ -53,7 +53,7 @@ class AlphaRule:
 def alpha_rule(text: str | float) -> AlphaRule:
     """Read `rank`, `rank*2`, `rslora`, `rslora*16`, or a number.
 
-    Example:
+    Examples:
         >>> alpha_rule("rank*2").alpha(8), alpha_rule(1).scaling(1.0, 4)
         (16.0, 0.25)
     """

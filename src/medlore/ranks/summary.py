@@ -18,7 +18,7 @@ _REASONS_SHOWN = 6
 def short_table(plan: RankPlan) -> str:
     """Ranks of each block, one line a block and one column a part; layers outside blocks have a line each.
 
-    Example:
+    Examples:
         >>> import torch, medlore
         >>> block = torch.nn.ModuleDict({"attn": torch.nn.ModuleDict({n: torch.nn.Linear(4, 4) for n in ("q", "k", "v", "o")})})
         >>> print(short_table(medlore.plan_ranks(block, rule="uniform:2")))

@@ -1,0 +1,130 @@
+"""What the manifest of a segmenter's pack may say: every entry that a reader relies on, checked before any weight is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import PurePosixPath
+from typing import Any
+
+from medlore.linalg.matricize import LAYOUTS
+
+_FORMS = ("plain", "balanced", "imbalanced")
+_AXES = ("RL", "AP", "SI")
+
+
+def segmenter_faults(manifest: Mapping[str, Any]) -> list[str]:
+    """One line for each entry with a wrong value; sizes (`config`) are judged by `SegmenterConfig` itself.
+
+    Args:
+        manifest: whose entries `config`, `experts`, `files` and `preprocessing` are mappings.
+    """
+    faults = [] if manifest["form"] in _FORMS else [f"form: {manifest['form']!r} is none of {', '.join(_FORMS)}"]
+    alpha, region, about = (manifest.get(name) for name in ("lora_alpha", "region", "about"))
+    faults += [] if alpha is None or _is_number(alpha) else [f"lora_alpha: {alpha!r} is no number"]
+    faults += [] if region is None or isinstance(region, str) else [f"region: {region!r} is no name"]
+    faults += [] if about is None or isinstance(about, dict) else ["about: not a mapping"]
+    for name, entry in manifest["experts"].items():
+        faults += _expert_faults(f"experts.{name}", entry, manifest["files"])
+    return [*faults, *_prompt_faults(manifest.get("prompts")), *preprocessing_faults(manifest["preprocessing"], "preprocessing")]
+
+
+def preprocessing_faults(told: Mapping[str, Any], where: str) -> list[str]:
+    """One line for each constant of a training that no volume could be prepared with; those left out are the published ones.
+
+    Examples:
+        >>> preprocessing_faults({"roi_size": [96, 96], "overlap": 1.5}, "preprocessing")
+        ['preprocessing.roi_size: [96, 96] is no three whole numbers from 1', 'preprocessing.overlap: 1.5 is no number from 0 below 1']
+    """
+    checks: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "orientation": (_is_orientation, "code such as RAS"),
+        "spacing_mm": (_is_spacing, "three lengths in mm, or a mapping from modalities to them"),
+        "roi_size": (_are_sides, "three whole numbers from 1"),
+        "overlap": (lambda v: _is_number(v) and 0 <= v < 1, "number from 0 below 1"),
+        "foreground_above": (_is_number, "number"),
+        "gaussian_sigma": (lambda v: _is_number(v) and v > 0, "number above 0"),
+        "threshold": (lambda v: _is_number(v) and 0 < v < 1, "number between 0 and 1"),
+        "intensity": (_is_intensity, "mapping with `ct: {clip: [low, high]}` and `other: {clip_percentiles: [low, high]}`"),
+        "tissues": (_are_tissues, "mapping from mri, pet or us to two labels or more that exclude each other"),
+        "parts": (_are_parts, "mapping from modality to label to a share above 0 and up to 1"),
+        "label_regions": (_is_text_to_text, "mapping from modality/label to region"),
+    }
+    return [
+        f"{where}.{name}: {told[name]!r} is no {wanted}" for name, (fits, wanted) in checks.items() if name in told and not fits(told[name])
+    ]
+
+
+def _expert_faults(place: str, entry: Any, files: Mapping[str, Any]) -> list[str]:
+    if not isinstance(entry, dict):
+        return [f"{place}: not a mapping"]
+    file, scaling = entry.get("file"), entry.get("scaling")
+    faults = [] if isinstance(file, str) and file in files else [f"{place}.file: {file!r} is not among the files"]
+    if isinstance(file, str) and PurePosixPath(file).suffix != ".safetensors":
+        faults.append(f"{place}.file: {file!r} is no .safetensors file")
+    faults += [] if entry.get("layout") in LAYOUTS else [f"{place}.layout: {entry.get('layout')!r} is none of {', '.join(LAYOUTS)}"]
+    if not isinstance(scaling, dict) or not all(_is_number(v) for v in scaling.values()):
+        faults.append(f"{place}.scaling: not layer -> number")
+    return faults
+
+
+def _prompt_faults(told: Any) -> list[str]:
+    if told is None:
+        return []
+    keys = told.get("keys") if isinstance(told, dict) else None
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        return ["prompts: no mapping with `keys`, a list of modality/label"]
+    sha256 = told.get("text_sha256")
+    return [] if sha256 is None or isinstance(sha256, str) else [f"prompts.text_sha256: {sha256!r} is no hash"]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_pair(value: Any, lowest: float, highest: float) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_number, value)) and lowest <= value[0] < value[1] <= highest
+
+
+def _are_sides(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 3 and all(type(side) is int and side >= 1 for side in value)
+
+
+def _is_spacing(value: Any) -> bool:
+    if isinstance(value, dict):
+        return bool(value) and all(isinstance(name, str) and not isinstance(v, dict) and _is_spacing(v) for name, v in value.items())
+    return isinstance(value, list | tuple) and len(value) == 3 and all(_is_number(length) and length > 0 for length in value)
+
+
+def _is_orientation(value: Any) -> bool:
+    return isinstance(value, str) and len(value) == 3 and all(sum(letter in axis for letter in value.upper()) == 1 for axis in _AXES)
+
+
+def _is_intensity(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    ct, other = value.get("ct", {}), value.get("other", {})
+    if not isinstance(ct, dict) or not isinstance(other, dict):
+        return False
+    clips = "clip" not in ct or _is_pair(ct["clip"], -math.inf, math.inf)
+    return clips and ("clip_percentiles" not in other or _is_pair(other["clip_percentiles"], 0, 100))
+
+
+def _are_tissues(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        modality in ("mri", "pet", "us")
+        and isinstance(labels, list | tuple)
+        and len(set(map(str, labels))) == len(labels) >= 2
+        and all(isinstance(label, str) for label in labels)
+        for modality, labels in value.items()
+    )
+
+
+def _are_parts(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(parts, dict) and all(isinstance(label, str) and _is_number(share) and 0 < share <= 1 for label, share in parts.items())
+        for parts in value.values()
+    )
+
+
+def _is_text_to_text(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(part, str) for pair in value.items() for part in pair)
