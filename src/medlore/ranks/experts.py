@@ -11,9 +11,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+import pydantic
+from pydantic_core import PydanticCustomError
 from torch import Tensor
 
 from medlore.errors import InputError, TargetError
@@ -24,6 +26,20 @@ from medlore.ranks.planned import PlannedLayer
 
 Ranks = dict[tuple[str, str], int]
 Given = int | Path
+
+
+def _rank_or_plan(value: Any) -> Given:
+    if isinstance(value, str | Path) and Path(value).suffix == ".json":
+        return Path(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise PydanticCustomError("int_type", "Input should be a valid integer, or the file of a plan (.json)")
+    if value < 1:
+        raise PydanticCustomError("greater_than_equal", "Input should be greater than or equal to 1")
+    return value
+
+
+GivenRank = Annotated[Any, pydantic.BeforeValidator(_rank_or_plan)]
+"""A rank from 1, or the file of a plan, as a field of settings."""
 
 
 @dataclass(frozen=True)

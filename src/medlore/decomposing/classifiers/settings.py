@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import pydantic
 
@@ -12,6 +12,7 @@ from medlore.data.images.transforms import Flip
 from medlore.linalg.matricize import Layout
 from medlore.models.backbones.shufflenet import Norm
 from medlore.models.backbones.students import StudentKind
+from medlore.ranks.experts import GivenRank
 from medlore.runs.settings import DeviceChoice, Settings
 
 Rule = Literal["uniform", "given", "task-size", "stable-rank"]
@@ -99,7 +100,7 @@ class RankSettings(Settings):
 
     rule: Rule = "uniform"
     rank: int = pydantic.Field(default=8, ge=1)
-    given: dict[str, Annotated[int, pydantic.Field(ge=1, strict=True)] | Path] = pydantic.Field(default_factory=dict)
+    given: dict[str, GivenRank] = pydantic.Field(default_factory=dict)
     alpha: float | None = None
     layout: Layout = "channel"
 

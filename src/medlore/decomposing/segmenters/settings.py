@@ -13,6 +13,7 @@ from medlore.linalg.matricize import Layout
 from medlore.models.segmenter.manifest import preprocessing_faults
 from medlore.models.segmenter.network import SegmenterConfig
 from medlore.models.segmenter.vocabulary import MODALITIES
+from medlore.ranks.experts import GivenRank
 from medlore.runs.settings import DeviceChoice, Settings
 
 Variant = Literal["teacher", "experts", "shared", "single", "experts-uniform", "experts-given", "experts-stable-rank"]
@@ -158,7 +159,7 @@ class ExpertSettings(Settings):
     rule: RankRule = "uniform"
     rank: int = pydantic.Field(default=4, ge=1)
     decoder: int = pydantic.Field(default=2, ge=1)
-    given: dict[str, Positive | Path] = pydantic.Field(default_factory=dict)
+    given: dict[str, GivenRank] = pydantic.Field(default_factory=dict)
     scaling: float = pydantic.Field(default=2.0, gt=0)
     layout: Layout = "channel"
 
