@@ -49,6 +49,15 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) and isinstance(content.get("model_type"), str) else None
 
 
+def timm_weights(folder: Path) -> Path | None:
+    """The weights file of a folder that timm wrote for the hub; its names say what it is. None for any other folder or file."""
+    path = folder / CONFIG_FILE
+    content = read_json(path) if path.is_file() else None
+    if not isinstance(content, dict) or "model_type" in content or not isinstance(content.get("architecture"), str):
+        return None
+    return next((folder / n for n in ("model.safetensors", "pytorch_model.bin") if (folder / n).is_file()), None)
+
+
 def refuse_own_code(config: Mapping[str, Any], where: str) -> None:
     """Refuse a configuration that names code beside the weights; nothing is asked and nothing of it is run.
 

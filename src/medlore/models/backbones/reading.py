@@ -14,7 +14,7 @@ from medlore.errors import CheckpointError, InputError, UnknownNameError
 from medlore.files import sha256_of
 from medlore.models.backbones.keymaps import convert_state_dict, read_weights
 from medlore.models.backbones.statistics import Family, Interpolation, Statistics, Triple, read_statistics
-from medlore.ranks.model_folders import own_code, refuse_own_code
+from medlore.ranks.model_folders import own_code, refuse_own_code, timm_weights
 
 if TYPE_CHECKING:
     import torch
@@ -129,8 +129,11 @@ def read_backbone(
     from medlore.models.backbones.image_size import check_image_size, image_size_of, with_image_size
 
     path = asset_path(str(source)) if str(source).startswith(PREFIX) else Path(source)
+    timm = timm_weights(path)
     with quiet_transformers():
-        if path.is_file():
+        if timm is not None and not keep_head:
+            model, notes, beside = *_from_file(timm, heads), path
+        elif path.is_file():
             if keep_head:
                 raise InputError("keep_head", f"True with the weights file {path}", "a transformers folder", "name the folder")
             model, notes, beside = *_from_file(path, heads), path.parent
