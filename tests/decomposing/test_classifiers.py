@@ -25,6 +25,7 @@ from medlore.inspecting.files import describe
 from medlore.layers.experts.layer import ExpertLayer
 from medlore.layers.experts.routing import route
 from medlore.models.classifier_pack import load_classifier_pack
+from medlore.ranks import RankPlan
 from medlore.runs.hardware import seed_everything
 from medlore.training.watching import Progress
 
@@ -107,6 +108,19 @@ def test_a_merged_expert_answers_like_the_routed_one(finished: Path) -> None:
     assert pack.experts["left"].licence == "made here"
     with pytest.raises(UnknownNameError, match="'left'"):
         pack.merged("lef")
+
+
+def test_each_expert_lies_beside_the_pack_as_a_plan(finished: Path, tmp_path: Path) -> None:
+    pack = load_classifier_pack(finished / "out" / "pack")
+    for name, entry in pack.experts.items():
+        kept = RankPlan.load(finished / "out" / "ranks" / f"{name}.json")
+        assert {x.name: x.rank for x in kept.layers} == entry.ranks
+        assert {kept.scaling(x) for x in kept.layers} == {2.0}
+    (tmp_path / "left.json").write_text((finished / "out" / "ranks" / "left.json").read_text())
+    given = write_study(tmp_path, ranks={"rule": "given", "given": {"left": "left.json", "right": 3}})
+    told = plan(given)
+    assert told["ranks"]["left"] == list(pack.experts["left"].ranks.values())
+    assert set(told["ranks"]["right"]) <= {1, 2, 3}
 
 
 def test_teacher_shared_base_and_experts_are_backbones(finished: Path, tmp_path: Path) -> None:

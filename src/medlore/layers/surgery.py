@@ -42,7 +42,7 @@ def blocks_of(model: nn.Module) -> list[str]:
     Works for ViT, DINOv2, CLIP (layers), Swin, ConvNeXt (blocks of all stages) and ResNet (stages), whatever they are called. A list
     of single layers (the norm and the convolution between two stages) is no list of blocks where there are larger ones.
 
-    Example:
+    Examples:
         >>> blocks_of(nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])}))
         ['layers.0', 'layers.1']
     """

@@ -96,7 +96,7 @@ def _json_inside(value: Any) -> str:
 def words(name: str) -> str:
     """A name of code as words.
 
-    Example:
+    Examples:
         >>> words("balanced_accuracy")
         'balanced accuracy'
     """
@@ -112,7 +112,7 @@ def anchor(section: Section, number: int) -> str:
 def cell_text(value: Cell, *, places: int | None = None) -> str:
     """A value as a reader sees it.
 
-    Example:
+    Examples:
         >>> cell_text(131072), cell_text(0.87654321), cell_text(Interval(0.5, 0.4, 0.61)), cell_text(None)
         ('131,072', '0.8765', '0.500 (0.400 to 0.610)', '–')
     """

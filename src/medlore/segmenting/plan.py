@@ -292,7 +292,7 @@ def _too_large(where: str, memory_bytes: int, needed: int, fix: str) -> InputErr
 def gib(size: int) -> str:
     """Bytes for people.
 
-    Example:
+    Examples:
         >>> gib(3 << 30), gib(1500)
         ('3.0 GiB', '1 MiB')
     """

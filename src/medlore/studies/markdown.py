@@ -46,7 +46,7 @@ def _interval(mean: Mapping[str, Any] | None) -> str:
 def _safe(name: str) -> str:
     """A name that cannot end its cell.
 
-    Example:
+    Examples:
         >>> _safe("a|b")
         'a&#124;b'
     """

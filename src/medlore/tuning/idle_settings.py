@@ -16,7 +16,7 @@ def idle_settings(settings: FinetuneSettings) -> dict[str, str]:
     A setting counts as given when it was named. Where all of them are (settings that were read back from a report), those
     that have their default value count as not given.
 
-    Example:
+    Examples:
         >>> idle_settings(FinetuneSettings(method="sr-lora", rank=4))
         {'rank': 'the ranks of sr-lora follow the stable ranks; --scale and --budget change them'}
     """

@@ -96,7 +96,7 @@ def eval_batch(items: Sequence[ImageItem], preprocessing: Preprocessing) -> Tens
 def batches(count: int, size: int) -> Iterator[slice]:
     """Slices that cover `count` images, `size` at a time; the last one may be shorter, and none is dropped.
 
-    Example:
+    Examples:
         >>> [(part.start, part.stop) for part in batches(5, 2)]
         [(0, 2), (2, 4), (4, 5)]
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import pydantic
 
@@ -12,6 +12,7 @@ from medlore.data.images.words import Flip
 from medlore.linalg.matricize import Layout
 from medlore.models.backbones.shufflenet import Norm
 from medlore.models.backbones.students import StudentKind
+from medlore.ranks.experts import GivenRank
 from medlore.runs.hardware import DeviceChoice
 from medlore.runs.settings import Settings, setting
 
@@ -81,7 +82,7 @@ class RankSettings(Settings):
         "layers being `rank`).",
     )
     rank: int = setting(8, "The uniform rank, or the mean.", ge=1)
-    given: dict[str, Annotated[int, pydantic.Field(ge=1, strict=True)]] = setting({}, "task -> rank.")
+    given: dict[str, GivenRank] = setting({}, "task -> rank, or the plan file of an expert (OUT/ranks/TASK.json of another study).")
     alpha: float | None = setting(None, "Scaling is alpha / rank; default 2 x rank, whatever the rank (LoRKD's unequal form).")
     layout: Layout = setting("channel", "`channel` (PEFT's) or `interleaved` (LoRKD's).")
 

@@ -32,6 +32,7 @@ from medlore.models.backbones.reading import load_backbone
 from medlore.models.backbones.students import StudentKind, build_student, feature_width
 from medlore.models.classifier_pack import ExpertEntry, save_classifier_pack
 from medlore.models.multitask import MixedOutput, MultiTaskNetwork, count_parameters
+from medlore.ranks.experts import given_digest, write_expert_plans
 from medlore.runs.hardware import seed_everything
 from medlore.runs.report import Run
 from medlore.runs.settings import found_beside
@@ -84,6 +85,7 @@ def decompose(
         table, experts = _run(context, body)
         pack = _write_pack(context, experts, table)
         run.add_output("pack", pack)
+        run.add_output("ranks", _write_ranks(context, experts))
         run.results.update(table=table, tasks={name: _sizes(task) for name, task in context.tasks.items()})
     return Decomposition(pack, table)
 
@@ -123,7 +125,7 @@ def _open(study: str | Path, out: str | Path, narrate: Narrator, flags: Mapping[
     body, preprocessing = _teacher_body(settings, folder)
     tasks = read_tasks(settings, preprocessing, folder=folder)
     accelerator = make_accelerator(settings.device, settings.precision, absent_parameters=True)
-    context = _Context(settings, tasks, preprocessing, Path(out), narrate, accelerator)
+    context = _Context(settings, tasks, preprocessing, Path(out), narrate, accelerator, folder)
     _with_experts(context, None, RankSettings(layout=settings.ranks.layout))  # what cannot be installed is said before anything is trained
     return context, body
 
@@ -138,6 +140,7 @@ class _Context:
     out: Path
     narrate: Narrator
     accelerator: Any
+    folder: Path = Path()  # of the study file
     seen: dict[int, MixedOutput] = field(default_factory=dict)  # the teacher's answers, by step
 
     @property
@@ -169,7 +172,8 @@ class _Context:
     def identity(self, variant: str, tasks: Mapping[str, Task]) -> str:
         """A hash of all that decides a network's weights."""
         spares = ["weight decay spares vectors"] if self.settings.weight_decay > 0 else []  # until then it did not
-        return identity_of(self.settings.parameters_of(variant), {name: fingerprint(task) for name, task in tasks.items()}, *spares)
+        plans = [found] if (found := given_digest(self.settings.ranks.given, self.folder)) else []
+        return identity_of(self.settings.parameters_of(variant), {name: fingerprint(task) for name, task in tasks.items()}, *spares, *plans)
 
 
 def _train_all(context: _Context, teacher: MultiTaskNetwork | None) -> tuple[list[dict[str, Any]], MultiTaskNetwork]:
@@ -202,7 +206,7 @@ def _with_experts(context: _Context, teacher: MultiTaskNetwork | None, ranks: Ra
     install_experts(
         body,
         experts=list(context.tasks),
-        ranks=choose_ranks(wanted, layers, context.tasks, None if teacher is None else teacher.body),
+        ranks=choose_ranks(wanted, layers, context.tasks, None if teacher is None else teacher.body, folder=context.folder),
         targets=lambda name, _module: name in layers,
         layout=wanted.layout,
         alpha=wanted.alpha,
@@ -333,6 +337,17 @@ def _write_pack(context: _Context, network: MultiTaskNetwork, table: list[dict[s
             "teacher": None if settings.teacher is None else settings.teacher.model_dump(),
         },
     )
+
+
+def _write_ranks(context: _Context, network: MultiTaskNetwork) -> Path:
+    """Beside the pack a plan file for each expert, which another study can give (`ranks.given`)."""
+    wanted = context.settings.ranks
+    layers = {name: module for name, module in network.body.named_modules() if isinstance(module, ExpertLayer)}
+    ranks = {(name, task): module.ranks[task] for name, module in layers.items() for task in context.tasks}
+    shapes = {name: tuple(module.base_layer.weight.shape) for name, module in layers.items()}
+    alpha = f"rank*{_SCALING:g}" if wanted.alpha is None else wanted.alpha
+    write_expert_plans(context.out / "ranks", ranks, shapes, rule=wanted.rule, alpha=alpha, source=context.settings.student.kind)
+    return context.out / "ranks"
 
 
 def _sizes(task: Task) -> dict[str, Any]:

@@ -82,7 +82,8 @@ def _student(context: StudyContext, teacher: PromptedSegmenter) -> dict[str, Any
     jobs += [single_job(context, region) for region in cohort.regions] if "single" in settings.variants else []
     plain = plain_student(context, teacher)
     students = {job.name: _network(context, job, plain, teacher if trained else None) for job in jobs}
-    ranks = choose_expert_ranks(settings.experts, plain.segmenter.config, labels_by_region(cohort), teacher.segmenter)
+    config, labels = plain.segmenter.config, labels_by_region(cohort)
+    ranks = choose_expert_ranks(settings.experts, config, labels, teacher.segmenter, folder=context.study_folder)
     student = with_experts(context, plain, ranks)
     names = [*(variant for variant in settings.variants if variant.startswith("experts-")), "experts"]
     for name in names:

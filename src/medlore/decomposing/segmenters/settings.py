@@ -15,6 +15,7 @@ from medlore.models.segmenter.encoders import UNET
 from medlore.models.segmenter.manifest import preprocessing_faults
 from medlore.models.segmenter.network import SegmenterConfig
 from medlore.models.segmenter.vocabulary import MODALITIES
+from medlore.ranks.experts import GivenRank
 from medlore.runs.hardware import DeviceChoice
 from medlore.runs.settings import Settings, setting
 
@@ -138,7 +139,7 @@ class ExpertSettings(Settings):
     )
     rank: int = setting(4, "Of the encoder, or the mean.", ge=1)
     decoder: int = setting(2, "The decoder's rank in units of the encoder's.", ge=1)
-    given: dict[str, Positive] = setting({}, "region -> rank.")
+    given: dict[str, GivenRank] = setting({}, "region -> rank, or the plan file of an expert (OUT/ranks/REGION.json of another study).")
     scaling: float = setting(2.0, "Factor before the product, whatever the rank.", gt=0)
     layout: Layout = setting("channel", "`channel` (PEFT's) or `interleaved` (LoRKD's).")
 

@@ -18,7 +18,7 @@ from medlore.assets import PREFIX
 from medlore.decomposing.segmenters.batches import region_shares
 from medlore.decomposing.segmenters.cohort import Cohort, check_experts_have_cases
 from medlore.decomposing.segmenters.context import Job, Narrator, StudyContext, open_context, silent
-from medlore.decomposing.segmenters.expert_ranks import Ranks, choose_expert_ranks
+from medlore.decomposing.segmenters.expert_ranks import Ranks, choose_expert_ranks, write_plans
 from medlore.decomposing.segmenters.initialisation import start_from_teacher
 from medlore.decomposing.segmenters.network import PromptedSegmenter, new_prompts
 from medlore.decomposing.segmenters.packs import write_trained_pack
@@ -30,6 +30,7 @@ from medlore.layers.experts.surgery import install_experts
 from medlore.models.segmenter.bundle import SegmenterBundle, load_segmenter
 from medlore.models.segmenter.experts import segmenter_with_experts
 from medlore.models.segmenter.network import Segmenter
+from medlore.ranks.experts import given_digest
 from medlore.runs.hardware import seed_everything
 from medlore.runs.report import Run
 from medlore.runs.settings import beside, found_beside
@@ -153,7 +154,8 @@ def plain_job(context: StudyContext) -> Job:
 
 def experts_job(context: StudyContext, name: str = "experts") -> Job:
     """The student with experts."""
-    return Job(name, context.settings.student, context.cohort, ("student", "experts"))
+    plans = given_digest(context.settings.experts.given, context.study_folder)
+    return Job(name, context.settings.student, context.cohort, ("student", "experts"), begins_with=plans)
 
 
 def single_job(context: StudyContext, region: str) -> Job:
@@ -243,8 +245,11 @@ def _experts(context: StudyContext, teacher: PromptedSegmenter, name: str) -> Pr
     """A trained student with experts, rounded as it is shipped."""
     check_experts_have_cases(context.cohort, context.cohort.regions)
     student = plain_student(context, teacher)
-    ranks = choose_expert_ranks(context.settings.experts, student.segmenter.config, labels_by_region(context.cohort), teacher.segmenter)
+    wanted, config = context.settings.experts, student.segmenter.config
+    ranks = choose_expert_ranks(wanted, config, labels_by_region(context.cohort), teacher.segmenter, folder=context.study_folder)
     context.facts["expert ranks" if name == "experts" else f"ranks of {name}"] = by_region(ranks)
+    if context.writes:  # beside the pack a plan file for each expert, which another study can give
+        write_plans(context.out / ("ranks" if name == "experts" else f"ranks-{name}"), ranks, wanted, config, source=context.settings.name)
     student = context.finish(experts_job(context, name), with_experts(context, student, ranks), teacher=teacher)
     as_stored(student, context.settings.weights)
     return student

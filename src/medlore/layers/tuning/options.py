@@ -103,7 +103,7 @@ class PartialOptions:
 def supports_of(path: str) -> tuple[Support, Support, Support, Support, Support]:
     """The five words of a GLoRA path.
 
-    Example:
+    Examples:
         >>> supports_of("lora,none,vector,scalar,none")
         ('lora', 'none', 'vector', 'scalar', 'none')
 

@@ -67,7 +67,7 @@ def resize_positions(table: Tensor, patches: int, *, prefix: int = 1) -> Tensor:
     Returns:
         A table of the same form with `prefix` and `patches` rows.
 
-    Example:
+    Examples:
         >>> resize_positions(torch.ones(1, 5, 8), 16).shape
         torch.Size([1, 17, 8])
 

@@ -58,8 +58,19 @@ def _preprocessor(folder: Path | None, name: str) -> dict[str, Any]:
         if found is None:
             return {}
         file = Path(found)
-    loaded = read_json(file) if file.is_file() else {}
+    loaded = read_json(file) if file.is_file() else _timm_preprocessor(file.parent)
     return loaded if isinstance(loaded, dict) else {}
+
+
+def _timm_preprocessor(folder: Path) -> dict[str, Any]:
+    """What timm states in the `config.json` of its own folders, in transformers' words."""
+    file = folder / "config.json"
+    loaded = read_json(file) if file.is_file() else {}
+    stated = loaded.get("pretrained_cfg") if isinstance(loaded, dict) else None
+    if not isinstance(stated, dict) or "mean" not in stated or "std" not in stated:
+        return {}
+    modes = {name: number for number, name in _PILLOW_MODES.items()}
+    return {"image_mean": stated["mean"], "image_std": stated["std"], "resample": modes.get(str(stated.get("interpolation")), 3)}
 
 
 def _triple(values: Any, where: str) -> Triple:

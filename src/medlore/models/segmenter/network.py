@@ -207,7 +207,7 @@ class Segmenter(nn.Module):
         config: the sizes; only they are built.
         dropout: in the query decoder, in train mode.
 
-    Example:
+    Examples:
         >>> tiny = SegmenterConfig((4, 8), strides=(1, 2), patch=2, query_width=12, heads=2, projection_width=8,
         ...                        mask_width=8, feedforward=16, decoder_layers=1)
         >>> Segmenter(tiny)(torch.zeros(1, 3, 4, 4, 2), torch.zeros(5, 12)).shape
@@ -321,7 +321,7 @@ def compare(embeddings: Tensor, pixels: Tensor) -> Tensor:
 def count_parameters(config: SegmenterConfig) -> int:
     """Number of weights of a segmenter of these sizes, without allocating any.
 
-    Example:
+    Examples:
         >>> count_parameters(LORKD_NANO)
         57235872
     """
@@ -332,7 +332,7 @@ def count_parameters(config: SegmenterConfig) -> int:
 def expert_targets(config: SegmenterConfig) -> dict[str, int]:
     """Module names that experts adapt, each with its rank in units of the expert's rank; with the U-Net those of LoRKD.
 
-    Example:
+    Examples:
         >>> targets = expert_targets(LORKD_NANO)
         >>> len(targets), targets["backbone.decoder.stages.0.convs.0.conv"]
         (18, 2)
