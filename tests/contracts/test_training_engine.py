@@ -255,11 +255,14 @@ def test_what_is_not_finite_stops_with_the_last_good_state_and_the_cases(name: s
 RISING, FALLING, TIED, NEVER, LATE = [0.2, 0.5, 0.9], [0.9, 0.5, 0.2], [0.5, 0.7, 0.7], [math.nan] * 3, [math.nan, 0.1, math.nan]
 
 
-@pytest.mark.parametrize(("scores", "best"), [(RISING, 3), (FALLING, 1), ([0.2, 0.9, 0.5], 2), (NEVER, 3), (LATE, 2)])
-@pytest.mark.parametrize("name", KEEP_BEST)
+SCRIPTS = [(RISING, 3), (FALLING, 1), ([0.2, 0.9, 0.5], 2), (LATE, 2)]
+
+
+@pytest.mark.parametrize(
+    ("name", "scores", "best"),
+    [(name, *script) for name in KEEP_BEST for script in SCRIPTS] + [("classifier", NEVER, 3)],  # of a tuning the losses decide then
+)
 def test_the_best_judgement_is_kept(name: str, scores: list[float], best: int, folder: Path) -> None:
-    if name == "tuning" and scores is NEVER:
-        pytest.skip("its losses decide then: see the next test")
     task = made(name, folder, scores)
     judged, judge = [], task.judge
 
