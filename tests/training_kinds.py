@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,6 +186,7 @@ def _script(task: Any, scores: list[float], tasks: int) -> None:
 # ---- Segmenters -----------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def _study(folder: Path) -> tuple[Any, Any]:
     from medlore.decomposing.segmenters.cohort import read_cohort
     from medlore.decomposing.segmenters.settings import SegmentationSettings

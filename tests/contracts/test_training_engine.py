@@ -255,11 +255,14 @@ def test_what_is_not_finite_stops_with_the_last_good_state_and_the_cases(name: s
 RISING, FALLING, TIED, NEVER, LATE = [0.2, 0.5, 0.9], [0.9, 0.5, 0.2], [0.5, 0.7, 0.7], [math.nan] * 3, [math.nan, 0.1, math.nan]
 
 
-@pytest.mark.parametrize(("scores", "best"), [(RISING, 3), (FALLING, 1), ([0.2, 0.9, 0.5], 2), (NEVER, 3), (LATE, 2)])
-@pytest.mark.parametrize("name", KEEP_BEST)
+SCRIPTS = [(RISING, 3), (FALLING, 1), ([0.2, 0.9, 0.5], 2), (LATE, 2)]
+
+
+@pytest.mark.parametrize(
+    ("name", "scores", "best"),
+    [(name, *script) for name in KEEP_BEST for script in SCRIPTS] + [("classifier", NEVER, 3)],  # of a tuning the losses decide then
+)
 def test_the_best_judgement_is_kept(name: str, scores: list[float], best: int, folder: Path) -> None:
-    if name == "tuning" and scores is NEVER:
-        pytest.skip("its losses decide then: see the next test")
     task = made(name, folder, scores)
     judged, judge = [], task.judge
 
@@ -533,12 +536,11 @@ def test_every_kind_hands_its_settings_on() -> None:
 @pytest.mark.parametrize("file", ["weights.pt", "best.pt"])
 def test_a_network_is_trained_once_and_taken_over(file: str, tmp_path: Path) -> None:
     networks = TrainedOnce(tmp_path, make_accelerator("cpu", "fp32"), weights=file)
-    identity, asked = identity_of({"a": 1, "b": [2]}), []
+    identity, changed, asked = identity_of({"a": 1, "b": [2]}), identity_of({"a": 1, "b": [3]}), list[Checkpoint]()
 
     def training(network: nn.Module) -> Any:
         def run(checkpoint: Checkpoint) -> dict[str, Any]:
             asked.append(checkpoint)
-            assert checkpoint.fingerprint == identity
             nn.init.ones_(network.weight)  # type: ignore[arg-type]
             return {"losses": [1.0]}
 
@@ -551,7 +553,10 @@ def test_a_network_is_trained_once_and_taken_over(file: str, tmp_path: Path) -> 
     assert networks.finish("one", identity, second, training(second)) == {"losses": [1.0]}
     assert len(asked) == 1
     assert equal(first.state_dict(), second.state_dict())
-    assert identity_of({"b": [2], "a": 1}) == identity != identity_of({"a": 1, "b": [3]})
+    networks.finish("two", identity, nn.Linear(2, 2), training(second))
+    networks.finish("two", changed, nn.Linear(2, 2), training(second))
+    assert [checkpoint.fingerprint for checkpoint in asked] == [identity, identity, changed]  # other data are learnt anew
+    assert identity_of({"b": [2], "a": 1}) == identity != changed
     assert networks.state_of("one", identity_of(3)) == "to be trained"
     with pytest.raises(CheckpointError, match=rf"{file}: of another network.*To do: delete .*one and run again"):
         networks.finish("one", identity, other, training(other))
@@ -563,7 +568,3 @@ def test_a_network_is_trained_once_and_taken_over(file: str, tmp_path: Path) -> 
     assert networks.state_of("one", identity) == "to be trained"
     asked[0].write({"step": 1})
     assert networks.state_of("one", identity) == "begun"
-    identity = identity_of("other data")
-    networks.finish("one", identity, second, training(second))
-    networks.finish("one", identity, second, training(second))
-    assert len(asked) == 2  # another identity is trained anew, once

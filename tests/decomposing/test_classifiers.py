@@ -390,7 +390,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path: Path
     real = training.task_loss
     calls = iter(range(1000))
     monkeypatch.setattr(training, "task_loss", lambda *a: real(*a) * (math.nan if next(calls) >= 5 else 1.0))
-    with pytest.raises(StepError, match=r"step 2: loss nan"):
+    with pytest.raises(StepError, match=r"step 2: the loss is nan"):
         decompose(study, tmp_path / "out")
     assert list((tmp_path / "out" / "networks" / "experts").glob("checkpoint-*.pt"))
 

@@ -263,7 +263,11 @@ finetune(settings, Path(sys.argv[2]), train=striped())
 def test_a_killed_run_resumes_to_the_same_bits(backbone: Path, tmp_path: Path) -> None:
     settings = FinetuneSettings(**{**SR_LORA, "epochs": 40}, model=str(backbone), partial_update="nested", dropout=0.1)
     out, root = tmp_path / "killed", Path(__file__).resolve().parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root / "tests"), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(root / "src"), str(root / "tests")]),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
     child = subprocess.Popen([sys.executable, "-c", KILLED, settings.model_dump_json(), str(out)], env=environment, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 240
     while not (out / "checkpoint.pt").exists() and child.poll() is None and time.monotonic() < deadline:

@@ -205,7 +205,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_finite_stops_the_run() -> None:
     broken = Examples(lambda indices, step: torch.full((len(indices), 4), float("nan")), np.zeros(4, np.int64))
-    with pytest.raises(StepError, match="loss nan"):
+    with pytest.raises(StepError, match="the loss is nan"):
         trainer(Net(), Recorder()).fit(broken, None)
 
 

@@ -73,6 +73,7 @@ class _Loop:
         self.average = None if schedule.ema is None else Average(self.parameters, schedule.ema)
         self.best: dict[str, Tensor] = {}
         self.means = Means()
+        self.is_kept = False  # whether the file holds a state of this training
 
     def let_go(self) -> None:
         """The accelerator holds on to every network and optimiser that it has seen (its own `free_memory` runs the collector, too)."""
@@ -193,6 +194,7 @@ class _Loop:
         can_go_on = done >= self.schedule.end or self.task.seed_of(done) is not None
         if self.checkpoint is None or not can_go_on or not self.accelerator.is_main_process:
             return
+        self.is_kept = True
         self.checkpoint.write(
             {
                 "step": done,
@@ -225,5 +227,6 @@ class _Loop:
         if self.accelerator.scaler is not None and saved["scaler"] is not None:  # None: that run was not in float16
             self.accelerator.scaler.load_state_dict(saved["scaler"])
         self.best = {name: tensor.to(self.accelerator.device) for name, tensor in saved["best"].items()}
+        self.is_kept = True
         self.watcher.skip(int(saved["step"]))
         return int(saved["step"])

@@ -171,7 +171,7 @@ def not_finite(task: Task, step: int, loss: float, terms: Mapping[str, float], n
     names = list(dict.fromkeys(cases))
     place = task.place(step) + (f", cases {', '.join(names)}" if 0 < len(names) <= _FEW else "")
     parts = ", ".join(f"{name} {value:g}" for name, value in terms.items())
-    came = f"loss {loss:g} ({parts}), gradient norm {norm:g}" if len(terms) > 1 else f"loss {loss:g}, gradient norm {norm:g}"
+    came = f"the loss is {loss:g}" + (f" ({parts})" if len(terms) > 1 else "") + f", the norm of its gradient {norm:g}"
     faults = names if len(names) > _FEW else ()
     return StepError(place, came, "finite numbers", ("look at these cases, or " if names else "") + fix, faults=faults)
 

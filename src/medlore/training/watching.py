@@ -89,7 +89,7 @@ class Narration(Watcher):
         self._done = steps
 
     def step(self, loss: float) -> None:
-        """Tell it."""
+        """One step more."""
         self._done += 1
         share = self._history.waited / max(self._history.seconds, 1e-9)
         self._progress(self._done, self._steps, f"loss {loss:.3f}, waits for data {share:.0%}")
@@ -102,36 +102,36 @@ class Watchers(Watcher):
         self._watchers = tuple(watchers)
 
     def start(self, steps: int, epochs: int) -> None:
-        """Tell all."""
+        """Pass it on."""
         for watcher in self._watchers:
             watcher.start(steps, epochs)
 
     def skip(self, steps: int) -> None:
-        """Tell all."""
+        """Pass it on."""
         for watcher in self._watchers:
             watcher.skip(steps)
 
     def step(self, loss: float) -> None:
-        """Tell all."""
+        """Pass it on."""
         for watcher in self._watchers:
             watcher.step(loss)
 
     def losses(self, stretch: Stretch) -> None:
-        """Tell all."""
+        """Pass it on."""
         for watcher in self._watchers:
             watcher.losses(stretch)
 
     def epoch(self, record: dict[str, Any]) -> None:
-        """Tell all."""
+        """Pass it on."""
         for watcher in self._watchers:
             watcher.epoch(record)
 
     def note(self, text: str) -> None:
-        """Tell all."""
+        """Pass it on."""
         for watcher in self._watchers:
             watcher.note(text)
 
     def stop(self) -> None:
-        """Tell all."""
+        """Pass it on."""
         for watcher in self._watchers:
             watcher.stop()
