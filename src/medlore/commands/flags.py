@@ -71,9 +71,9 @@ class Given:
             raise fault_of(faults, where=where, accepted=f"what `medlore {self.verb} --help` lists")
         return one, two
 
-    def names(self, file_too: str) -> bool:
+    def names(self, setting_name: str) -> bool:
         """Whether a setting stands on the line or in the file."""
-        return file_too in self.values or (self.file is not None and file_too in read_mapping(self.file)[0])
+        return setting_name in self.values or (self.file is not None and setting_name in read_mapping(self.file)[0])
 
     def without(self, *names: str, **values: Any) -> Given:
         """The same line without some options, or with other values for some."""

@@ -291,7 +291,7 @@ def _lost(job: tuple[Any, ...], reason: str) -> dict[str, Any]:
         "image": str(case.image),
         "line": case.line or None,
         "state": "failed",
-        "error": reason,
+        "error": f"{reason}, or a smaller --memory",
         "seconds": None,
     }
 
