@@ -100,7 +100,7 @@ def _network_inputs(model: nn.Module) -> Iterator[dict[str, Any]]:
         yield from _by_configuration(name, config, place, kind)
         return
     for side in _PICTURE_SIDES:
-        yield {"": torch.randn(1, 3, side, side, **kind)}
+        yield {"": torch.randn((1, 3, side, side), **kind)}
 
 
 def _by_configuration(name: str, config: Any, place: dict[str, Any], kind: dict[str, Any]) -> Iterator[dict[str, Any]]:

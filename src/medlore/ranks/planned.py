@@ -86,7 +86,8 @@ def matrix_of(place: PlannedLayer | Target, tensor: Tensor) -> Tensor:
     first, last = place.rows
     if place.period is None:
         return matrix[first:last]
-    return matrix.unflatten(0, (-1, place.period))[:, first:last].flatten(0, 1)
+    rows: Tensor = matrix.unflatten(0, (-1, place.period))[:, first:last].flatten(0, 1)
+    return rows
 
 
 def row_indices(place: PlannedLayer | Target, height: int) -> list[int]:

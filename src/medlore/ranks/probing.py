@@ -117,7 +117,8 @@ class _Spy(TorchFunctionMode):
 
     def __init__(self, weights: tuple[Tensor, Tensor, Tensor | None], factors: Tensor | None, q_factor: float, *, leaf: bool) -> None:
         super().__init__()
-        self.fused, self.output, self.q = ([w] for w in weights)  # each with its transposes and other views
+        fused, output, q = weights
+        self.fused, self.output, self.q = [fused], [output], [q]  # each with its transposes and other views
         self.factors, self.q_factor, self.leaf = factors, q_factor, leaf
         self.made: Tensor | None = None
         self.read: Tensor | None = None

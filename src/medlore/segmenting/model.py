@@ -27,6 +27,7 @@ from medlore.segmenting.labels import Routes, facts_of_bundle, route_labels
 from medlore.segmenting.parts import without_stray_parts
 from medlore.segmenting.plan import CasePlan, Grid
 from medlore.segmenting.planner import Choices, Planner
+from medlore.segmenting.sweep import axis_order, path_in_order, prepared_in_order
 from medlore.segmenting.tissues import TissuePass
 
 _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -195,12 +196,14 @@ class SegmentingModel:
         )
         path = prepared.path if plan.grid == "original" else _network_grid(prepared.path)
         affine = None if plan.grid == "original" else path.affine
+        order = axis_order(plan.axis)
+        path, swept = path_in_order(path, order), prepared_in_order(prepared, order)
         result = Segmentation(volume, routes, plan, prepared, path.reorientation, affine)
         result.seconds["prepare"] = time.perf_counter() - start
         kept = TissuePass(plan.tissues, path.crop.new_shape)
-        self._run(result, path, resample, on_window, kept)
+        self._run(result, swept, path, resample, on_window, kept)
         if plan.tissues:
-            _redraw(result, kept, path)
+            _redraw(result, kept, swept, path)
         parts = {} if self.published else self.facts.preprocessing.get("parts", {}).get(routes.modality, {})
         result.masks |= {label: without_stray_parts(*result.masks[label], parts[label]) for label in result.masks if label in parts}
         return result
@@ -208,17 +211,19 @@ class SegmentingModel:
     def _run(
         self,
         result: Segmentation,
+        prepared: Prepared,
         path: GridPath,
         resample: Resample,
         on_window: Callable[[int, int], None] | None,
         kept: TissuePass,
     ) -> None:
-        prepared, plan, rules = result.prepared, result.plan, result.plan.rules
-        shape = prepared.path.crop.new_shape
-        windows = WindowGrid(shape, rules.roi_size, rules.overlap)
+        plan, rules = result.plan, result.plan.rules
+        order = axis_order(plan.axis)
+        x, y, z = (rules.roi_size[axis] for axis in order)
+        windows = WindowGrid(prepared.path.crop.new_shape, (x, y, z), rules.overlap)
         count = len(windows.windows())
         total, done = count * plan.passes, 0
-        skip = _Emptiness(prepared, rules.roi_size)
+        skip = _Emptiness(prepared, windows.roi_size)
         clock = _Clock()
         started = time.perf_counter()
         threshold = float(self.facts.preprocessing.get("threshold", 0.5))
@@ -230,7 +235,7 @@ class SegmentingModel:
                 before = done
                 slabs = sliding_windows(
                     prepared.pixels,
-                    clock.timed("network", self._predictor(network, queries)),
+                    clock.timed("network", self._predictor(network, queries, order)),
                     windows,
                     labels=len(group),
                     sw_batch_size=rules.sw_batch_size,
@@ -263,14 +268,16 @@ class SegmentingModel:
             self._placed = (region, network)
         return self._placed[1]
 
-    def _predictor(self, network: Segmenter, queries: Tensor) -> Callable[[Tensor], Rows]:
+    def _predictor(self, network: Segmenter, queries: Tensor, order: Shape) -> Callable[[Tensor], Rows]:
+        """Windows whose axes lie in `order` -> rows of logits in that order; the network sees them as it was trained."""
         channels = network.config.image_channels
+        there, back = ((0, 1, *(2 + axis for axis in axes)) for axes in (order, np.argsort(order).tolist()))
 
         def predict(windows: Tensor) -> Rows:
             with torch.no_grad(), self._autocast():
-                features = network.encode(windows.expand(-1, channels, -1, -1, -1))
+                features = network.encode(windows.permute(back).contiguous().expand(-1, channels, -1, -1, -1))
                 parts = [network.mask_embeddings(features, part) for part in queries.split(self.planner.choices.max_queries)]
-            embeddings, pixels = torch.cat(parts, dim=1), features.pixels  # b n c, b c x y z
+            embeddings, pixels = torch.cat(parts, dim=1), features.pixels.permute(there)  # b n c, b c x y z
 
             def rows(index: int, first: int, last: int) -> Tensor:
                 block = pixels[index, :, first:last]
@@ -288,10 +295,10 @@ class SegmentingModel:
         return nullcontext() if self.precision == "fp32" else torch.autocast(self.device, dtype=_TYPES[self.precision])
 
 
-def _redraw(result: Segmentation, kept: TissuePass, path: GridPath) -> None:
+def _redraw(result: Segmentation, kept: TissuePass, prepared: Prepared, path: GridPath) -> None:
     """Put the redrawn tissues into the result; those that nobody asked for leave it."""
     started = time.perf_counter()
-    redrawn = kept.masks(result.prepared, path, result.volume.array if result.affine is None else None)
+    redrawn = kept.masks(prepared, path, result.volume.array if result.affine is None else None)
     result.tissues = redrawn.record
     for index, label in enumerate(kept.tissues):
         own = result.masks.pop(label)

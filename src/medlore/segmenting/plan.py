@@ -15,9 +15,11 @@ from medlore.data.volumes.geometry import Array, Shape, reorientation_to, resamp
 from medlore.data.volumes.window_grid import WindowGrid
 from medlore.errors import InputError
 from medlore.models.segmenter.encoders import ENCODERS, UNET
+from medlore.segmenting.sweep import axis_order, open_rows, sweep_axis
 
-_INTERPRETER_BYTES = 340 << 20  # Python, torch, NumPy and the rest, before any weight
-_PICTURE_BYTES = 60 << 20  # what draws `quality_control.png`, with the slices it draws
+_INTERPRETER_BYTES = 400 << 20  # Python, torch, NumPy and what they keep once a network has run, before any weight
+_WINDOW_CHANNELS = 6  # a window of three channels, and its copy in the network's layout
+_PICTURE_BYTES = 90 << 20  # what draws `quality_control.png`, with the slices it draws
 _DEVICE_BYTES = 500 << 20  # a CUDA context and the work space of its libraries
 _FILE_BYTES = 4  # a voxel of the image as it was read; float64 takes eight
 _NETWORK_BYTES = 5  # a voxel of the network's grid: its grey value, and whether it is body
@@ -133,6 +135,7 @@ class CasePlan:
         rules: windows and grid.
         tissues: labels whose probabilities are kept on the network's grid, so that their borders can be redrawn.
         grid: on which the masks are wanted.
+        axis: of the network's grid along which the windows go; only the rows of a window along it are open at a time.
         windows: how many, at most, for each pass.
         groups: for each region its labels, in groups that fit the memory; each group is one pass over the windows.
         host: what is needed of the host's memory.
@@ -144,6 +147,7 @@ class CasePlan:
     rules: WindowRules
     tissues: tuple[str, ...]
     grid: Grid
+    axis: int
     windows: int
     groups: dict[str, list[list[str]]]
     host: HostShare
@@ -184,6 +188,7 @@ class CasePlan:
         """Plain JSON."""
         return {
             "network_shape_before_crop": list(self.shape),
+            "axis": self.axis,
             "windows_at_most": self.windows,
             "passes": self.passes,
             "experts": {region: [len(group) for group in groups] for region, groups in self.groups.items()},
@@ -245,13 +250,15 @@ def plan_case(  # noqa: PLR0913 - each is a fact of the case or of the machine
     change = resampling_to(rules.spacing_mm, turn.apply_to_affine(affine), turn.new_shape)
     windows = WindowGrid(change.new_shape, rules.roi_size, rules.overlap)
     voxels, processed = math.prod(shape), math.prod(change.new_shape)
-    network = rules.sw_batch_size * math.prod(rules.roi_size) * rules.bytes_per_number * size.channels
-    network = int(network * _live_maps(size, rules, on_device=device_memory_bytes is not None))
+    maps = _live_maps(size, rules, on_device=device_memory_bytes is not None) * size.channels + _WINDOW_CHANNELS
+    network = int(rules.sw_batch_size * math.prod(rules.roi_size) * rules.bytes_per_number * maps)
     weights = 4 * (size.parameters + size.merged_parameters * max(len(routes), 1))
     ready = rules.bytes_per_number * size.parameters  # the network in the layout or on the device that runs it
-    band = min(rules.roi_size[0], change.new_shape[0]) * change.new_shape[1] * change.new_shape[2] * (8 if rules.published else 2)
+    axis = sweep_axis(change.new_shape, rules.roi_size)
+    band = open_rows(change.new_shape, rules.roi_size, axis) * (8 if rules.published else 2)
     mask_grid = turn.new_shape if grid == "original" else change.new_shape
-    bits = mask_grid[0] * mask_grid[1] * -(-mask_grid[2] // 8) * sum(map(len, routes.values()))
+    last = mask_grid[axis_order(axis)[2]]  # whose rows of bits are filled up to whole bytes
+    bits = math.prod(mask_grid) // last * -(-last // 8) * sum(map(len, routes.values()))
     host = HostShare(
         resting_bytes=_INTERPRETER_BYTES + weights + bits + voxels * voxel_bytes + (ready if device_memory_bytes is None else 0),
         volume_bytes=processed * (_NETWORK_BYTES + (2 * len(tissues) + _TISSUE_WORK if tissues else 0)),
@@ -259,7 +266,7 @@ def plan_case(  # noqa: PLR0913 - each is a fact of the case or of the machine
         band_bytes=band,
         preparing_bytes=processed * _PREPARING.get(modality, _PREPARING["other"]),
         writing_bytes=math.prod(mask_grid) * _WRITING_BYTES + _PICTURE_BYTES,
-        restoring_bytes=mask_grid[1] * mask_grid[2] * _RESTORING_BYTES,
+        restoring_bytes=math.prod(mask_grid) // mask_grid[axis] * _RESTORING_BYTES,
     )
     fitting = host.fitting(memory_bytes)
     if fitting < 1:
@@ -272,7 +279,7 @@ def plan_case(  # noqa: PLR0913 - each is a fact of the case or of the machine
             raise _too_large(f"{where}: memory of the device", device.memory_bytes, device.needed(1), "smaller windows")
         fitting = min(fitting, on_device)
     groups = {region: _split(list(labels), fitting) for region, labels in routes.items()}
-    return CasePlan(change.new_shape, rules, tuple(tissues), grid, len(windows.windows()), groups, host, memory_bytes, device)
+    return CasePlan(change.new_shape, rules, tuple(tissues), grid, axis, len(windows.windows()), groups, host, memory_bytes, device)
 
 
 def _live_maps(size: NetworkSize, rules: WindowRules, *, on_device: bool) -> float:

@@ -75,5 +75,5 @@ def _unet_ready(unet: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 UNET = "unet"
 ENCODERS: dict[str, Encoder] = {
-    UNET: Encoder("the plain U-Net of SAT and LoRKD", _unet, _unet_targets, LiveMaps(full=8.0, half=11.0, ready=6.5), _unet_ready),
+    UNET: Encoder("the plain U-Net of SAT and LoRKD", _unet, _unet_targets, LiveMaps(full=7.0, half=11.0, ready=5.2), _unet_ready),
 }
