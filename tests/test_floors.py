@@ -14,8 +14,12 @@ FLOORS = {
     "ranks": 2,
     "layers": 3,
     "data": 4, "models": 4, "losses": 4, "metrics": 4,
-    "recipes": 5,
-    "commands": 6, "cli": 7, "__main__": 8,
+    "runs": 5,
+    "training": 6, "inspecting": 6,
+    "pages": 7,
+    "tuning": 8, "segmenting": 8, "decomposing": 8,
+    "studies": 9, "demo": 9,
+    "commands": 10, "cli": 11, "__main__": 12,
 }  # fmt: skip
 MODULES = sorted(SOURCE.rglob("*.py"))
 

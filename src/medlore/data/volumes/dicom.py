@@ -1,0 +1,206 @@
+"""DICOM in (one series of single-frame images, in a folder or zip) and DICOM-SEG out. Needs the extra `dicom`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from medlore.data.codestreams import check_codestream
+from medlore.data.volumes.dicom_files import DicomFile, find_files, read_header
+from medlore.data.volumes.dicom_series import check_kind, check_one_owner, choose_series, stack, values_of
+from medlore.data.volumes.geometry import Array, Shape, check_affine
+from medlore.data.volumes.nifti import Volume, header_for
+from medlore.data.volumes.voxel_bytes import check_memory
+from medlore.errors import DataError, InputError, MissingExtraError
+from medlore.files import atomic_path
+
+_MODALITIES = {"CT": "ct", "MR": "mri", "PT": "pet", "US": "us"}
+_TOGETHER = ("RescaleSlope", "RescaleIntercept")
+
+
+def read_dicom(path: str | Path, *, series: str | None = None, most_bytes: int | None = None) -> Volume:
+    """Read one DICOM series.
+
+    Headers are read first; pixels only of the series that is meant, once its size and place are known.
+
+    Args:
+        path: a folder (searched through and through), a zip, or one file of a series, whose other files lie in the same folder.
+        series: SeriesInstanceUID, or its end, where there are several.
+        most_bytes: voxels that need more than this are refused before they are read.
+
+    Raises:
+        MissingExtraError: pydicom is not installed.
+        DataError: no image, several series, patients, studies or frames of reference, damaged, missing, doubled or shifted slices,
+            uneven spacing, multi-frame, colour.
+    """
+    path = Path(path)
+    slices, affine, notes = _stack_of(path, series)
+    x, y, z = _shape_of(slices)
+    check_memory(x * y * z * 4, f"a series of {x} x {y} x {z} voxels", path, most_bytes=most_bytes)
+    array = _voxels(slices)
+    notes += _tilt_note(slices)
+    modality = _MODALITIES.get(slices[0].text("Modality"))
+    headers = tuple(file.header for file in slices)
+    return Volume(array, affine, header_for(affine, (x, y, z)), (x, y, z), path, tuple(notes), modality, headers)
+
+
+def read_dicom_grid(path: str | Path, *, series: str | None = None) -> tuple[Shape, Array]:
+    """Shape and affine of a series, from its headers alone.
+
+    Raises:
+        DataError: as `read_dicom`, as far as the headers tell.
+    """
+    slices, affine, _ = _stack_of(Path(path), series)
+    return _shape_of(slices), affine
+
+
+def dicom_modality(path: str | Path) -> str | None:
+    """`ct`, `mri`, `pet` or `us`, from the first DICOM image below a path; None where there is none, or it does not say."""
+    first = next(iter(find_files(Path(path))), None)
+    return None if first is None else _MODALITIES.get(first.text("Modality"))
+
+
+def _stack_of(path: Path, series: str | None) -> tuple[list[DicomFile], Array, list[str]]:
+    files = find_files(path)
+    if path.is_file() and len(files) == 1 and files[0].source == path:  # one slice: the series is the one that it belongs to
+        own = files[0].text("SeriesInstanceUID")
+        if series is not None and not own.endswith(series):
+            raise DataError(str(path), f"an image of series {own}, not of {series!r}", "a file of the series", "name another file")
+        files, series = [file for file in find_files(path.parent) if file.text("SeriesInstanceUID") == own], None
+    chosen = choose_series(files, series, path)
+    check_kind(chosen, path)
+    slices, affine, notes = stack(chosen, path)
+    check_affine(affine, str(path))
+    check_one_owner(slices, path)
+    for name in _TOGETHER:
+        without = sum(file.numbers(name, 1) is None for file in slices)
+        if 0 < without < len(slices):
+            came = f"{without} of {len(slices)} images without {name}"
+            raise DataError(str(path), came, "all images with it, or none", "export the series again")
+    if not slices[0].text("SeriesInstanceUID"):
+        notes.append("the images have no SeriesInstanceUID; they were taken for one series")
+    if any(file.text("PhotometricInterpretation") == "MONOCHROME1" for file in slices):
+        notes.append("the header asks for inverted display (MONOCHROME1); values were taken as they are stored")
+    return slices, affine, notes
+
+
+def _shape_of(slices: Sequence[DicomFile]) -> Shape:
+    return int(slices[0].number("Columns", 0)), int(slices[0].number("Rows", 0)), len(slices)
+
+
+def _voxels(slices: Sequence[DicomFile]) -> Array:
+    """Voxels x y z; int16 or int32 where slopes and intercepts leave whole numbers that fit, else floating point."""
+    planes, all_whole = [], True
+    for file in slices:
+        dataset = read_header(file.source, pixels=True)
+        check_codestream(dataset, file.source)
+        values, whole = values_of(file, dataset, file.source)
+        all_whole = all_whole and whole
+        planes.append(_narrow(values, whole=whole))
+    kind = np.result_type(*planes) if all_whole else np.dtype(np.float32)
+    return np.stack([plane.astype(kind, copy=False) for plane in planes], axis=-1)
+
+
+def _narrow(values: Array, *, whole: bool) -> Array:
+    if not whole:
+        return values.astype(np.float32)
+    low, high = int(values.min()), int(values.max())
+    for kind in (np.int16, np.int32):
+        if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max:
+            return values.astype(kind)
+    return values.astype(np.float64)
+
+
+def _tilt_note(slices: Sequence[DicomFile]) -> list[str]:
+    tilt = slices[0].number("GantryDetectorTilt", 0)
+    return [f"the header gives a gantry tilt of {tilt:g} degrees"] if abs(tilt) > 0.1 else []
+
+
+def write_dicom_seg(path: str | Path, volume: Volume, masks: Mapping[str, Array]) -> Path:
+    """Write DICOM-SEG objects with one binary segment a label, that refer to the slices of `volume`.
+
+    One object holds labels that share no voxel, so that one label map is all that is held in memory; labels that overlap with
+    them go into further files, `NAME_2.dcm` and so on. Masks are asked for one at a time.
+
+    Args:
+        path: the (first) file.
+        volume: read from DICOM.
+        masks: label -> Boolean x y z on the grid of `volume`; empty ones are left out by the caller.
+
+    Returns:
+        The first file.
+
+    Raises:
+        MissingExtraError: highdicom is not installed.
+        InputError: the volume did not come from DICOM, or there is no mask.
+    """
+    path = Path(path)
+    left = list(masks)
+    if not volume.slices or not left:
+        came = "an image that is not DICOM" if not volume.slices else "no label with a voxel"
+        raise InputError("--dicom-seg", came, "a DICOM series and at least one mask that is not empty", "leave --dicom-seg out")
+    number = 1
+    while left:
+        chosen, pixels, left = _layer(left, masks, volume.shape)
+        _write_layer(path if number == 1 else path.with_stem(f"{path.stem}_{number}"), volume, chosen, pixels, 899 + number)
+        number += 1
+    return path
+
+
+def _layer(labels: Sequence[str], masks: Mapping[str, Array], shape: Sequence[int]) -> tuple[list[str], Array, list[str]]:
+    """Labels that share no voxel, their label map (slices, rows, columns), and the labels that overlap with them."""
+    pixels: Array = np.zeros((shape[2], shape[1], shape[0]), np.uint8 if len(labels) < 256 else np.uint16)
+    chosen: list[str] = []
+    left = []
+    for label in labels:
+        mask = np.transpose(masks[label], (2, 1, 0))
+        if chosen and pixels[mask].any():
+            left.append(label)
+        else:
+            chosen.append(label)
+            pixels[mask] = len(chosen)
+    return chosen, pixels, left
+
+
+def _write_layer(path: Path, volume: Volume, labels: Sequence[str], pixels: Array, series_number: int) -> None:
+    try:
+        import highdicom
+        from highdicom.sr.coding import CodedConcept
+    except ImportError as error:
+        raise MissingExtraError("--dicom-seg", "highdicom", "dicom") from error
+    from medlore import __version__
+
+    algorithm = highdicom.AlgorithmIdentificationSequence(
+        name="MedLoRE", version=__version__, family=CodedConcept("123109", "DCM", "Artificial Intelligence")
+    )
+    segments = [
+        highdicom.seg.SegmentDescription(
+            segment_number=number,
+            segment_label=label[:64],
+            segmented_property_category=CodedConcept("123037004", "SCT", "Anatomical structure"),
+            segmented_property_type=CodedConcept(f"label-{number}", "99MEDLORE", label[:64]),
+            algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
+            algorithm_identification=algorithm,
+        )
+        for number, label in enumerate(labels, start=1)
+    ]
+    segmentation = highdicom.seg.Segmentation(
+        source_images=list(volume.slices),
+        pixel_array=pixels,
+        segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
+        segment_descriptions=segments,
+        series_instance_uid=highdicom.UID(),
+        series_number=series_number,
+        sop_instance_uid=highdicom.UID(),
+        instance_number=1,
+        manufacturer="MedLoRE",
+        manufacturer_model_name="medlore segment",
+        software_versions=__version__,
+        device_serial_number="0",
+        series_description="MedLoRE segmentation (research, not for diagnosis)",
+        omit_empty_frames=True,
+    )
+    with atomic_path(path) as temporary:
+        segmentation.save_as(temporary)
