@@ -196,12 +196,15 @@ def _segment_case(settings: SegmentSettings, model: SegmentingModel, case: Case,
     from medlore.segmenting.outputs import write_outputs
 
     routes = _routes(settings, model.facts, case)
-    fingerprint = _fingerprint(settings, model, case, routes)
+    existing_image(case.image)
+    digest = sha256_of(case.image)
+    fingerprint = _fingerprint(settings, model, case, routes, digest)
     folder = settings.out / name
     if settings.resume and _is_finished(folder, fingerprint, settings):
         return {"state": "skipped", "folder": name}
     start = time.perf_counter()
-    volume = read_volume(case.image, affine_from=settings.affine_from, frame=case.frame, series=case.series)
+    most = _memory_of(settings)
+    volume = read_volume(case.image, affine_from=settings.affine_from, frame=case.frame, series=case.series, most_bytes=most)
     read = time.perf_counter() - start
     if settings.dicom_seg and not volume.slices:  # before hours of work, not after them
         raise InputError(f"--dicom-seg: {case.image}", "an image that is not DICOM", "a DICOM series", "leave --dicom-seg out")
@@ -220,6 +223,7 @@ def _segment_case(settings: SegmentSettings, model: SegmentingModel, case: Case,
     result.seconds = {"read": read, **result.seconds}
     about = {
         "image": str(case.image),
+        "image_sha256": digest,
         "case": case.to_dict(),
         "model": {"name": model.bundle.name, "sha256": model.bundle.sha256},
         "precision": model.precision,
@@ -357,15 +361,14 @@ def _grid_of(case: Case, affine_from: AffineChoice) -> tuple[Any, Any]:
     return read_grid(case.image, ReadOptions(affine_from, frame=case.frame, series=case.series))
 
 
-def _fingerprint(settings: SegmentSettings, model: SegmentingModel, case: Case, routes: Routes) -> str:
-    existing_image(case.image)
+def _fingerprint(settings: SegmentSettings, model: SegmentingModel, case: Case, routes: Routes, digest: str) -> str:
     values = settings.model_dump(mode="json")
     decisive = {name: values[name] for name in DECISIVE} | {"precision": model.precision}
     orientation = case.orientation_code or settings.orientation_code
     part = [case.frame, case.series]
     prompts = [sha256_of(file) for file in (settings.prompt_embeddings, settings.text, settings.tokenizer) if file is not None]
     weights = [model.bundle.sha256, *prompts]
-    told = [RULES_VERSION, sha256_of(case.image), weights, routes.modality, routes.by_region, routes.labels, orientation, part, decisive]
+    told = [RULES_VERSION, digest, weights, routes.modality, routes.by_region, routes.labels, orientation, part, decisive]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 

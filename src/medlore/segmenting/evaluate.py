@@ -12,25 +12,24 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
+from medlore.data.formats import ReadOptions, read_grid
 from medlore.data.volumes.cases import Case, folder_names, read_cases
 from medlore.data.volumes.geometry import spacing_of
 from medlore.data.volumes.masks import check_mask_grid, read_masks
-from medlore.data.volumes.nifti import read_nifti
+from medlore.data.volumes.preparation import read_volume
 from medlore.errors import DataError, InputError, MedloreError, StepError
-from medlore.files import atomic_path, json_text, read_json, write_text
+from medlore.files import json_text, read_json, sha256_of
 from medlore.metrics.masks import EMPTY_RULE, dice, surface_dice
 from medlore.models.segmenter.vocabulary import canonical_modality, default_vocabulary
 from medlore.runs.settings import Run
+from medlore.segmenting.evaluation_tables import summarise, write_tables
 from medlore.segmenting.outputs import file_names
-
-MEASURES = ("dice", "surface_dice")
 
 
 def evaluate_masks(
@@ -60,13 +59,11 @@ def evaluate_masks(
     out = Path(out) if out is not None else pred / "evaluation"
     with Run("evaluate", out, settings={"pred": str(pred), "truth": str(truth), "tolerance_mm": tolerance_mm}) as run:
         rows, faults = _measure_all(pred, cases, tolerance_mm)
-        table = pd.DataFrame(rows)
         run.results = {"empty_masks": EMPTY_RULE, "tolerance_mm": tolerance_mm, "cases": len({r["case"] for r in rows}), "faults": faults}
         if rows:
-            run.results |= summarise(table)
-            _write_tables(out, table, run.results)
-            for name in ("cases.csv", "summary.csv", "box_plots.png"):
-                run.add_output(name, out / name)
+            run.results |= summarise(rows)
+            for path in write_tables(out, rows, run.results):
+                run.add_output(path.name, path)
     _print(run.results, as_json=as_json)
     if faults:
         accepted, fix = "a mask and a prediction on one grid for every case", "see the list; the other cases are written"
@@ -83,13 +80,17 @@ def measure_case(folder: Path, case: Case, tolerance_mm: float) -> list[dict[str
     """
     modality = canonical_modality(case.modality)
     words = default_vocabulary()
-    files = _predicted_files(folder, case.labels)
-    first = read_nifti(folder / files[case.labels[0]])
+    record = _record_of(folder)
+    _check_speaks_of(case, record, folder)
+    files = _predicted_files(folder, case.labels, record)
+    first = read_volume(folder / files[case.labels[0]])
+    if case.image.exists():
+        check_mask_grid(*read_grid(case.image, ReadOptions(frame=case.frame, series=case.series)), first, str(case.image), what="an image")
     truth = read_masks(case, first)  # the masks of the image lie on the grid of what was predicted for it
     spacing = spacing_of(first.affine)
     rows = []
     for label in case.labels:
-        predicted = read_nifti(folder / files[label])
+        predicted = read_volume(folder / files[label])
         check_mask_grid(predicted.shape, predicted.affine, first, str(predicted.path))
         mine, theirs = predicted.array > 0, truth.mask(label)
         rows.append(
@@ -103,23 +104,10 @@ def measure_case(folder: Path, case: Case, tolerance_mm: float) -> list[dict[str
                 "surface_dice": surface_dice(mine, theirs, spacing_mm=list(spacing), tolerance_mm=tolerance_mm),
                 "predicted_voxels": int(np.count_nonzero(mine)),
                 "true_voxels": int(np.count_nonzero(theirs)),
+                "notes": " | ".join(truth.notes),
             }
         )
     return rows
-
-
-def summarise(table: pd.DataFrame) -> dict[str, Any]:
-    """Means by data set and label, by data set, by label and modality, by region, and over all labels."""
-    names = list(MEASURES)
-    by_both = table.groupby(["dataset", "modality", "label", "region"], as_index=False)[names].mean()
-    by_label = by_both.groupby(["modality", "label", "region"], as_index=False)[names].mean()
-    return {
-        "by_dataset_and_label": by_both.to_dict("records"),
-        "by_dataset": by_both.groupby("dataset", as_index=False)[names].mean().to_dict("records"),
-        "by_label": by_label.to_dict("records"),
-        "by_region": by_label.groupby("region", as_index=False)[names].mean().to_dict("records"),
-        "mean": {name: float(by_label[name].mean()) for name in names},
-    }
 
 
 def _measure_all(pred: Path, cases: Sequence[Case], tolerance_mm: float) -> tuple[list[dict[str, Any]], list[str]]:
@@ -141,46 +129,51 @@ def _has_mask(case: Case) -> bool:
     return case.mask is not None or "mask" in case.other
 
 
-def _predicted_files(folder: Path, labels: Sequence[str]) -> dict[str, str]:
-    """File of each label: as `case.json` says, under the label's own or the vocabulary's spelling."""
+def _record_of(folder: Path) -> Any | None:
+    """What `case.json` says; None where there is none, as with masks of other programs."""
+    path = folder / "case.json"
+    return read_json(path) if path.is_file() else None
+
+
+def _check_speaks_of(case: Case, record: Any | None, folder: Path) -> None:
+    """Refuse the prediction of another image: two patients' files may have one name.
+
+    The content decides where `case.json` has its hash, else the path, of which a relative one may be the end of the other.
+    """
+    if not isinstance(record, Mapping) or not isinstance(record.get("image"), str):
+        return
+    told, digest = Path(record["image"]), record.get("image_sha256")
+    if isinstance(digest, str) and case.image.is_file():
+        same = sha256_of(case.image) == digest
+    else:
+        same = told.resolve() == case.image.resolve() or _is_end_of(told, case.image) or _is_end_of(case.image, told)
+    made = record.get("case")
+    part = made if isinstance(made, Mapping) else {}
+    same = same and (part.get("frame") or 0) == (case.frame or 0)
+    if not same:
+        came = f"a prediction of {told}" + (f", volume {part['frame']}" if part.get("frame") else "")
+        accepted, fix = f"one of {case.image}, of which the list speaks", "segment the cases of this list, or name the folder of its masks"
+        raise DataError(str(folder / "case.json"), came, accepted, fix)
+
+
+def _is_end_of(end: Path, path: Path) -> bool:
+    return not end.is_absolute() and path.parts[-len(end.parts) :] == end.parts
+
+
+def _predicted_files(folder: Path, labels: Sequence[str], record: Any | None) -> dict[str, str]:
+    """File of each label: as `case.json` says, under the label's own or the vocabulary's spelling; never out of the folder."""
     names = file_names(labels)
-    record = folder / "case.json"
-    if record.is_file():
-        told = read_json(record)
+    if record is not None:
         try:
-            written = {entry["label"]: str(entry["file"]) for entry in told["labels"]}
-            modality = str(told["modality"])
+            written = {entry["label"]: Path(str(entry["file"])).name for entry in record["labels"]}
+            modality = str(record["modality"])
         except (KeyError, TypeError) as error:
-            raise DataError(str(record), "not the record of a case", "case.json as it was written", "segment the case again") from error
+            where = str(folder / "case.json")
+            raise DataError(where, "not the record of a case", "case.json as it was written", "segment the case again") from error
         for label in labels:
             known = default_vocabulary().lookup(label, modality, allow_unknown=True).label
             names[label] = written.get(label) or written.get(known) or names[label]
     return names
-
-
-def _write_tables(out: Path, table: pd.DataFrame, results: dict[str, Any]) -> None:
-    write_text(out / "cases.csv", table.to_csv(index=False))
-    write_text(out / "summary.csv", pd.DataFrame(results["by_dataset_and_label"]).to_csv(index=False))
-    _box_plots(out / "box_plots.png", table)
-
-
-def _box_plots(path: Path, table: pd.DataFrame) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    labels = sorted(table["label"].unique(), key=lambda label: table.loc[table["label"] == label, "dice"].median(), reverse=True)
-    figure = Figure(figsize=(8, 1.6 + 0.28 * len(labels)), layout="constrained")
-    FigureCanvasAgg(figure)
-    for plot, name in zip(figure.subplots(1, 2, sharey=True), MEASURES, strict=True):
-        groups = [table.loc[table["label"] == label, name].to_numpy() for label in labels]
-        plot.boxplot(groups, orientation="horizontal", widths=0.6, showmeans=True, medianprops={"color": "#c0392b"})
-        plot.set_yticks(range(1, len(labels) + 1), [f"{label} ({len(group)})" for label, group in zip(labels, groups, strict=True)])
-        plot.set_xlim(-0.02, 1.02)
-        plot.set_title(name.replace("_", " "))
-        plot.grid(axis="x", alpha=0.3)
-        plot.invert_yaxis() if name == MEASURES[0] else None
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
 
 
 def _print(results: dict[str, Any], *, as_json: bool) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from medlore.errors import MissingExtraError
+from medlore.extras import require
 from medlore.runs.settings import DeviceChoice, choose_device
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -61,7 +61,4 @@ def _mixed_precision(precision: Precision, device: str) -> str:
 
 
 def _check_tensorboard() -> None:
-    try:
-        import tensorboard  # noqa: F401 - only whether it is there
-    except ImportError as error:
-        raise MissingExtraError("--track tensorboard", "tensorboard", "tracking") from error
+    require("tensorboard", "--track tensorboard")

@@ -82,7 +82,7 @@ def read_cases(path: str | Path) -> list[Case]:
     """
     path = existing_file(path)
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # no other character ends a line of JSON
     except UnicodeDecodeError as error:
         raise DataError(str(path), f"not UTF-8 text ({error})", "a jsonl file", "name the list of cases, not an image") from error
     cases: list[Case] = []

@@ -13,7 +13,8 @@ from medlore.data.volumes.dicom_series import check_kind, check_one_owner, choos
 from medlore.data.volumes.geometry import Array, Shape, check_affine
 from medlore.data.volumes.nifti import Volume, header_for
 from medlore.data.volumes.voxel_bytes import check_memory
-from medlore.errors import DataError, InputError, MissingExtraError
+from medlore.errors import DataError, InputError
+from medlore.extras import require
 from medlore.files import atomic_path
 
 _MODALITIES = {"CT": "ct", "MR": "mri", "PT": "pet", "US": "us"}
@@ -165,11 +166,9 @@ def _layer(labels: Sequence[str], masks: Mapping[str, Array], shape: Sequence[in
 
 
 def _write_layer(path: Path, volume: Volume, labels: Sequence[str], pixels: Array, series_number: int) -> None:
-    try:
-        import highdicom
-        from highdicom.sr.coding import CodedConcept
-    except ImportError as error:
-        raise MissingExtraError("--dicom-seg", "highdicom", "dicom") from error
+    highdicom = require("highdicom", "--dicom-seg")
+    from highdicom.sr.coding import CodedConcept
+
     from medlore import __version__
 
     algorithm = highdicom.AlgorithmIdentificationSequence(

@@ -16,6 +16,7 @@ from typing import Any
 
 from medlore.data.images.trees import ArchiveMember, FolderTree, ZipTree, read_member
 from medlore.errors import DataError, MedloreError, MissingExtraError
+from medlore.extras import require
 
 _MARK = b"DICM"
 _ZIP = b"PK\x03\x04"
@@ -66,7 +67,7 @@ class DicomFile:
     def number(self, name: str, default: float) -> float:
         """One number, or the default where the attribute is absent or empty."""
         found = self.numbers(name, 1)
-        return default if found is None else found[0]
+        return float(default) if found is None else found[0]
 
     def _fault(self, name: str, what: object) -> DataError:
         return DataError(str(self.source), f"{name} cannot be used ({what})", "what the DICOM standard says", "mend or export it again")
@@ -141,10 +142,7 @@ def read_header(source: Path | ArchiveMember, *, pixels: bool = False) -> Any | 
         DataError: it looks like DICOM and cannot be read.
         MissingExtraError: pydicom is not installed.
     """
-    try:
-        import pydicom
-    except ImportError as error:
-        raise MissingExtraError(f"reading DICOM from {source}", "pydicom", "dicom") from error
+    pydicom = require("pydicom", f"reading DICOM from {source}")
     head = _first_bytes(source)
     marked = head[128:132] == _MARK
     if not (marked or head[:4] in _FIRST_TAGS):

@@ -136,19 +136,19 @@ def combine(masks: Iterable[tuple[str, Array]], shape: Shape) -> LabelMap:
     return LabelMap(_narrow(codes), members)
 
 
-def check_mask_grid(shape: Sequence[int], affine: Array, volume: Volume, where: str) -> None:
-    """Compare a mask's grid with the image's.
+def check_mask_grid(shape: Sequence[int], affine: Array, volume: Volume, where: str, *, what: str = "a mask") -> None:
+    """Compare a mask's grid with the image's (or, the other way round, an image's with that of its mask).
 
     Raises:
         DataError: another shape, or an affine that differs by more than a hundredth of a millimetre.
     """
     told = tuple(int(n) for n in shape)
     if told != volume.shape:
-        came, accepted = f"a mask of {_by(told)} voxels", f"the grid of {volume.path}: {_by(volume.shape)}"
+        came, accepted = f"{what} of {_by(told)} voxels", f"the grid of {volume.path}: {_by(volume.shape)}"
         raise DataError(where, came, accepted, _GRID_FIX)
     apart = float(np.abs(np.asarray(affine) - volume.affine).max())
     if apart > _SAME_MM:
-        came = f"a mask of the same shape whose affine differs by up to {apart:.3g} mm: {_numbers(affine)}"
+        came = f"{what} of the same shape whose affine differs by up to {apart:.3g} mm: {_numbers(affine)}"
         raise DataError(where, came, f"the affine of {volume.path}: {_numbers(volume.affine)}", _GRID_FIX)
 
 

@@ -25,9 +25,10 @@ from medlore.data.volumes.intensity import (
     Modality,
     body_box,
     finite_values,
-    hounsfield_offset,
+    hounsfield,
     intensity_of,
     published_foreground,
+    saturated,
 )
 from medlore.data.volumes.nifti import Volume
 from medlore.data.volumes.nifti_affine import AffineChoice
@@ -109,8 +110,9 @@ def prepare(
     notes = list(volume.notes)
     array, note = finite_values(volume.array, where=where)
     notes += [note] if note else []
-    offset, note = hounsfield_offset(array) if modality == "ct" and not published else (0.0, None)
-    notes += [note] if note else []
+    notes += [note] if (note := saturated(volume.array)) else []
+    array, offset, odd = hounsfield(array) if modality == "ct" and not published else (array, 0.0, ())
+    notes += odd
     tilt = shear_degrees(volume.affine)
     if tilt > _TILT_NOTE_DEGREES:
         notes.append(
