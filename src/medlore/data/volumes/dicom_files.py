@@ -152,11 +152,26 @@ def read_header(source: Path | ArchiveMember, *, pixels: bool = False) -> Any | 
     try:
         stream = io.BytesIO(read_member(source)) if isinstance(source, ArchiveMember) else _plain_or_bounded(source)
         dataset = pydicom.dcmread(stream, stop_before_pixels=not pixels, force=not marked)
+        if "TransferSyntaxUID" not in dataset.file_meta:  # no meta group: what was found while reading
+            implicit, little = dataset.original_encoding
+            plain = pydicom.uid.ImplicitVRLittleEndian if implicit else pydicom.uid.ExplicitVRLittleEndian
+            dataset.file_meta.TransferSyntaxUID = plain if little else pydicom.uid.ExplicitVRBigEndian
+        whole = _is_whole(dataset)
     except MedloreError:
         raise
     except Exception as error:  # pydicom's errors share no parent
         raise _broken(source, f"{type(error).__name__}: {error}") from error
+    if not whole:
+        raise _broken(source, "its header is cut off")
     return dataset
+
+
+def _is_whole(dataset: Any) -> bool:
+    """Whether a header says what it is of, and an image its size; one that is cut off is read without complaint."""
+    if "Rows" in dataset or "DirectoryRecordSequence" in dataset:
+        return True
+    kind = dataset.get("SOPClassUID")
+    return kind is not None and not kind.name.endswith("Image Storage")
 
 
 def _is_wanted(header: Any, *, segmentations: bool) -> bool:
