@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
-from small_dicom import GONE, write_slices
 
 from medlore.data.formats import ReadOptions, find_images, read_grid
 from medlore.data.volumes.preparation import read_volume
 from medlore.errors import DataError, InputError
+from small_dicom import GONE, write_slices
 
 ARRAY = np.random.default_rng(0).integers(0, 2000, (9, 8, 10)).astype(np.uint16)
 HU = ARRAY.astype(int) - 1024

@@ -16,6 +16,7 @@ from medlore.errors import DataError
 from medlore.files import existing_file
 
 _HEAD = 284  # bytes before the voxels
+_GOOD_RAS = slice(28, 30)
 _VERSION = b"\0\0\0\x01"
 _TYPES = {0: "u1", 1: "i4", 3: "f4", 4: "i2", 10: "u2"}
 
@@ -65,7 +66,7 @@ def _header_of(head: bytes, frame: int | None, path: Path) -> tuple[np.dtype[Any
     number = int(header["type"])
     if number not in _TYPES:
         raise DataError(str(path), f"voxels of type {number}", f"one of {', '.join(map(str, _TYPES))}", "convert it to NIfTI")
-    if int(header["goodRASFlag"]) != 1:
+    if int.from_bytes(head[_GOOD_RAS], "big") != 1:  # nibabel would take a coronal default
         accepted, fix = "a header with an orientation", "convert it with mri_convert, naming the orientation; sides cannot be guessed"
         raise DataError(str(path), "no orientation: left and right are not known", accepted, fix)
     kind = np.dtype(">" + _TYPES[number])
