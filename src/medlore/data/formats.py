@@ -355,9 +355,9 @@ def find_images(folder: str | Path) -> list[Path]:
 
 
 def mask_files(folder: str | Path) -> dict[str, Path]:
-    """Stem -> file of all files in a folder that a mask can be read from."""
-    files = (path for path in sorted(Path(folder).iterdir()) if path.is_file() and not path.name.startswith("."))
-    return {stem_of(path.name): path for path in files if format_named_like(path.name) is not None}
+    """Stem -> file of all files in a folder that hold one mask each; DICOM files belong together and are none."""
+    named = ((path, format_named_like(path.name)) for path in sorted(Path(folder).iterdir()))
+    return {stem_of(path.name): path for path, format_ in named if format_ not in (None, DICOM) and path.is_file() and path.name[0] != "."}
 
 
 def modality_of(path: str | Path) -> str | None:

@@ -20,6 +20,7 @@ from medlore.files import read_json
 BESIDE = "labels.json"
 _ACCEPTED = '{"labels": {"1": "liver", ...}} or {"liver": 1, ...}'
 
+_NUMBER = re.compile(r"\d{1,9}")
 # <Label Key="1" Red="..."><![CDATA[liver]]></Label>, as Connectome Workbench and TotalSegmentator write it
 _WORKBENCH = re.compile(r"<Label\b[^<>]*?\bKey\s*=\s*[\"'](\d{1,9})[\"'][^<>]*>\s*(?:<!\[CDATA\[(.*?)\]\]>|([^<]*))\s*</Label>", re.DOTALL)
 
@@ -70,13 +71,13 @@ def _table_of(told: Any, where: str) -> dict[int, str]:
     found: dict[int, str] = {}
     faults = []
     for key, entry in table.items():
-        value, name = (key, entry) if isinstance(entry, str) else (entry, key)
-        if isinstance(value, bool) or not re.fullmatch(r"\d{1,9}", str(value)):
+        value, name = (key, entry) if _NUMBER.fullmatch(str(key)) else (entry, key)
+        if isinstance(value, bool) or not _NUMBER.fullmatch(str(value)) or not isinstance(name, str):
             faults.append(f"{key!r}: {entry!r}")
         elif int(value) in found:
             faults.append(f"value {value} has two names: {found[int(value)]!r} and {name!r}")
         else:
-            found[int(value)] = str(name)
+            found[int(value)] = name
     if faults:
         raise DataError(where, "not a table of labels", _ACCEPTED, "mend or remove it", faults=faults)
     return {value: name for value, name in found.items() if value > 0}

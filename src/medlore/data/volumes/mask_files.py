@@ -150,16 +150,17 @@ def dicom_masks(path: Path) -> MaskFile:
         layers = [_layer_of(pixels, places, range(len(frames)), shape)]
         entries = {number: (0, number, label) for number, label in segments.items() if number > 0}
     else:
-        numbers = [_number_of(frame, file) for frame in frames]
+        numbers = [_number_of(frame, shared, file) for frame in frames]
         layers = [_layer_of(pixels, places, [k for k, n in enumerate(numbers) if n == number], shape) for number in segments]
         entries = {number: (index, 1, label) for index, (number, label) in enumerate(segments.items())}
     drawn_on = tuple(str(item.SeriesInstanceUID) for item in dataset.get("ReferencedSeriesSequence") or ())
     return MaskFile(path, tuple(layers), affine, _by_name(entries, path), part=True, series=drawn_on)
 
 
-def _number_of(frame: Any, file: DicomFile) -> int:
+def _number_of(frame: Any, shared: Any, file: DicomFile) -> int:
     try:
-        return int(frame.SegmentIdentificationSequence[0].ReferencedSegmentNumber)
+        group = frame.get("SegmentIdentificationSequence") or shared.get("SegmentIdentificationSequence")
+        return int(group[0].ReferencedSegmentNumber)
     except (AttributeError, IndexError, TypeError, ValueError) as error:
         raise DataError(
             str(file.source), "a frame without the number of its segment", "SegmentIdentification", "export it again"
