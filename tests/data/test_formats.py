@@ -14,7 +14,17 @@ import pytest
 import SimpleITK
 
 from medlore.data import formats
-from medlore.data.formats import FORMATS, ReadOptions, VolumeFormat, find_images, format_of, mask_files, read_grid, stem_of, write_volume
+from medlore.data.formats import (
+    FORMATS,
+    ReadOptions,
+    VolumeFormat,
+    files_of_masks,
+    find_images,
+    format_of,
+    read_grid,
+    stem_of,
+    write_volume,
+)
 from medlore.data.volumes.cases import Case
 from medlore.data.volumes.masks import read_masks
 from medlore.data.volumes.nifti import Volume, header_for, read_nifti
@@ -97,7 +107,7 @@ def test_every_format_is_read_found_measured_and_taken_as_a_mask(tmp_path: Path,
     assert np.array_equal(volume.array, codes)
     assert np.allclose(volume.affine, AFFINE, atol=1e-6)
     assert find_images(tmp_path / "m") == [path]
-    assert list(mask_files(tmp_path / "m").items()) == [("a", path)] or suffix in (".nhdr", ".mhd")
+    assert list(files_of_masks(tmp_path / "m").items()) == [("a", path)] or suffix in (".nhdr", ".mhd")
     shape, affine = read_grid(path)
     assert shape == codes.shape
     assert np.array_equal(affine, volume.affine)

@@ -370,5 +370,5 @@ def test_a_deflated_file_that_unpacks_without_end_is_refused(tmp_path: Path) -> 
     packer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
     bomb = b"".join(packer.compress(bytes(1 << 20)) for _ in range(200)) + packer.flush()
     file.write_bytes(content[:meta] + bomb)
-    with pytest.raises(DataError, match="unpacks to more than"):
+    with pytest.raises(DataError, match=r"cannot be read[^|]*unpacks to more than"):
         read_volume(folder)

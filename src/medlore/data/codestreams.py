@@ -1,7 +1,8 @@
-"""How large a compressed image says it is, before a decoder takes memory for it."""
+"""How large a compressed image is, before a decoder takes memory for it."""
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 from medlore.errors import DataError
@@ -9,6 +10,8 @@ from medlore.errors import DataError
 _J2K = b"\xff\x4f\xff\x51"
 _JPEG = b"\xff\xd8"
 _NO_SIZE = {0xC4, 0xC8, 0xCC}  # markers in the range of frame headers that are none
+_DEFLATED = b"1.2.840.10008.1.2.1.99"
+_MOST_UNPACKED = 64 << 20
 _MOST_LOOKED_AT = 1 << 20
 
 
@@ -34,6 +37,33 @@ def size_in(frame: bytes) -> tuple[int, int] | None:
         else:
             at += 2 + int.from_bytes(frame[at + 2 : at + 4], "big")
     return None
+
+
+def is_deflated(content: bytes) -> bool:
+    """Whether the first bytes of a DICOM file say that the rest is deflated."""
+    return _DEFLATED in content[:4096]
+
+
+def check_deflated(content: bytes, source: object) -> None:
+    """Refuse a deflated DICOM file that unpacks to far more than it holds: pydicom unpacks it whole.
+
+    Raises:
+        DataError: it unpacks to more than 64 MiB and 64 times its size, or cannot be unpacked.
+    """
+    if not is_deflated(content):
+        return
+    length = int.from_bytes(content[140:144], "little")  # (0002,0000): the length of the file's meta group
+    rest, size, most = content[144 + length :], 0, max(_MOST_UNPACKED, 64 * len(content))
+    unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
+    try:
+        while rest and not unpacker.eof and size <= most:
+            size += len(unpacker.decompress(rest, 1 << 20))
+            rest = unpacker.unconsumed_tail
+    except zlib.error as error:
+        raise DataError(str(source), f"a damaged DICOM file ({error})", "a whole DICOM file", "copy or export it again") from error
+    if size > most:
+        came = f"a deflated file of {len(content):,} bytes that unpacks to more than {most:,}"
+        raise DataError(str(source), came, "a DICOM file", "unpack it yourself, if you trust it")
 
 
 def check_codestream(dataset: Any, source: object) -> None:

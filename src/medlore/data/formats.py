@@ -6,20 +6,22 @@ strips its suffix from names. What a format cannot do is None in its record.
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from medlore.data.volumes import dicom, dicom_files, mask_files, metaimage, mgh, nifti, nrrd
+from medlore.data.volumes.geometry import Array, Shape
+from medlore.data.volumes.mask_files import MaskFile
+from medlore.data.volumes.nifti import Volume
+from medlore.data.volumes.nifti_affine import AffineChoice
+from medlore.data.volumes.voxel_bytes import unpacked
 from medlore.errors import DataError, InputError, MedloreError
-
-if TYPE_CHECKING:
-    from medlore.data.volumes.geometry import Array, Shape
-    from medlore.data.volumes.mask_files import MaskFile
-    from medlore.data.volumes.nifti import Volume
-    from medlore.data.volumes.nifti_affine import AffineChoice
+from medlore.files import sha256_of
 
 _HEAD = 352  # bytes by which a file is told
 
@@ -48,8 +50,6 @@ def suffixed(format_: VolumeFormat, folder: Path) -> list[Path]:
 
 def plain_masks(format_: VolumeFormat, path: Path) -> MaskFile:
     """A label map without names: whatever the format reads as a volume."""
-    from medlore.data.volumes.mask_files import MaskFile
-
     return MaskFile.of(read_volume_as(format_, path, ReadOptions()))
 
 
@@ -65,6 +65,7 @@ class VolumeFormat:
         told_by: whether the first (unpacked) bytes of a file are those of this format; a format without a mark is told by suffix.
         find: the images of the format in a folder; None where there are none to be found.
         masks: a file of masks, with names where the format has them.
+        data_file: the file beside a header that holds its voxels, if any; None where a volume is always one file.
         modality: what a file says of its modality; None where the format cannot say it.
         write: an array on the grid of a volume (or on that of another affine), with names of its values; None where the format
             is not written.
@@ -77,6 +78,7 @@ class VolumeFormat:
     told_by: Callable[[bytes], bool] | None = None
     find: Callable[[VolumeFormat, Path], list[Path]] | None = suffixed
     masks: Callable[[VolumeFormat, Path], MaskFile] = plain_masks
+    data_file: Callable[[Path], Path | None] | None = None
     modality: Callable[[Path], str | None] | None = None
     write: Callable[[Path, Array, Volume, Mapping[int, str] | None, Array | None], Path] | None = None
 
@@ -89,147 +91,58 @@ class VolumeFormat:
 # -- the formats -------------------------------------------------------------------------------------------------------
 
 
-def _read_nifti(path: Path, options: ReadOptions) -> Volume:
-    from medlore.data.volumes.nifti import read_nifti
-
-    return read_nifti(path, affine_from=options.affine_from, frame=options.frame, most_bytes=options.most_bytes)
-
-
-def _nifti_grid(path: Path, options: ReadOptions) -> tuple[Shape, Array]:
-    from medlore.data.volumes.nifti import read_grid
-
-    return read_grid(path, affine_from=options.affine_from, frame=options.frame)
-
-
-def _is_nifti(head: bytes) -> bool:
-    from medlore.data.volumes.nifti import is_nifti
-
-    return is_nifti(head)
-
-
-def _nifti_masks(_: VolumeFormat, path: Path) -> MaskFile:
-    from medlore.data.volumes.mask_files import nifti_masks
-
-    return nifti_masks(path)
-
-
-def _write_nifti(path: Path, array: Array, like: Volume, labels: Mapping[int, str] | None, affine: Array | None) -> Path:
-    from medlore.data.volumes.nifti import write_nifti
-
-    return write_nifti(path, array, like, labels=labels, affine=affine)
-
-
-def _read_nrrd(path: Path, options: ReadOptions) -> Volume:
-    from medlore.data.volumes.nrrd import read_nrrd
-
-    return read_nrrd(path, most_bytes=options.most_bytes)
-
-
-def _nrrd_grid(path: Path, _: ReadOptions) -> tuple[Shape, Array]:
-    from medlore.data.volumes.nrrd import read_nrrd_grid
-
-    return read_nrrd_grid(path)
-
-
-def _nrrd_masks(_: VolumeFormat, path: Path) -> MaskFile:
-    from medlore.data.volumes.mask_files import nrrd_masks
-
-    return nrrd_masks(path)
-
-
-def _read_metaimage(path: Path, options: ReadOptions) -> Volume:
-    from medlore.data.volumes.metaimage import read_metaimage
-
-    return read_metaimage(path, most_bytes=options.most_bytes)
-
-
-def _metaimage_grid(path: Path, _: ReadOptions) -> tuple[Shape, Array]:
-    from medlore.data.volumes.metaimage import read_metaimage_grid
-
-    return read_metaimage_grid(path)
-
-
-def _is_metaimage(head: bytes) -> bool:
-    from medlore.data.volumes.metaimage import is_metaimage
-
-    return is_metaimage(head)
-
-
-def _read_mgh(path: Path, options: ReadOptions) -> Volume:
-    from medlore.data.volumes.mgh import read_mgh
-
-    return read_mgh(path, frame=options.frame, most_bytes=options.most_bytes)
-
-
-def _mgh_grid(path: Path, _: ReadOptions) -> tuple[Shape, Array]:
-    from medlore.data.volumes.mgh import read_mgh_grid
-
-    return read_mgh_grid(path)
-
-
-def _is_mgh(head: bytes) -> bool:
-    from medlore.data.volumes.mgh import is_mgh
-
-    return is_mgh(head)
-
-
-def _read_dicom(path: Path, options: ReadOptions) -> Volume:
-    from medlore.data.volumes.dicom import read_dicom
-
-    return read_dicom(path, series=options.series, most_bytes=options.most_bytes)
-
-
-def _dicom_grid(path: Path, options: ReadOptions) -> tuple[Shape, Array]:
-    from medlore.data.volumes.dicom import read_dicom_grid
-
-    return read_dicom_grid(path, series=options.series)
-
-
-def _is_dicom(head: bytes) -> bool:
-    from medlore.data.volumes.dicom_files import is_dicom
-
-    return is_dicom(head)
-
-
 def _dicom_folders(_: VolumeFormat, folder: Path) -> list[Path]:
     """The folder itself, where it holds DICOM images at any depth: a series is a folder."""
-    from medlore.data.volumes.dicom_files import holds_images
-
     others = [path for other in FORMATS if other.find is suffixed for path in suffixed(other, folder)]
-    return [folder] if holds_images(folder, beside=others) else []
+    return [folder] if dicom_files.holds_images(folder, beside=others) else []
 
 
-def _dicom_masks(_: VolumeFormat, path: Path) -> MaskFile:
-    from medlore.data.volumes.mask_files import dicom_masks
-
-    return dicom_masks(path)
-
-
-def _dicom_modality(path: Path) -> str | None:
-    from medlore.data.volumes.dicom import dicom_modality
-
-    return dicom_modality(path)
-
-
-def _npy_masks(_: VolumeFormat, path: Path) -> MaskFile:
-    from medlore.data.volumes.mask_files import npy_masks
-
-    return npy_masks(path)
-
-
-NIFTI = VolumeFormat("NIfTI", (".nii.gz", ".nii"), _read_nifti, _nifti_grid, _is_nifti, masks=_nifti_masks, write=_write_nifti)
 DICOM = VolumeFormat(
-    "DICOM", (".dcm", ".zip"), _read_dicom, _dicom_grid, _is_dicom, _dicom_folders, masks=_dicom_masks, modality=_dicom_modality
+    "DICOM",
+    (".dcm", ".zip"),
+    lambda path, o: dicom.read_dicom(path, series=o.series, most_bytes=o.most_bytes),
+    lambda path, o: dicom.read_dicom_grid(path, series=o.series),
+    dicom_files.is_dicom,
+    _dicom_folders,
+    masks=lambda _, path: mask_files.dicom_masks(path),
+    modality=dicom.dicom_modality,
 )
 FORMATS: tuple[VolumeFormat, ...] = (
-    NIFTI,
     VolumeFormat(
-        "NRRD", (".seg.nrrd", ".nrrd", ".nhdr"), _read_nrrd, _nrrd_grid, lambda head: head.startswith(b"NRRD000"), masks=_nrrd_masks
+        "NIfTI",
+        (".nii.gz", ".nii"),
+        lambda path, o: nifti.read_nifti(path, affine_from=o.affine_from, frame=o.frame, most_bytes=o.most_bytes),
+        lambda path, o: nifti.read_grid(path, affine_from=o.affine_from, frame=o.frame),
+        nifti.is_nifti,
+        masks=lambda _, path: mask_files.nifti_masks(path),
+        write=lambda path, array, like, labels, affine: nifti.write_nifti(path, array, like, labels=labels, affine=affine),
     ),
-    VolumeFormat("MetaImage", (".mha", ".mhd"), _read_metaimage, _metaimage_grid, _is_metaimage),
-    VolumeFormat("FreeSurfer", (".mgz", ".mgh"), _read_mgh, _mgh_grid, _is_mgh),
+    VolumeFormat(
+        "NRRD",
+        (".seg.nrrd", ".nrrd", ".nhdr"),
+        lambda path, o: nrrd.read_nrrd(path, most_bytes=o.most_bytes),
+        lambda path, _: nrrd.read_nrrd_grid(path),
+        nrrd.is_nrrd,
+        masks=lambda _, path: mask_files.nrrd_masks(path),
+        data_file=nrrd.data_file_of,
+    ),
+    VolumeFormat(
+        "MetaImage",
+        (".mha", ".mhd"),
+        lambda path, o: metaimage.read_metaimage(path, most_bytes=o.most_bytes),
+        lambda path, _: metaimage.read_metaimage_grid(path),
+        metaimage.is_metaimage,
+        data_file=metaimage.data_file_of,
+    ),
+    VolumeFormat(
+        "FreeSurfer",
+        (".mgz", ".mgh"),
+        lambda path, o: mgh.read_mgh(path, frame=o.frame, most_bytes=o.most_bytes),
+        lambda path, _: mgh.read_mgh_grid(path),
+        mgh.is_mgh,
+    ),
     DICOM,
-    VolumeFormat("NumPy", (".npy",), None, find=None, masks=_npy_masks),
+    VolumeFormat("NumPy", (".npy",), None, find=None, masks=lambda _, path: mask_files.npy_masks(path)),
 )
 
 
@@ -354,10 +267,33 @@ def find_images(folder: str | Path) -> list[Path]:
     return paths
 
 
-def mask_files(folder: str | Path) -> dict[str, Path]:
+def files_of_masks(folder: str | Path) -> dict[str, Path]:
     """Stem -> file of all files in a folder that hold one mask each; DICOM files belong together and are none."""
     named = ((path, format_named_like(path.name)) for path in sorted(Path(folder).iterdir()))
     return {stem_of(path.name): path for path, format_ in named if format_ not in (None, DICOM) and path.is_file() and path.name[0] != "."}
+
+
+def files_of(path: str | Path) -> list[Path]:
+    """The files that a volume or mask is made of: a header's data file counts, a folder is one thing.
+
+    A header that cannot be read, or whose data file is not there, is alone: what is wrong is said when it is read.
+    """
+    path = Path(path)
+    format_ = format_named_like(path.name) if path.is_file() else None
+    if format_ is None or format_.data_file is None:
+        return [path]
+    try:
+        with refusing(path, format_.name):
+            beside = format_.data_file(path)
+    except MedloreError:
+        return [path]
+    return [path] if beside is None else [path, beside]
+
+
+def content_hash(path: str | Path) -> str:
+    """SHA-256 over all that a volume is made of: two patients' headers may be alike, their data files are not."""
+    hashes = [sha256_of(file) for file in files_of(path)]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def modality_of(path: str | Path) -> str | None:
@@ -410,8 +346,6 @@ def refusing(path: Path, name: str) -> Iterator[None]:
 
 def _first_bytes(path: Path) -> bytes:
     """The first bytes of a file, unpacked where it is gzip."""
-    from medlore.data.volumes.voxel_bytes import unpacked
-
     with refusing(path, "a file"), unpacked(path) as stream:
         head: Any = stream.read(_HEAD)
     return bytes(head)

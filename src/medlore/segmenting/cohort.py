@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from medlore.data.formats import ReadOptions, existing_image, find_images, modality_of, read_grid
+from medlore.data.formats import ReadOptions, content_hash, existing_image, find_images, modality_of, read_grid
 from medlore.data.volumes.cases import Case, folder_names, read_cases
 from medlore.data.volumes.geometry import check_orientation
 from medlore.errors import DataError, InputError, MedloreError
@@ -197,7 +197,7 @@ def _segment_case(settings: SegmentSettings, model: SegmentingModel, case: Case,
 
     routes = _routes(settings, model.facts, case)
     existing_image(case.image)
-    digest = sha256_of(case.image)
+    digest = content_hash(case.image)
     fingerprint = _fingerprint(settings, model, case, routes, digest)
     folder = settings.out / name
     if settings.resume and _is_finished(folder, fingerprint, settings):

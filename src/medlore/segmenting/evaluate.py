@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from medlore.data.formats import ReadOptions, read_grid
+from medlore.data.formats import ReadOptions, content_hash, read_grid
 from medlore.data.volumes.cases import Case, folder_names, read_cases
 from medlore.data.volumes.geometry import spacing_of
 from medlore.data.volumes.masks import check_mask_grid, read_masks
 from medlore.data.volumes.preparation import read_volume
 from medlore.errors import DataError, InputError, MedloreError, StepError
-from medlore.files import json_text, read_json, sha256_of
+from medlore.files import json_text, read_json
 from medlore.metrics.masks import EMPTY_RULE, dice, surface_dice
 from medlore.models.segmenter.vocabulary import canonical_modality, default_vocabulary
 from medlore.runs.settings import Run
@@ -144,7 +144,7 @@ def _check_speaks_of(case: Case, record: Any | None, folder: Path) -> None:
         return
     told, digest = Path(record["image"]), record.get("image_sha256")
     if isinstance(digest, str) and case.image.is_file():
-        same = sha256_of(case.image) == digest
+        same = content_hash(case.image) == digest
     else:
         same = told.resolve() == case.image.resolve() or _is_end_of(told, case.image) or _is_end_of(case.image, told)
     made = record.get("case")

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import io
 import math
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from medlore.data.codestreams import check_deflated, is_deflated
 from medlore.data.images.trees import ArchiveMember, FolderTree, ZipTree, read_member
 from medlore.errors import DataError, MedloreError, MissingExtraError
 from medlore.extras import require
@@ -21,8 +21,6 @@ from medlore.extras import require
 _MARK = b"DICM"
 _ZIP = b"PK\x03\x04"
 _FIRST_TAGS = (b"\x08\x00\x00\x00", b"\x08\x00\x01\x00", b"\x08\x00\x05\x00", b"\x08\x00\x08\x00", b"\x08\x00\x16\x00")
-_DEFLATED = "1.2.840.10008.1.2.1.99"
-_MOST_HEADER = 64 << 20  # bytes of a file without its pixels, unpacked
 _NO_IMAGE = frozenset({"SEG", "RTSTRUCT", "RTPLAN", "RTDOSE", "SR", "PR", "KO", "REG", "FID", "DOC"})
 
 
@@ -150,8 +148,14 @@ def read_header(source: Path | ArchiveMember, *, pixels: bool = False) -> Any | 
             raise _broken(source, "an empty file" if not head else "no DICOM in it")
         return None
     try:
-        stream = io.BytesIO(read_member(source)) if isinstance(source, ArchiveMember) else _plain_or_bounded(source)
-        dataset = pydicom.dcmread(stream, stop_before_pixels=not pixels, force=not marked)
+        if isinstance(source, ArchiveMember):
+            content = read_member(source)
+            check_deflated(content, source)
+            place: Any = io.BytesIO(content)
+        else:
+            check_deflated(_beginning(source), source)
+            place = str(source)
+        dataset = pydicom.dcmread(place, stop_before_pixels=not pixels, force=not marked)
         if "TransferSyntaxUID" not in dataset.file_meta:  # no meta group: what was found while reading
             implicit, little = dataset.original_encoding
             plain = pydicom.uid.ImplicitVRLittleEndian if implicit else pydicom.uid.ExplicitVRLittleEndian
@@ -188,24 +192,11 @@ def _first_bytes(source: Path | ArchiveMember) -> bytes:
         return stream.read(132)
 
 
-def _plain_or_bounded(path: Path) -> Any:
-    """The path, or for a deflated file its bytes, once it is known that they unpack to a size that can be held."""
+def _beginning(path: Path) -> bytes:
+    """The first bytes of a file; all of them where they say that it is deflated."""
     with path.open("rb") as stream:
         content = stream.read(4096)
-        if _DEFLATED.encode() not in content:
-            return str(path)
-        content += stream.read()
-    unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
-    at = 132
-    length = int.from_bytes(content[140:144], "little")  # (0002,0000): the length of the file's meta group
-    size = 0
-    rest = content[at + 12 + length :]
-    while rest and not unpacker.eof:
-        size += len(unpacker.decompress(rest, 1 << 20))
-        rest = unpacker.unconsumed_tail
-        if size > max(_MOST_HEADER, 64 * len(content)):
-            raise _broken(path, f"deflated, and unpacks to more than {size:,} bytes")
-    return io.BytesIO(content)
+        return content + stream.read() if is_deflated(content) else content
 
 
 def _broken(source: Path | ArchiveMember, reason: str) -> DataError:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from medlore.data.formats import mask_files, read_mask_file
+from medlore.data.formats import files_of_masks, read_mask_file
 from medlore.data.volumes.cases import Case
 from medlore.data.volumes.geometry import Array, Shape
 from medlore.data.volumes.label_tables import table_beside
@@ -84,7 +84,7 @@ def read_masks(case: Case, volume: Volume) -> LabelMap:
         path = Path(case.mask)  # type: ignore[arg-type]
         if not path.exists():
             raise DataError(_where(case), f"the mask {path} does not exist", "an existing file or folder", "check the key `mask`")
-        parts = mask_files(path) if path.is_dir() else {}
+        parts = files_of_masks(path) if path.is_dir() else {}
         alone = path.is_file() or (len(parts) <= 1 and not any(_spelling(label) in map(_spelling, parts) for label in case.labels))
         found = _of_file(case, volume, read_mask_file(next(iter(parts.values()), path))) if alone else _separate(case, volume, parts)
     empty = [label for label in case.labels if not _has_voxels(found, label)]

@@ -90,6 +90,16 @@ def read_metaimage_grid(path: str | Path) -> tuple[Shape, Array]:
     return _grid_of(_read_header(existing_file(path)))
 
 
+def data_file_of(path: Path) -> Path | None:
+    """The file beside a .mhd that holds its voxels; None where the header's own file does.
+
+    Raises:
+        DataError: not MetaImage, or the file is not there.
+    """
+    file, _ = _data_file(_read_header(path))
+    return None if file == path else file
+
+
 def _read_header(path: Path) -> _Header:
     with path.open("rb") as stream:
         content = stream.read(_MOST_HEADER)
@@ -131,10 +141,7 @@ def _grid_of(header: _Header) -> tuple[Shape, Array]:
 def _voxels(header: _Header, shape: Shape, most_bytes: int | None) -> Array:
     kind = _kind_of(header)
     size = math.prod(shape) * kind.itemsize
-    name = header.fields["ElementDataFile"]
-    if name.startswith("LIST") or "%" in name:
-        raise header.refuse(f"ElementDataFile {name!r}: several files", "one data file", "join them, e.g. with SimpleITK")
-    path, start = (header.path, header.end) if name.casefold() == "local" else (beside(header.path, name), 0)
+    path, start = _data_file(header)
     packed = header.flag("CompressedData")
     check_promise(size, f"DimSize {shape}, {kind}", path, packed=packed, most_bytes=most_bytes)
     lead = header.numbers("HeaderSize", 1, int)[0] if "HeaderSize" in header.fields else 0
@@ -148,6 +155,14 @@ def _voxels(header: _Header, shape: Shape, most_bytes: int | None) -> Array:
         else:
             content = inflate(stream, size, path) if packed else read_exactly(stream, size, path)
     return as_voxels(content, kind, shape)
+
+
+def _data_file(header: _Header) -> tuple[Path, int]:
+    """The file that holds the voxels, and where they may begin in it."""
+    name = header.fields["ElementDataFile"]
+    if name.startswith("LIST") or "%" in name:
+        raise header.refuse(f"ElementDataFile {name!r}: several files", "one data file", "join them, e.g. with SimpleITK")
+    return (header.path, header.end) if name.casefold() == "local" else (beside(header.path, name), 0)
 
 
 def _kind_of(header: _Header) -> np.dtype[Any]:

@@ -11,7 +11,7 @@ from nibabel.freesurfer.mghformat import MGHHeader
 
 from medlore.data.volumes.geometry import Array, Shape, check_affine
 from medlore.data.volumes.nifti import Volume, header_for
-from medlore.data.volumes.voxel_bytes import Part, as_voxels, check_promise, is_gzip, part_of, read_part, unpacked
+from medlore.data.volumes.voxel_bytes import Part, as_voxels, check_end, check_promise, is_gzip, part_of, read_part, unpacked
 from medlore.errors import DataError
 from medlore.files import existing_file
 
@@ -43,6 +43,7 @@ def read_mgh(path: str | Path, *, frame: int | None = None, most_bytes: int | No
         kind, part, whole, affine = _header_of(head, frame, path)
         check_promise(_HEAD + whole, f"shape {part.file_shape}, {kind}", path, packed=is_gzip(path), most_bytes=most_bytes, held=part.size)
         array = as_voxels(read_part(stream, part, path, begun=head), kind, part.shape)
+        check_end(stream)
     return Volume(array, affine, header_for(affine, part.shape), part.shape, path)
 
 

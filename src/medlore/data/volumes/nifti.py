@@ -23,7 +23,7 @@ from nibabel.spatialimages import HeaderDataError
 from medlore.data.volumes.geometry import Array, Shape, check_affine, spacing_of
 from medlore.data.volumes.gzip_writer import GzipWriter
 from medlore.data.volumes.nifti_affine import AffineChoice, affine_of
-from medlore.data.volumes.voxel_bytes import Part, as_voxels, check_promise, is_gzip, part_of, read_part, unpacked
+from medlore.data.volumes.voxel_bytes import Part, as_voxels, check_end, check_promise, is_gzip, part_of, read_part, unpacked
 from medlore.errors import DataError, StepError
 from medlore.files import atomic_path, existing_file
 
@@ -91,6 +91,7 @@ def read_nifti(path: str | Path, *, affine_from: AffineChoice = "auto", frame: i
         check_affine(affine, str(path))
         _check_sizes(header, part, path, most_bytes)
         content = read_part(stream, part, path, begun=head)
+        check_end(stream)
     array, said = _scaled(as_voxels(content, header.get_data_dtype(), part.shape), header, path)
     return Volume(array, affine, header, part.file_shape, path, (*notes, *said))
 

@@ -23,6 +23,7 @@ from medlore.data.volumes.voxel_bytes import (
     GZIP_FAULTS,
     as_voxels,
     beside,
+    check_end,
     check_promise,
     damaged,
     read_exactly,
@@ -86,6 +87,11 @@ class NrrdHeader:
         except (ValueError, OverflowError) as error:
             raise self.refuse(f"{name}: {self.fields[name][:60]!r}", "numbers", "export it again") from error
         return found
+
+
+def is_nrrd(head: bytes) -> bool:
+    """Whether these are the first bytes of a NRRD file, of whatever version."""
+    return head.startswith(b"NRRD000")
 
 
 def read_nrrd(path: str | Path, *, most_bytes: int | None = None) -> Volume:
@@ -161,6 +167,16 @@ def grid_of(header: NrrdHeader) -> tuple[Shape, Array, tuple[str, ...]]:
     return (sizes[0], sizes[1], sizes[2]), affine, notes
 
 
+def data_file_of(path: Path) -> Path | None:
+    """The file beside a .nhdr that holds its voxels; None where the header's own file does.
+
+    Raises:
+        DataError: not NRRD, or the file is not there.
+    """
+    file, _ = _data_file(read_header(path))
+    return None if file == path else file
+
+
 def sizes_of(header: NrrdHeader) -> list[int]:
     """Voxels along every axis, the fastest first.
 
@@ -233,6 +249,7 @@ def read_voxels(header: NrrdHeader, shape: tuple[int, ...], *, most_bytes: int |
             else:
                 skip(stream, count, path)
                 content = read_exactly(stream, size, path)
+                check_end(stream)
     except GZIP_FAULTS as error:
         raise damaged(path, error) from error
     return as_voxels(content, kind, shape)

@@ -83,6 +83,15 @@ def read_part(stream: IO[bytes], part: Part, path: Path, *, begun: bytes = b"") 
     return read_exactly(stream, part.size, path, begun=begun[part.start :])
 
 
+def check_end(stream: IO[bytes]) -> None:
+    """Read a little beyond the voxels: a packed file whose voxels end it tells now whether its checksum is right.
+
+    Raises:
+        OSError, EOFError or the unpacker's own: it is not.
+    """
+    stream.read(_BLOCK)
+
+
 def is_gzip(path: Path) -> bool:
     """Whether a file is gzip, by its first bytes."""
     with path.open("rb") as stream:
