@@ -53,7 +53,7 @@ class SegmentSettings(Settings):
 
 
 # Counts up when the same image, model and settings give other masks, so that older results are not taken over.
-RULES_VERSION = 2
+RULES_VERSION = 3
 
 # What changes the masks; a finished case is skipped only if all of it is unchanged.
 DECISIVE = (

@@ -121,7 +121,8 @@ def holds_images(folder: Path, *, beside: Sequence[Path] = ()) -> bool:
     """Whether a folder holds a DICOM image at any depth, looked for in files other than `beside`."""
     others = set(beside)
     for source in sources_of(folder):
-        if source not in others and is_dicom(_first_bytes(source)) and _first_bytes(source)[:4] != _ZIP:
+        head = b"" if source in others or isinstance(source, ArchiveMember) else _first_bytes(source)
+        if is_dicom(head) and head[:4] != _ZIP:
             try:
                 header = read_header(source)
             except MissingExtraError:  # what it is cannot be said without pydicom; that it is DICOM can
@@ -141,20 +142,16 @@ def read_header(source: Path | ArchiveMember, *, pixels: bool = False) -> Any | 
         MissingExtraError: pydicom is not installed.
     """
     pydicom = require("pydicom", f"reading DICOM from {source}")
-    head = _first_bytes(source)
+    content = read_member(source) if isinstance(source, ArchiveMember) else _beginning(source)
+    head = content[:132]
     marked = head[128:132] == _MARK
     if not (marked or head[:4] in _FIRST_TAGS):
         if str(source).casefold().endswith(".dcm"):
             raise _broken(source, "an empty file" if not head else "no DICOM in it")
         return None
     try:
-        if isinstance(source, ArchiveMember):
-            content = read_member(source)
-            check_deflated(content, source)
-            place: Any = io.BytesIO(content)
-        else:
-            check_deflated(_beginning(source), source)
-            place = str(source)
+        check_deflated(content, source)
+        place: Any = io.BytesIO(content) if isinstance(source, ArchiveMember) else str(source)
         dataset = pydicom.dcmread(place, stop_before_pixels=not pixels, force=not marked)
         if "TransferSyntaxUID" not in dataset.file_meta:  # no meta group: what was found while reading
             implicit, little = dataset.original_encoding
@@ -185,10 +182,8 @@ def _is_wanted(header: Any, *, segmentations: bool) -> bool:
     return modality not in _NO_IMAGE and "Rows" in header
 
 
-def _first_bytes(source: Path | ArchiveMember) -> bytes:
-    if isinstance(source, ArchiveMember):
-        return read_member(source)[:132]
-    with source.open("rb") as stream:
+def _first_bytes(path: Path) -> bytes:
+    with path.open("rb") as stream:
         return stream.read(132)
 
 
