@@ -169,7 +169,7 @@ def _refuse_a_strangers_folder(final: Path, made: Path) -> None:
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Write a whole text file or nothing. Bytes of a file name that were no UTF-8 become `\\udcfc` and the like."""
+    r"""Write a whole text file or nothing. Bytes of a file name that were no UTF-8 become `\udcfc` and the like."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     return Path(path)

@@ -117,6 +117,9 @@ def test_every_format_is_read_found_measured_and_taken_as_a_mask(tmp_path: Path,
     assert np.array_equal(found.mask("two"), codes == 2)
     with pytest.raises(DataError, match="at most 10 bytes"):
         read_volume(path, most_bytes=10)
+    assert np.array_equal(read_volume(path, frame=0).array, codes)
+    with pytest.raises(DataError, match="one volume, of which frame 3"):
+        read_volume(path, frame=3)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

@@ -100,7 +100,7 @@ def _dicom_folders(_: VolumeFormat, folder: Path) -> list[Path]:
 DICOM = VolumeFormat(
     "DICOM",
     (".dcm", ".zip"),
-    lambda path, o: dicom.read_dicom(path, series=o.series, most_bytes=o.most_bytes),
+    lambda path, o: dicom.read_dicom(path, series=o.series, frame=o.frame, most_bytes=o.most_bytes),
     lambda path, o: dicom.read_dicom_grid(path, series=o.series),
     dicom_files.is_dicom,
     _dicom_folders,
@@ -120,7 +120,7 @@ FORMATS: tuple[VolumeFormat, ...] = (
     VolumeFormat(
         "NRRD",
         (".seg.nrrd", ".nrrd", ".nhdr"),
-        lambda path, o: nrrd.read_nrrd(path, most_bytes=o.most_bytes),
+        lambda path, o: nrrd.read_nrrd(path, frame=o.frame, most_bytes=o.most_bytes),
         lambda path, _: nrrd.read_nrrd_grid(path),
         nrrd.is_nrrd,
         masks=lambda _, path: mask_files.nrrd_masks(path),
@@ -129,7 +129,7 @@ FORMATS: tuple[VolumeFormat, ...] = (
     VolumeFormat(
         "MetaImage",
         (".mha", ".mhd"),
-        lambda path, o: metaimage.read_metaimage(path, most_bytes=o.most_bytes),
+        lambda path, o: metaimage.read_metaimage(path, frame=o.frame, most_bytes=o.most_bytes),
         lambda path, _: metaimage.read_metaimage_grid(path),
         metaimage.is_metaimage,
         data_file=metaimage.data_file_of,

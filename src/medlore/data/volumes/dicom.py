@@ -12,7 +12,7 @@ from medlore.data.volumes.dicom_files import DicomFile, find_files, read_header
 from medlore.data.volumes.dicom_series import check_kind, check_one_owner, choose_series, stack, values_of
 from medlore.data.volumes.geometry import Array, Shape, check_affine
 from medlore.data.volumes.nifti import Volume, header_for
-from medlore.data.volumes.voxel_bytes import check_memory
+from medlore.data.volumes.voxel_bytes import check_frame, check_memory
 from medlore.errors import DataError, InputError
 from medlore.extras import require
 from medlore.files import atomic_path
@@ -21,7 +21,7 @@ _MODALITIES = {"CT": "ct", "MR": "mri", "PT": "pet", "US": "us"}
 _TOGETHER = ("RescaleSlope", "RescaleIntercept")
 
 
-def read_dicom(path: str | Path, *, series: str | None = None, most_bytes: int | None = None) -> Volume:
+def read_dicom(path: str | Path, *, series: str | None = None, frame: int | None = None, most_bytes: int | None = None) -> Volume:
     """Read one DICOM series.
 
     Headers are read first; pixels only of the series that is meant, once its size and place are known.
@@ -29,6 +29,7 @@ def read_dicom(path: str | Path, *, series: str | None = None, most_bytes: int |
     Args:
         path: a folder (searched through and through), a zip, or one file of a series, whose other files lie in the same folder.
         series: SeriesInstanceUID, or its end, where there are several.
+        frame: None or 0: a series is one volume.
         most_bytes: voxels that need more than this are refused before they are read.
 
     Raises:
@@ -37,6 +38,7 @@ def read_dicom(path: str | Path, *, series: str | None = None, most_bytes: int |
             uneven spacing, multi-frame, colour.
     """
     path = Path(path)
+    check_frame(frame, path)
     slices, affine, notes = _stack_of(path, series)
     x, y, z = _shape_of(slices)
     check_memory(x * y * z * 4, f"a series of {x} x {y} x {z} voxels", path, most_bytes=most_bytes)

@@ -16,7 +16,7 @@ import numpy as np
 
 from medlore.data.volumes.geometry import Array, Shape, check_affine
 from medlore.data.volumes.nifti import Volume, header_for
-from medlore.data.volumes.voxel_bytes import as_voxels, beside, check_promise, inflate, read_exactly, read_last, skip
+from medlore.data.volumes.voxel_bytes import as_voxels, beside, check_frame, check_promise, inflate, read_exactly, read_last, skip
 from medlore.errors import DataError
 from medlore.files import existing_file
 
@@ -65,17 +65,19 @@ def is_metaimage(head: bytes) -> bool:
     return head.lstrip().startswith((b"ObjectType", b"NDims", b"Comment"))
 
 
-def read_metaimage(path: str | Path, *, most_bytes: int | None = None) -> Volume:
+def read_metaimage(path: str | Path, *, frame: int | None = None, most_bytes: int | None = None) -> Volume:
     """Read a .mha file, or a .mhd file whose data file lies beside it.
 
     Args:
         path: the file.
+        frame: None or 0: the file holds one volume.
         most_bytes: voxels that need more than this are refused before they are read.
 
     Raises:
         DataError: not MetaImage, damaged, without spacing or orientation, or of a kind that is not read here.
     """
     header = _read_header(existing_file(path))
+    check_frame(frame, header.path)
     shape, affine = _grid_of(header)
     array = _voxels(header, shape, most_bytes)
     return Volume(array, affine, header_for(affine, shape), shape, header.path)

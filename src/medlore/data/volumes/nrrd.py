@@ -24,6 +24,7 @@ from medlore.data.volumes.voxel_bytes import (
     as_voxels,
     beside,
     check_end,
+    check_frame,
     check_promise,
     damaged,
     read_exactly,
@@ -94,17 +95,19 @@ def is_nrrd(head: bytes) -> bool:
     return head.startswith(b"NRRD000")
 
 
-def read_nrrd(path: str | Path, *, most_bytes: int | None = None) -> Volume:
+def read_nrrd(path: str | Path, *, frame: int | None = None, most_bytes: int | None = None) -> Volume:
     """Read a .nrrd or .nhdr file.
 
     Args:
         path: the file; the data file of a .nhdr must lie in the same folder or below it.
+        frame: None or 0: the file holds one volume.
         most_bytes: voxels that need more than this are refused before they are read.
 
     Raises:
         DataError: not NRRD, damaged, or of a kind that is not read here; the message says which field.
     """
     header = read_header(existing_file(path))
+    check_frame(frame, header.path)
     shape, affine, notes = grid_of(header)
     array = read_voxels(header, shape, most_bytes=most_bytes)
     return Volume(array, affine, header_for(affine, shape), shape, header.path, notes)

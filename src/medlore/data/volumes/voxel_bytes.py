@@ -73,6 +73,17 @@ def part_of(shape: Sequence[int], frame: int | None, *, start: int, itemsize: in
     return Part(start + (frame or 0) * size, size, (x, y, z), tuple(shape) if len(axes) < 4 else (x, y, z))
 
 
+def check_frame(frame: int | None, path: Path) -> None:
+    """Refuse the number of a volume where a file holds one.
+
+    Raises:
+        DataError: another number than 0.
+    """
+    if frame not in (None, 0):
+        came = f"one volume, of which frame {frame} was asked for"
+        raise DataError(str(path), came, "one volume", 'leave "frame" out')
+
+
 def read_part(stream: IO[bytes], part: Part, path: Path, *, begun: bytes = b"") -> Array:
     """The bytes of a volume, from a stream whose first bytes `begun` were read before.
 
