@@ -248,3 +248,20 @@ def test_a_process_killed_between_two_renames_loses_nothing(tmp_path: Path) -> N
     _write_folder(tmp_path / "a")
     assert (tmp_path / "a" / "mine.txt").read_text() == "mine"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_names_that_are_no_utf8_are_written_and_come_back(tmp_path: Path) -> None:
+    """As on a share of Windows: the bytes of such a name are lone surrogates in Python, which UTF-8 cannot hold."""
+    import os
+
+    name = os.fsdecode(b"M\xfcller")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / name).write_text("x")
+    written = write_json(tmp_path / "a.json", {"image": tmp_path / "folder" / name})
+    assert read_json(written)["image"] == str(tmp_path / "folder" / name)
+    assert write_text(tmp_path / "a.txt", name).read_text(encoding="utf-8") == "M\\udcfcller"
+    assert len(sha256_of(tmp_path / "folder")) == 64
+
+
+def test_names_that_are_utf8_are_written_as_they_are(tmp_path: Path) -> None:
+    assert "größe" in write_json(tmp_path / "a.json", {"name": "größe"}).read_text(encoding="utf-8")

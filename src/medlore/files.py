@@ -169,9 +169,9 @@ def _refuse_a_strangers_folder(final: Path, made: Path) -> None:
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Write a whole text file or nothing."""
+    r"""Write a whole text file or nothing. Bytes of a file name that were no UTF-8 become `\udcfc` and the like."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     return Path(path)
 
 
@@ -189,7 +189,8 @@ def json_text(value: Any) -> str:
           "auc": null
         }
     """
-    return json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "backslashreplace").decode()  # a name that is no UTF-8 as JSON's own escape, so that it comes back
 
 
 def read_json(path: str | Path) -> Any:
@@ -243,7 +244,7 @@ def sha256_of(path: str | Path) -> str:
     digest = hashlib.sha256()
     if path.is_dir():
         for item in sorted(p for p in path.rglob("*") if p.is_file()):
-            digest.update(item.relative_to(path).as_posix().encode() + b"\0" + sha256_of(item).encode())
+            digest.update(os.fsencode(item.relative_to(path).as_posix()) + b"\0" + sha256_of(item).encode())
         return digest.hexdigest()
     with path.open("rb") as stream:
         while block := stream.read(1 << 20):

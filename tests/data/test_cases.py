@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from medlore.data.volumes.cases import Case, find_images, folder_names, read_cases, write_cases
+from medlore.data.formats import find_images
+from medlore.data.volumes.cases import Case, folder_names, read_cases, write_cases
 from medlore.errors import DataError, InputError
 
 

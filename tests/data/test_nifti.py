@@ -9,7 +9,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from medlore.data.volumes.nifti import check_same_grid, copy_image, read_grid, read_label_table, read_nifti, write_nifti
+from medlore.data.volumes.label_tables import read_label_table
+from medlore.data.volumes.nifti import check_same_grid, copy_image, read_grid, read_nifti, write_nifti
 from medlore.errors import DataError, StepError
 
 

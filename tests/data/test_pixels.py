@@ -241,3 +241,33 @@ def test_random_damage_is_always_a_data_error(tmp_path: Path) -> None:
                     refused.append(str(error).startswith(f"{damaged}: "))
     assert 50 < len(refused) < 320
     assert all(refused)
+
+
+def dicom_of(path: Path, **tags: object) -> ImageItem:
+    from small_dicom import write_slices
+
+    file = next(write_slices(path, np.arange(72, dtype=np.uint16).reshape(9, 8, 1), **tags).iterdir())
+    return item(file)
+
+
+def test_dicom_that_promises_a_huge_picture_is_refused(tmp_path: Path) -> None:
+    assert load_pixels(dicom_of(tmp_path / "a")).shape == (8, 9, 3)
+    with pytest.raises(DataError, match="65535 x 65535 pixels"):
+        load_pixels(dicom_of(tmp_path / "b", Rows=65535, Columns=65535))
+
+
+def test_deflated_dicom_that_unpacks_without_end_is_refused(tmp_path: Path) -> None:
+    import pydicom
+
+    file = dicom_of(tmp_path / "a").source
+    assert isinstance(file, Path)
+    dataset = pydicom.dcmread(file)
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+    dataset.save_as(file, enforce_file_format=True)
+    assert load_pixels(item(file)).shape == (8, 9, 3)
+    content = file.read_bytes()
+    packer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    bomb = b"".join(packer.compress(bytes(1 << 20)) for _ in range(200)) + packer.flush()
+    file.write_bytes(content[: 144 + int.from_bytes(content[140:144], "little")] + bomb)
+    with pytest.raises(DataError, match="unpacks to more than"):
+        load_pixels(item(file))

@@ -138,3 +138,58 @@ def test_every_layout_of_reference_masks_is_read(cohort: Path) -> None:
 def test_json_is_one_object(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "--pred", str(cohort / "pred"), "--truth", str(cohort / "cases.jsonl"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["mean"]["dice"] == pytest.approx(0.725)
+
+
+def record_of(image: str, **more: object) -> str:
+    labels = [{"label": label, "file": f"{label}.nii.gz"} for label in ("liver", "spleen")]
+    return json.dumps({"labels": labels, "modality": "ct", "image": image, **more})
+
+
+def test_the_prediction_of_another_patient_is_refused_though_the_names_are_equal(cohort: Path) -> None:
+    (cohort / "pred" / "a" / "case.json").write_text(record_of("/data/p1/a.nii.gz"))
+    with pytest.raises(StepError, match=r"(?s)a prediction of /data/p1/a\.nii\.gz\. Accepted: one of .*/a\.nii\.gz"):
+        evaluate_masks(cohort / "pred", cohort / "cases.jsonl")
+
+
+def test_the_content_decides_where_it_is_known_and_the_path_where_it_is_not(cohort: Path) -> None:
+    from medlore.files import sha256_of
+
+    save(cohort / "a.nii.gz", LIVER.astype(np.int16))
+    own, other = sha256_of(cohort / "a.nii.gz"), sha256_of(cohort / "truth" / "a.nii.gz")
+    for told in (
+        record_of("/moved/since/a.nii.gz", image_sha256=own), record_of(str(cohort / "a.nii.gz")), record_of("a.nii.gz"),
+    ):  # fmt: skip
+        (cohort / "pred" / "a" / "case.json").write_text(told)
+        assert evaluate_masks(cohort / "pred", cohort / "cases.jsonl")["cases"] == 2
+    for told in (
+        record_of(str(cohort / "a.nii.gz"), image_sha256=other), record_of("other/a.nii.gz"), record_of("a.nii.gz", case={"frame": 3}),
+    ):  # fmt: skip
+        (cohort / "pred" / "a" / "case.json").write_text(told)
+        with pytest.raises(StepError, match=r"1 case\(s\) could not be measured"):
+            evaluate_masks(cohort / "pred", cohort / "cases.jsonl")
+
+
+def test_a_prediction_on_another_grid_than_the_image_is_refused(cohort: Path) -> None:
+    save(cohort / "a.nii.gz", LIVER.astype(np.int16), np.diag([1.0, 1, 2.9, 1]))
+    with pytest.raises(StepError, match="an image of the same shape whose affine differs"):
+        evaluate_masks(cohort / "pred", cohort / "cases.jsonl")
+
+
+def test_a_record_does_not_lead_out_of_its_folder(cohort: Path) -> None:
+    save(cohort / "pred" / "liver.nii.gz", LIVER * 0)
+    record = json.loads(record_of("a.nii.gz"))
+    record["labels"][0]["file"] = "../liver.nii.gz"
+    (cohort / "pred" / "a" / "case.json").write_text(json.dumps(record))
+    results = evaluate_masks(cohort / "pred", cohort / "cases.jsonl")
+    assert {row["label"]: row["dice"] for row in results["by_label"]}["liver"] == pytest.approx(0.95)
+
+
+def test_what_is_odd_about_the_reference_stands_in_the_table(cohort: Path) -> None:
+    save(cohort / "truth" / "a.nii.gz", LIVER * 3)
+    evaluate_masks(cohort / "pred", cohort / "cases.jsonl", out=cohort / "out")
+    with (cohort / "out" / "cases.csv").open() as stream:
+        notes = {row["case"]: row["notes"] for row in csv.DictReader(stream)}
+    assert "order of the labels" in notes["a"]
+    assert "belong to no label of the case: 3" in notes["a"]
+    assert "without a voxel in the reference: liver, spleen" in notes["a"]
+    assert notes["b"] == ""

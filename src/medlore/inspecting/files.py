@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from medlore.assets import PREFIX, asset_path
+from medlore.data.formats import is_volume_name
 from medlore.errors import CheckpointError, InputError, UnknownNameError
 from medlore.files import read_json, sha256_of
 from medlore.inspecting.folders import describe_case, describe_network_file, describe_network_folder, describe_run
@@ -285,7 +286,7 @@ def _describe_cases(path: Path, _: float | None) -> Facts | None:
 
 def _describe_volume(path: Path, _: float | None) -> Facts | None:
     """A volume in one file: its grid, its values, and what is odd about it."""
-    if not path.is_file() or not path.name.lower().endswith((".nii", ".nii.gz", ".nrrd", ".nhdr")):
+    if not path.is_file() or not is_volume_name(path.name):
         return None
     import nibabel
     import numpy as np

@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
 
+from medlore.data.formats import is_volume_name, read_mask_file, stem_of
 from medlore.data.volumes.geometry import Array
-from medlore.data.volumes.nifti import Volume, read_label_table, read_nifti
+from medlore.data.volumes.label_tables import BESIDE, read_table
+from medlore.data.volumes.nifti import Volume
+from medlore.data.volumes.preparation import read_volume
 from medlore.errors import DataError, MedloreError
 from medlore.files import read_json
 from medlore.pages import Facts, Notes, Piece, Section, Slices, Table, slices_of
 from medlore.pages.colours import label_colour
 from medlore.pages.report import flat
 
-_IMAGES = ("image.nii.gz", "image.nii")
-_MAPS = ("prediction.nii.gz", "prediction.nii")
+_IMAGE, _MAP = "image", "prediction"  # stems: a folder may hold them in any format
 _SAME_MM = 1e-3
 
 
@@ -35,8 +36,9 @@ class MaskSource:
 
 def is_case_folder(folder: Path) -> bool:
     """Whether a folder holds masks of one image."""
-    names = {path.name for path in folder.iterdir() if path.is_file()}
-    return bool(names & {"case.json", *_MAPS}) or (bool(names & set(_IMAGES)) and any(_is_mask(Path(name)) for name in names))
+    if (folder / "case.json").is_file() or _called(folder, _MAP) is not None:
+        return True
+    return _called(folder, _IMAGE) is not None and any(_is_mask(path) for path in folder.iterdir())
 
 
 def case_sections(folder: Path) -> list[Section]:
@@ -47,7 +49,7 @@ def case_sections(folder: Path) -> list[Section]:
     """
     record = _record(folder)
     sources = mask_sources(folder, record)
-    label_map = next((read_nifti(folder / name) for name in _MAPS if (folder / name).is_file()), None)
+    label_map = None if (file := _called(folder, _MAP)) is None else read_volume(file)
     image, notes = _image(folder, record, label_map, sources)
     slices = slices_of(
         image.array,
@@ -77,7 +79,7 @@ def mask_sources(folder: Path, record: Mapping[str, Any]) -> list[MaskSource]:
     if table:
         return [MaskSource(label, _own_file(folder, label), value) for value, label in sorted(table.items())]
     files = sorted(path for path in folder.iterdir() if _is_mask(path))
-    return [MaskSource(path.name.removesuffix(".gz").removesuffix(".nii"), path) for path in files]
+    return [MaskSource(stem_of(path.name), path) for path in files]
 
 
 def _told_source(folder: Path, entry: Mapping[str, Any]) -> MaskSource:
@@ -88,13 +90,18 @@ def _told_source(folder: Path, entry: Mapping[str, Any]) -> MaskSource:
 
 
 def _own_file(folder: Path, label: str) -> Path | None:
-    if Path(label).name != label:
-        return None
-    return next((path for suffix in (".nii.gz", ".nii") if (path := folder / f"{label}{suffix}").is_file()), None)
+    return _called(folder, label) if Path(label).name == label else None
+
+
+def _called(folder: Path, stem: str) -> Path | None:
+    """The volume of this name, in whatever format; packed before plain."""
+    found = [path for path in folder.iterdir() if is_volume_name(path.name) and stem_of(path.name) == stem and path.is_file()]
+    return max(found, key=lambda path: (len(path.name), path.name), default=None)
 
 
 def _is_mask(path: Path) -> bool:
-    return path.name.endswith((".nii.gz", ".nii")) and path.name not in {*_IMAGES, *_MAPS} and not path.name.startswith(".")
+    shown = is_volume_name(path.name) and not path.name.startswith(".")
+    return shown and stem_of(path.name) not in (_IMAGE, _MAP) and path.is_file()
 
 
 def _record(folder: Path) -> Mapping[str, Any]:
@@ -106,44 +113,40 @@ def _record(folder: Path) -> Mapping[str, Any]:
 
 
 def _label_table(folder: Path) -> dict[int, str]:
-    path = folder / "labels.json"
+    path = folder / BESIDE
     if path.is_file():
-        told = read_json(path)
-        table = told.get("labels", told) if isinstance(told, Mapping) else {}
-        try:
-            return {int(value): str(label) for value, label in table.items()}
-        except (ValueError, AttributeError) as error:
-            raise DataError(str(path), "not a table of labels", '{"labels": {"1": "liver", ...}}', "mend or remove it") from error
-    label_map = next((folder / name for name in _MAPS if (folder / name).is_file()), None)
+        return read_table(path)
+    label_map = _called(folder, _MAP)
     if label_map is None:
         return {}
     if table := _table_inside(label_map):
         return table
     if any(_is_mask(path) for path in folder.iterdir()):
         return {}
-    values = np.unique(read_nifti(label_map).array)
+    values = np.unique(read_volume(label_map).array)
     return {int(value): f"label {int(value)}" for value in values if value > 0}
 
 
 def _table_inside(label_map: Path) -> dict[int, str] | None:
     try:
-        return read_label_table(label_map)
-    except (ImageFileError, OSError):  # what is wrong with the file is said where its voxels are read
+        names = read_mask_file(label_map).names
+    except MedloreError:  # what is wrong with the file is said where its voxels are read
         return None
+    return None if names is None else {value: name for name, places in names.items() for layer, value in places if layer == 0}
 
 
 def _image(folder: Path, record: Mapping[str, Any], label_map: Volume | None, sources: list[MaskSource]) -> tuple[Volume, list[str]]:
     """The image on the grid of the masks; a black one, and a note, where there is none."""
-    grid = label_map or next((read_nifti(source.file) for source in sources if source.file), None)
-    tried = next((folder / name for name in _IMAGES if (folder / name).is_file()), None)
+    grid = label_map or next((read_volume(source.file) for source in sources if source.file), None)
+    tried = _called(folder, _IMAGE)
     if tried is not None:
-        return read_nifti(tried), []
+        return read_volume(tried), []
     if grid is None:
         raise DataError(str(folder), "neither an image nor a mask", "image.nii.gz with prediction.nii.gz or masks", "name another folder")
     original = Path(str(record.get("image", "")))
-    if original.is_file() and original.name.endswith((".nii", ".nii.gz")):
+    if original.exists() and (original.is_dir() or is_volume_name(original.name)):
         try:
-            found = read_nifti(original)
+            found = read_volume(original)
         except MedloreError:
             found = None
         if found is not None and found.shape == grid.shape and np.abs(found.affine - grid.affine).max() <= _SAME_MM:
@@ -162,7 +165,7 @@ def _masks(sources: list[MaskSource], label_map: Volume | None, image: Volume) -
 def _mask(source: MaskSource, label_map: Volume | None, image: Volume) -> Array:
     if source.told.get("voxels") == 0:
         return np.broadcast_to(np.bool_(False), image.shape)
-    volume = read_nifti(source.file) if source.file is not None else label_map
+    volume = read_volume(source.file) if source.file is not None else label_map
     if volume is None:
         return np.broadcast_to(np.bool_(False), image.shape)
     if volume.shape != image.shape or np.abs(volume.affine - image.affine).max() > _SAME_MM:

@@ -16,7 +16,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from medlore.data.volumes.cases import Case, find_images, folder_names, read_cases
+from medlore.data.formats import ReadOptions, content_hash, existing_image, find_images, modality_of, read_grid
+from medlore.data.volumes.cases import Case, folder_names, read_cases
 from medlore.data.volumes.geometry import check_orientation
 from medlore.errors import DataError, InputError, MedloreError
 from medlore.files import read_json, sha256_of
@@ -31,6 +32,7 @@ from medlore.segmenting.planner import Choices, Planner
 from medlore.segmenting.settings import RULES_VERSION, SegmentSettings
 
 if TYPE_CHECKING:
+    from medlore.data.volumes.nifti_affine import AffineChoice
     from medlore.segmenting.model import SegmentingModel
 
 State = Literal["done", "skipped", "failed"]
@@ -82,7 +84,7 @@ def collect_cases(settings: SegmentSettings) -> list[Case]:
     if not settings.labels:
         fix = "give --labels liver,spleen, a region's name, or all"
         raise InputError("--labels", "none were given", "names of structures, beside an image or a folder", fix)
-    modality = settings.modality or _modality_of_dicom(source)
+    modality = settings.modality or _modality_told_by(source)
     return [Case(image, settings.labels, modality) for image in images]
 
 
@@ -151,7 +153,7 @@ def plan_cases(settings: SegmentSettings) -> dict[str, Any]:
     plans: list[dict[str, Any]] = []
     for case, name in zip(cases, folder_names(cases), strict=True):
         try:
-            shape, affine = _grid_of(case)
+            shape, affine = _grid_of(case, settings.affine_from)
             routes = _routes(settings, facts, case)
             plan = planner.plan(shape, affine, routes, where=str(case.image), **_asked_of(settings, case))
             plans.append({"name": name, "image": str(case.image), "plan": plan.record(), "in_words": plan.in_words()})
@@ -207,12 +209,16 @@ def _segment_case(settings: SegmentSettings, model: SegmentingModel, case: Case,
     from medlore.segmenting.outputs import write_outputs
 
     routes = _routes(settings, model.facts, case)
-    fingerprint = _fingerprint(settings, model, case, routes)
+    existing_image(case.image)
+    digest = content_hash(case.image)
+    fingerprint = _fingerprint(settings, model, case, routes, digest)
     folder = settings.out / name
     if settings.resume and _is_finished(folder, fingerprint, settings):
         return {"state": "skipped", "folder": name}
     start = time.perf_counter()
-    volume = read_volume(case.image, affine_from=settings.affine_from, frame=case.frame, series=case.series)
+    volume = read_volume(
+        case.image, affine_from=settings.affine_from, frame=case.frame, series=case.series, most_bytes=model.hardware.memory_bytes
+    )
     read = time.perf_counter() - start
     if settings.dicom_seg and not volume.slices:  # before hours of work, not after them
         raise InputError(f"--dicom-seg: {case.image}", "an image that is not DICOM", "a DICOM series", "leave --dicom-seg out")
@@ -224,6 +230,7 @@ def _segment_case(settings: SegmentSettings, model: SegmentingModel, case: Case,
     result.seconds = {"read": read, **result.seconds}
     about = {
         "image": str(case.image),
+        "image_sha256": digest,
         "case": case.to_dict(),
         "model": {"name": model.bundle.name, "sha256": model.bundle.sha256},
         "precision": model.precision,
@@ -313,27 +320,17 @@ def _routes(settings: SegmentSettings, facts: ModelFacts, case: Case) -> Routes:
     return route_labels(facts, case.labels, case.modality, region=settings.region, dataset=dataset, allow_unknown=settings.allow_unknown)
 
 
-def _grid_of(case: Case) -> tuple[Any, Any]:
-    from medlore.data.volumes.nifti import read_grid
-
-    if case.image.is_file() and case.image.name.endswith((".nii", ".nii.gz")):
-        return read_grid(case.image)
-    from medlore.data.volumes.preparation import read_volume
-
-    volume = read_volume(case.image, frame=case.frame, series=case.series)
-    return volume.shape, volume.affine
+def _grid_of(case: Case, affine_from: AffineChoice) -> tuple[Any, Any]:
+    return read_grid(case.image, ReadOptions(affine_from, frame=case.frame, series=case.series))
 
 
-def _fingerprint(settings: SegmentSettings, model: SegmentingModel, case: Case, routes: Routes) -> str:
-    from medlore.data.volumes.preparation import existing_image
-
-    existing_image(case.image)
+def _fingerprint(settings: SegmentSettings, model: SegmentingModel, case: Case, routes: Routes, digest: str) -> str:
     decisive = settings.decisive() | {"precision": model.precision}
     orientation = case.orientation_code or settings.orientation_code
     part = [case.frame, case.series]
     prompts = [sha256_of(file) for file in (settings.prompt_embeddings, settings.text, settings.tokenizer) if file is not None]
     weights = [model.bundle.sha256, *prompts]
-    told = [RULES_VERSION, sha256_of(case.image), weights, routes.modality, routes.by_region, routes.labels, orientation, part, decisive]
+    told = [RULES_VERSION, digest, weights, routes.modality, routes.by_region, routes.labels, orientation, part, decisive]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
@@ -351,11 +348,8 @@ def _is_finished(folder: Path, fingerprint: str, settings: SegmentSettings) -> b
         return False
 
 
-def _modality_of_dicom(source: Path) -> str:
-    if source.is_dir() or source.suffix.casefold() in (".dcm", ".zip"):
-        from medlore.data.volumes.dicom import dicom_modality
-
-        found = dicom_modality(source)
-        if found is not None:
-            return found
+def _modality_told_by(source: Path) -> str:
+    found = modality_of(source)
+    if found is not None:
+        return found
     raise InputError("--modality", "none was given", "ct, mri, pet or us", "give --modality; only DICOM files tell it themselves")

@@ -11,16 +11,17 @@ data sets for a label, over labels for a region.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from medlore.data.formats import ReadOptions, content_hash, read_grid
 from medlore.data.volumes.cases import Case, folder_names, read_cases
 from medlore.data.volumes.geometry import spacing_of
 from medlore.data.volumes.masks import check_mask_grid, read_masks
-from medlore.data.volumes.nifti import read_nifti
+from medlore.data.volumes.preparation import read_volume
 from medlore.errors import DataError, InputError, MedloreError, StepError
 from medlore.files import read_json
 from medlore.metrics.masks import EMPTY_RULE, dice, surface_dice
@@ -83,13 +84,17 @@ def measure_case(folder: Path, case: Case, tolerance_mm: float) -> list[dict[str
     """
     modality = canonical_modality(case.modality)
     words = default_vocabulary()
-    files = _predicted_files(folder, case.labels)
-    first = read_nifti(folder / files[case.labels[0]])
+    record = _record_of(folder)
+    _check_speaks_of(case, record, folder)
+    files = _predicted_files(folder, case.labels, record)
+    first = read_volume(folder / files[case.labels[0]])
+    if case.image.exists():
+        check_mask_grid(*read_grid(case.image, ReadOptions(frame=case.frame, series=case.series)), first, str(case.image), what="an image")
     truth = read_masks(case, first)  # the masks of the image lie on the grid of what was predicted for it
     spacing = spacing_of(first.affine)
     rows = []
     for label in case.labels:
-        predicted = read_nifti(folder / files[label])
+        predicted = read_volume(folder / files[label])
         check_mask_grid(predicted.shape, predicted.affine, first, str(predicted.path))
         mine, theirs = predicted.array > 0, truth.mask(label)
         rows.append(
@@ -103,6 +108,7 @@ def measure_case(folder: Path, case: Case, tolerance_mm: float) -> list[dict[str
                 "surface_dice": surface_dice(mine, theirs, spacing_mm=list(spacing), tolerance_mm=tolerance_mm),
                 "predicted_voxels": int(np.count_nonzero(mine)),
                 "true_voxels": int(np.count_nonzero(theirs)),
+                "notes": " | ".join(truth.notes),
             }
         )
     return rows
@@ -127,17 +133,47 @@ def _has_mask(case: Case) -> bool:
     return case.mask is not None or "mask" in case.other
 
 
-def _predicted_files(folder: Path, labels: Sequence[str]) -> dict[str, str]:
-    """File of each label: as `case.json` says, under the label's own or the vocabulary's spelling."""
+def _record_of(folder: Path) -> Any | None:
+    """What `case.json` says; None where there is none, as with masks of other programs."""
+    path = folder / "case.json"
+    return read_json(path) if path.is_file() else None
+
+
+def _check_speaks_of(case: Case, record: Any | None, folder: Path) -> None:
+    """Refuse the prediction of another image: two patients' files may have one name.
+
+    The content decides where `case.json` has its hash, else the path, of which a relative one may be the end of the other.
+    """
+    if not isinstance(record, Mapping) or not isinstance(record.get("image"), str):
+        return
+    told, digest = Path(record["image"]), record.get("image_sha256")
+    if isinstance(digest, str) and case.image.is_file():
+        same = content_hash(case.image) == digest
+    else:
+        same = told.resolve() == case.image.resolve() or _is_end_of(told, case.image) or _is_end_of(case.image, told)
+    made = record.get("case")
+    part = made if isinstance(made, Mapping) else {}
+    same = same and (part.get("frame") or 0) == (case.frame or 0)
+    if not same:
+        came = f"a prediction of {told}" + (f", volume {part['frame']}" if part.get("frame") else "")
+        accepted, fix = f"one of {case.image}, of which the list speaks", "segment the cases of this list, or name the folder of its masks"
+        raise DataError(str(folder / "case.json"), came, accepted, fix)
+
+
+def _is_end_of(end: Path, path: Path) -> bool:
+    return not end.is_absolute() and path.parts[-len(end.parts) :] == end.parts
+
+
+def _predicted_files(folder: Path, labels: Sequence[str], record: Any | None) -> dict[str, str]:
+    """File of each label: as `case.json` says, under the label's own or the vocabulary's spelling; never out of the folder."""
     names = file_names(labels)
-    record = folder / "case.json"
-    if record.is_file():
-        told = read_json(record)
+    if record is not None:
         try:
-            written = {entry["label"]: str(entry["file"]) for entry in told["labels"]}
-            modality = str(told["modality"])
+            written = {entry["label"]: Path(str(entry["file"])).name for entry in record["labels"]}
+            modality = str(record["modality"])
         except (KeyError, TypeError) as error:
-            raise DataError(str(record), "not the record of a case", "case.json as it was written", "segment the case again") from error
+            where = str(folder / "case.json")
+            raise DataError(where, "not the record of a case", "case.json as it was written", "segment the case again") from error
         for label in labels:
             known = default_vocabulary().lookup(label, modality, allow_unknown=True).label
             names[label] = written.get(label) or written.get(known) or names[label]

@@ -23,8 +23,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from medlore.data.formats import write_volume
 from medlore.data.volumes.geometry import Array
-from medlore.data.volumes.nifti import copy_image, label_table, write_nifti
+from medlore.data.volumes.nifti import copy_image, label_table
 from medlore.extras import is_installed
 from medlore.files import atomic_folder, write_json, write_text
 from medlore.pages.colours import label_colour
@@ -73,7 +74,7 @@ def write_outputs(
         _write_masks(temporary, result, files)
         values = {index + 1: label for index, label in enumerate(result.routes.labels)}
         grid = {"affine": result.affine}
-        write_nifti(temporary / "prediction.nii.gz", label_map(result, overlap_rule), result.volume, labels=values, **grid)
+        write_volume(temporary / "prediction.nii.gz", label_map(result, overlap_rule), result.volume, labels=values, **grid)
         if image:
             _write_image(temporary / "image.nii.gz", result)
         write_json(temporary / "labels.json", {**label_table(values), "overlap_rule": _RULE_WORDS[overlap_rule]})
@@ -208,7 +209,7 @@ def _write_masks(folder: Path, result: Segmentation, files: Mapping[str, str]) -
         found = result.boxed(label)
         if found is not None:
             found[0].apply(view)[...] = found[1]
-        write_nifti(folder / files[label], values, result.volume, labels={1: label}, affine=result.affine)
+        write_volume(folder / files[label], values, result.volume, labels={1: label}, affine=result.affine)
         if found is not None:
             found[0].apply(view)[...] = 0
 
@@ -216,6 +217,6 @@ def _write_masks(folder: Path, result: Segmentation, files: Mapping[str, str]) -
 def _write_image(path: Path, result: Segmentation) -> None:
     volume = result.volume
     if result.affine is not None:
-        write_nifti(path, result.prepared.pixels[0].numpy(), volume, affine=result.affine)
+        write_volume(path, result.prepared.pixels[0].numpy(), volume, affine=result.affine)
     else:
         copy_image(volume, path)

@@ -61,7 +61,7 @@ def _shown(result: Segmentation) -> tuple[Array, Array]:
 def _centre(shape: tuple[int, ...], result: Segmentation) -> list[int]:
     """The mean centre of the masks, of which one is unpacked at a time."""
     sums = [
-        np.array([mask.any(axis=tuple(b for b in range(3) if b != a)).nonzero()[0].mean() for a in range(3)]) + crop.start
+        np.array([np.flatnonzero(mask.any(axis=tuple(b for b in range(3) if b != a))).mean() for a in range(3)]) + crop.start
         for label in result.routes.labels
         if (found := result.boxed(label)) is not None
         for crop, mask in (found,)

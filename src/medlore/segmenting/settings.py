@@ -9,7 +9,7 @@ from medlore.runs.hardware import DeviceChoice, Precision
 from medlore.runs.settings import Settings, setting
 
 # Counts up when the same image, model and settings give other masks, so that older results are not taken over.
-RULES_VERSION = 2
+RULES_VERSION = 3
 
 _CASES, _LABELS, _GEOMETRY, _NETWORK, _MASKS = "Cases", "Labels and experts", "Geometry", "Network", "Masks"
 _HARDWARE, _PUBLISHED, _RUN = "Hardware", "Published files", "Run"

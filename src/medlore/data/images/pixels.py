@@ -27,12 +27,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from medlore.data.codestreams import check_codestream, check_deflated
 from medlore.data.images.imageset import ImageItem
 from medlore.data.images.trees import ArchiveMember, read_member
 from medlore.errors import DataError
 from medlore.extras import require
 
 MOST_PIXELS = 178_000_000  # the bound at which Pillow suspects a decompression bomb
+MOST_BYTES = 2 << 30  # of one file
 ACCEPTED = "a whole png, jpeg, bmp, tiff, gif, webp, pgm or single-frame DICOM file"
 PERCENTILES = (0.5, 99.5)
 # What Pillow and pydicom raise on broken content; a RuntimeError is also a DICOM compression without its decoder.
@@ -170,6 +172,8 @@ def _content(source: Path | ArchiveMember | NDArray[Any]) -> bytes:
         raise DataError("", "no such file" if not source.is_dir() else "is a folder", "an image file", "check the list and the folder")
     if source.stat().st_size == 0:
         raise DataError("", "the file is empty", ACCEPTED, "copy or export it again")
+    if source.stat().st_size > MOST_BYTES:
+        raise DataError("", f"a file of {source.stat().st_size:,} bytes", f"at most {MOST_BYTES:,}", "cut or shrink the image")
     return source.read_bytes()
 
 
@@ -201,7 +205,12 @@ def _dicom_pixels(content: bytes) -> Pixels:
     pydicom = require("pydicom", "reading DICOM images")
 
     try:
-        return _of_dataset(pydicom.dcmread(io.BytesIO(content)), io.BytesIO(content))
+        check_deflated(content, "")
+        dataset = pydicom.dcmread(io.BytesIO(content))
+        if int(dataset.get("Rows") or 0) * int(dataset.get("Columns") or 0) > MOST_PIXELS:
+            raise DataError("", f"{dataset.Rows} x {dataset.Columns} pixels", f"at most {MOST_PIXELS:,}", "cut or shrink the image")
+        check_codestream(dataset, "")
+        return _of_dataset(dataset, io.BytesIO(content))
     except (DataError, *_BROKEN):
         raise
     except Exception as error:  # pydicom's own errors on broken content share no parent

@@ -12,17 +12,16 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from medlore.data.formats import stem_of
 from medlore.errors import DataError
 from medlore.files import existing_file, write_text
 
-_SUFFIXES = re.compile(r"\.(nii\.gz|nii|nrrd|nhdr|dcm|zip|mgz)$", re.IGNORECASE)
 _TEXT_FIELDS = ("dataset", "orientation_code", "series")
 
 
@@ -62,7 +61,7 @@ class Case:
             >>> Case(Path("a/ct.nii.gz"), ("liver",), "ct").name
             'ct'
         """
-        return _SUFFIXES.sub("", self.image.name).lstrip(".") or "image"  # `..` would lead out of the output folder
+        return stem_of(self.image.name).lstrip(".") or "image"  # `..` would lead out of the output folder
 
     def to_dict(self) -> dict[str, Any]:
         """The line's values."""
@@ -83,7 +82,7 @@ def read_cases(path: str | Path) -> list[Case]:
     """
     path = existing_file(path)
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # no other character ends a line of JSON
     except UnicodeDecodeError as error:
         raise DataError(str(path), f"not UTF-8 text ({error})", "a jsonl file", "name the list of cases, not an image") from error
     cases: list[Case] = []
@@ -124,11 +123,6 @@ def folder_names(cases: Sequence[Case]) -> list[str]:
         names.append(next(candidate for candidate in numbered if candidate.casefold() not in used))
         used.add(names[-1].casefold())
     return names
-
-
-def find_images(folder: str | Path) -> list[Path]:
-    """NIfTI and NRRD files directly in a folder, sorted."""
-    return sorted(p for p in Path(folder).iterdir() if p.is_file() and p.name.casefold().endswith((".nii", ".nii.gz", ".nrrd")))
 
 
 def _line_faults(line: str) -> list[str]:

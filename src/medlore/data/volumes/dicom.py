@@ -2,53 +2,123 @@
 
 from __future__ import annotations
 
-import io
-import zipfile
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from medlore.data.volumes.geometry import Array, check_affine
+from medlore.data.codestreams import check_codestream
+from medlore.data.volumes.dicom_files import DicomFile, find_files, read_header
+from medlore.data.volumes.dicom_series import check_kind, check_one_owner, choose_series, stack, values_of
+from medlore.data.volumes.geometry import Array, Shape, check_affine
 from medlore.data.volumes.nifti import Volume, header_for
+from medlore.data.volumes.voxel_bytes import check_frame, check_memory
 from medlore.errors import DataError, InputError
 from medlore.extras import require
 from medlore.files import atomic_path
 
 _MODALITIES = {"CT": "ct", "MR": "mri", "PT": "pet", "US": "us"}
-_UNEVEN = 0.05  # slices may miss an even spacing by this share of it
-_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+_TOGETHER = ("RescaleSlope", "RescaleIntercept")
 
 
-def read_dicom(path: str | Path, *, series: str | None = None) -> Volume:
+def read_dicom(path: str | Path, *, series: str | None = None, frame: int | None = None, most_bytes: int | None = None) -> Volume:
     """Read one DICOM series.
 
+    Headers are read first; pixels only of the series that is meant, once its size and place are known.
+
     Args:
-        path: a folder (searched through and through), a zip, or one file of a folder.
+        path: a folder (searched through and through), a zip, or one file of a series, whose other files lie in the same folder.
         series: SeriesInstanceUID, or its end, where there are several.
+        frame: None or 0: a series is one volume.
+        most_bytes: voxels that need more than this are refused before they are read.
 
     Raises:
         MissingExtraError: pydicom is not installed.
-        DataError: no image, several series, missing or doubled slices, uneven spacing, multi-frame, colour.
+        DataError: no image, several series, patients, studies or frames of reference, damaged, missing, doubled or shifted slices,
+            uneven spacing, multi-frame, colour.
     """
     path = Path(path)
-    chosen = _choose_series(_datasets(path), series, path)
-    slices = _sorted_slices(chosen, path)
-    affine, notes = _affine_of(slices, path)
-    check_affine(affine, str(path))
-    array = np.stack([_slice_values(s, path) for s in slices], axis=-1)  # x y z
+    check_frame(frame, path)
+    slices, affine, notes = _stack_of(path, series)
+    x, y, z = _shape_of(slices)
+    check_memory(x * y * z * 4, f"a series of {x} x {y} x {z} voxels", path, most_bytes=most_bytes)
+    array = _voxels(slices)
     notes += _tilt_note(slices)
-    shape = (array.shape[0], array.shape[1], array.shape[2])
-    modality = _MODALITIES.get(str(slices[0].Modality))
-    return Volume(array, affine, header_for(affine, shape), shape, path, tuple(notes), modality, tuple(slices))
+    modality = _MODALITIES.get(slices[0].text("Modality"))
+    headers = tuple(file.header for file in slices)
+    return Volume(array, affine, header_for(affine, (x, y, z)), (x, y, z), path, tuple(notes), modality, headers)
+
+
+def read_dicom_grid(path: str | Path, *, series: str | None = None) -> tuple[Shape, Array]:
+    """Shape and affine of a series, from its headers alone.
+
+    Raises:
+        DataError: as `read_dicom`, as far as the headers tell.
+    """
+    slices, affine, _ = _stack_of(Path(path), series)
+    return _shape_of(slices), affine
 
 
 def dicom_modality(path: str | Path) -> str | None:
-    """`ct`, `mri`, `pet` or `us`, from the first DICOM image below a path; None where there is none."""
-    first = next(_datasets(Path(path), pixels=False), None)
-    return None if first is None else _MODALITIES.get(str(first.get("Modality", "")))
+    """`ct`, `mri`, `pet` or `us`, from the first DICOM image below a path; None where there is none, or it does not say."""
+    first = next(iter(find_files(Path(path))), None)
+    return None if first is None else _MODALITIES.get(first.text("Modality"))
+
+
+def _stack_of(path: Path, series: str | None) -> tuple[list[DicomFile], Array, list[str]]:
+    files = find_files(path)
+    if path.is_file() and len(files) == 1 and files[0].source == path:  # one slice: the series is the one that it belongs to
+        own = files[0].text("SeriesInstanceUID")
+        if series is not None and not own.endswith(series):
+            raise DataError(str(path), f"an image of series {own}, not of {series!r}", "a file of the series", "name another file")
+        files, series = [file for file in find_files(path.parent) if file.text("SeriesInstanceUID") == own], None
+    chosen = choose_series(files, series, path)
+    check_kind(chosen, path)
+    slices, affine, notes = stack(chosen, path)
+    check_affine(affine, str(path))
+    check_one_owner(slices, path)
+    for name in _TOGETHER:
+        without = sum(file.numbers(name, 1) is None for file in slices)
+        if 0 < without < len(slices):
+            came = f"{without} of {len(slices)} images without {name}"
+            raise DataError(str(path), came, "all images with it, or none", "export the series again")
+    if not slices[0].text("SeriesInstanceUID"):
+        notes.append("the images have no SeriesInstanceUID; they were taken for one series")
+    if any(file.text("PhotometricInterpretation") == "MONOCHROME1" for file in slices):
+        notes.append("the header asks for inverted display (MONOCHROME1); values were taken as they are stored")
+    return slices, affine, notes
+
+
+def _shape_of(slices: Sequence[DicomFile]) -> Shape:
+    return int(slices[0].number("Columns", 0)), int(slices[0].number("Rows", 0)), len(slices)
+
+
+def _voxels(slices: Sequence[DicomFile]) -> Array:
+    """Voxels x y z; int16 or int32 where slopes and intercepts leave whole numbers that fit, else floating point."""
+    planes, all_whole = [], True
+    for file in slices:
+        dataset = read_header(file.source, pixels=True)
+        check_codestream(dataset, file.source)
+        values, whole = values_of(file, dataset, file.source)
+        all_whole = all_whole and whole
+        planes.append(_narrow(values, whole=whole))
+    kind = np.result_type(*planes) if all_whole else np.dtype(np.float32)
+    return np.stack([plane.astype(kind, copy=False) for plane in planes], axis=-1)
+
+
+def _narrow(values: Array, *, whole: bool) -> Array:
+    if not whole:
+        return values.astype(np.float32)
+    low, high = int(values.min()), int(values.max())
+    for kind in (np.int16, np.int32):
+        if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max:
+            return values.astype(kind)
+    return values.astype(np.float64)
+
+
+def _tilt_note(slices: Sequence[DicomFile]) -> list[str]:
+    tilt = slices[0].number("GantryDetectorTilt", 0)
+    return [f"the header gives a gantry tilt of {tilt:g} degrees"] if abs(tilt) > 0.1 else []
 
 
 def write_dicom_seg(path: str | Path, volume: Volume, masks: Mapping[str, Array]) -> Path:
@@ -135,119 +205,3 @@ def _write_layer(path: Path, volume: Volume, labels: Sequence[str], pixels: Arra
     )
     with atomic_path(path) as temporary:
         segmentation.save_as(temporary)
-
-
-def _datasets(path: Path, *, pixels: bool = True) -> Iterator[Any]:
-    """DICOM images below a path; other files are passed over."""
-    pydicom = require("pydicom", f"reading DICOM from {path}")
-    from pydicom.errors import InvalidDicomError
-
-    for source in _sources(path):
-        try:
-            dataset = pydicom.dcmread(source, stop_before_pixels=not pixels)
-        except (InvalidDicomError, EOFError, OSError, ValueError):
-            continue
-        if "Rows" in dataset and "SeriesInstanceUID" in dataset:
-            yield dataset
-
-
-def _sources(path: Path) -> Iterator[Any]:
-    if path.is_file() and zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            for name in sorted(archive.namelist()):
-                if not name.endswith("/"):
-                    yield io.BytesIO(archive.read(name))  # read in memory: nothing is unpacked to the disk
-        return
-    folder = path if path.is_dir() else path.parent
-    yield from sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "DICOMDIR")
-
-
-def _choose_series(datasets: Iterator[Any], series: str | None, path: Path) -> list[Any]:
-    found: dict[str, list[Any]] = defaultdict(list)
-    for dataset in datasets:
-        found[str(dataset.SeriesInstanceUID)].append(dataset)
-    if not found:
-        raise DataError(str(path), "no DICOM image in it", "a folder or zip with one DICOM series", "check the path")
-    if series is not None:
-        found = {uid: items for uid, items in found.items() if uid == series or uid.endswith(series)}
-    if len(found) == 1:
-        return next(iter(found.values()))
-    faults = [f"{uid}: {len(v)} x {v[0].get('Modality', '?')} {v[0].get('SeriesDescription', '')}".strip() for uid, v in found.items()]
-    came = f"{len(found)} series" if found else f"no series {series!r}"
-    raise DataError(str(path), came, "one series", 'name it with "series": "UID" in the case, or give its own folder', faults=faults)
-
-
-def _sorted_slices(datasets: Sequence[Any], path: Path) -> list[Any]:
-    """Slices along their normal; everything that would make a wrong volume is refused."""
-    first = datasets[0]
-    if int(first.get("NumberOfFrames", 1)) > 1:
-        raise DataError(str(path), "an enhanced multi-frame image", "single-frame images", "convert it with dcm2niix")
-    if int(first.get("SamplesPerPixel", 1)) != 1:
-        raise DataError(str(path), "a colour image", "one grey value a pixel", "choose another series")
-    without = [d for d in datasets if "ImagePositionPatient" not in d or "ImageOrientationPatient" not in d or "PixelSpacing" not in d]
-    if without:
-        raise DataError(
-            str(path), f"{len(without)} images without position or spacing", "images with a place in space", "choose another series"
-        )
-    kinds = {(d.Rows, d.Columns, tuple(np.round([*d.ImageOrientationPatient, *d.PixelSpacing], 3))) for d in datasets}
-    if len(kinds) > 1:
-        raise DataError(str(path), f"images of {len(kinds)} sizes or directions (a localizer?)", "one stack of slices", "split the series")
-    places = np.array([d.ImagePositionPatient for d in datasets], float) @ _normal(first)
-    order = np.argsort(places, kind="stable")
-    gaps = np.diff(places[order])
-    if len(gaps):
-        usual = float(np.median(gaps))
-        if usual <= 0 or (gaps < usual * 0.5).any():
-            raise DataError(str(path), "several images at one place", "one image for every slice", "split the series (phases, echoes)")
-        if (np.abs(gaps - usual) > max(_UNEVEN * usual, 0.01)).any():
-            worst = int(np.argmax(np.abs(gaps - usual)))
-            came = f"slices {worst + 1} and {worst + 2} lie {gaps[worst]:.2f} mm apart, the others {usual:.2f} mm"
-            raise DataError(str(path), came, "evenly spaced slices without a gap", "export the missing slices")
-    return [datasets[int(i)] for i in order]
-
-
-def _affine_of(slices: Sequence[Any], path: Path) -> tuple[Array, list[str]]:
-    """Index (column, row, slice) -> RAS+ mm. The third column follows the positions, so a tilted gantry is kept."""
-    first, last = slices[0], slices[-1]
-    along_columns, along_rows = np.array(first.ImageOrientationPatient, float).reshape(2, 3)
-    row_mm, column_mm = (float(v) for v in first.PixelSpacing)
-    notes = []
-    if len(slices) > 1:
-        step = (np.array(last.ImagePositionPatient, float) - np.array(first.ImagePositionPatient, float)) / (len(slices) - 1)
-    else:
-        thickness = float(first.get("SpacingBetweenSlices") or first.get("SliceThickness") or 0)
-        if thickness <= 0:
-            raise DataError(str(path), "one slice without a thickness", "a slice thickness", "mend the header")
-        step, notes = _normal(first) * thickness, ["one slice; its thickness was taken for the spacing"]
-    affine = np.eye(4)
-    affine[:3, 0], affine[:3, 1], affine[:3, 2] = along_columns * column_mm, along_rows * row_mm, step
-    affine[:3, 3] = first.ImagePositionPatient
-    return _TO_RAS @ affine, notes
-
-
-def _tilt_note(slices: Sequence[Any]) -> list[str]:
-    tilt = float(slices[0].get("GantryDetectorTilt") or 0)
-    return [f"the header gives a gantry tilt of {tilt:g} degrees"] if abs(tilt) > 0.1 else []
-
-
-def _slice_values(dataset: Any, path: Path) -> Array:
-    """Values of a slice (column, row); int16 where slope and intercept leave whole numbers."""
-    try:
-        raw = dataset.pixel_array
-    except (RuntimeError, NotImplementedError, AttributeError, ValueError) as error:
-        fix = "convert it with dcm2niix, or install pylibjpeg for compressed images"
-        raise DataError(str(path), f"pixels that cannot be decoded ({error})", "images that pydicom decodes", fix) from error
-    slope, intercept = float(dataset.get("RescaleSlope", 1)), float(dataset.get("RescaleIntercept", 0))
-    whole = slope.is_integer() and intercept.is_integer()
-    values = raw.astype(np.int32) * int(slope) + int(intercept) if whole else raw.astype(np.float32) * slope + intercept
-    padding = dataset.get("PixelPaddingValue")
-    if padding is not None and str(dataset.Modality) == "CT":
-        values = np.where(raw == padding, np.minimum(values, -1024), values)  # outside the scanner's circle is air
-    if whole and values.min() >= -32768 and values.max() <= 32767:
-        return np.asarray(values.astype(np.int16).T)
-    return np.asarray(values.astype(np.float32).T)
-
-
-def _normal(dataset: Any) -> Array:
-    along_columns, along_rows = np.array(dataset.ImageOrientationPatient, float).reshape(2, 3)
-    return np.cross(along_columns, along_rows)

@@ -22,6 +22,9 @@ Modality = Literal["ct", "mri", "pet", "us"]
 CT_RANGE_HU = (-500.0, 1000.0)
 PERCENTILES = (0.5, 99.5)
 BODY_HU = -500.0  # what is denser than lung; air, and the air around a patient, is not
+_BELOW_AIR_HU = -1100.0  # nothing that is measured lies below; air is -1000
+_WRAPPED, _LARGEST_HU = 60000.0, 40000.0  # negative numbers as unsigned ones of 16 bits; metal on an extended scale
+_NO_MEASURE = 1e15
 BODY_SHARE = 0.05  # other modalities: above the dark end by this share of the range
 
 
@@ -149,20 +152,72 @@ def finite_values(array: Array, *, where: str) -> tuple[Array, str | None]:
     return array, note
 
 
-def hounsfield_offset(array: Array) -> tuple[float, str | None]:
-    """What to add to a CT so that it is in HU, and a note where something was odd.
+def hounsfield(array: Array) -> tuple[Array, float, tuple[str, ...]]:
+    """A CT whose values can be taken for HU once the offset is added: (array, offset, what was odd).
 
-    Stored unsigned, with the intercept lost, a CT has air at 0 and soft tissue near 1024: then -1024.
+    Three things happen to a CT on its way through converters: negative numbers are stored unsigned and come back 65,536 too
+    high; the intercept is lost, so that air lies at 0 and soft tissue near 1024; the scanner's padding outside its circle
+    (-2000, -3024, ...) lies below all air. The first and second are undone and said; padding counts as air.
     """
+    notes: list[str] = []
+    array, note = _signed_again(array)
+    notes += [note] if note else []
     sample = array[::3, ::3, ::3] if array.size > 1 << 20 else array
     low, high = float(array.min()), float(array.max())
-    if low < 0:
-        return 0.0, None
-    tissue = float(np.mean((sample > 850) & (sample < 1250)))
-    air = float(np.mean(sample < 300))
-    if high > 1250 and tissue > 0.05 and air > 0.005:
-        return -1024.0, "CT without negative values and with soft tissue near 1024: 1024 was subtracted"
-    return 0.0, f"CT values lie in {low:g} to {high:g}: these are not Hounsfield units, so do not trust the result"
+    padding = low < _BELOW_AIR_HU
+    inside = sample[sample >= _BELOW_AIR_HU] if padding else sample
+    if _lost_its_intercept(sample, inside, low, high):
+        notes.append("a CT without its intercept (air at 0, soft tissue near 1024): 1024 was subtracted")
+        if low < 0:
+            array = np.maximum(array, 0)  # air, the padding included
+        return array, -1024.0, tuple(notes)
+    if padding:
+        share = float(np.mean(sample < _BELOW_AIR_HU))
+        notes.append(f"{share:.1%} of the voxels lie below {_BELOW_AIR_HU:g} HU, down to {low:g}: padding, which counts as air")
+    if low >= 0 or (padding and (not inside.size or float(inside.min()) >= 0)):
+        notes.append(f"CT values lie in {max(low, 0):g} to {high:g}: these are not Hounsfield units, so do not trust the result")
+    return array, 0.0, tuple(notes)
+
+
+def _lost_its_intercept(sample: Array, inside: Array, low: float, high: float) -> bool:
+    """Whether air lies at 0 and soft tissue near 1024, padding left out."""
+    if not inside.size or high <= 1250:
+        return False
+    air_in_hu = float(np.mean((inside > _BELOW_AIR_HU) & (inside < -200)))
+    if low < 0 and (_BELOW_AIR_HU <= low < -200 or air_in_hu > 1e-3):
+        return False
+    tissue = float(np.mean((inside > 850) & (inside < 1250)))
+    return tissue > 0.05 and float(np.mean(sample < 300)) > 0.005
+
+
+def _signed_again(array: Array) -> tuple[Array, str | None]:
+    """Values just below 65,536, far from all others, are negative ones that were stored unsigned."""
+    if float(array.max()) < _WRAPPED or float(array.max()) >= 65536:
+        return array, None
+    high = array >= _WRAPPED
+    rest = array[~high]
+    if rest.size and float(rest.max()) > _LARGEST_HU:
+        return array, None
+    count = int(np.count_nonzero(high))
+    note = f"{count:,} voxels near 65,536 are negative values that were stored unsigned: 65,536 was subtracted from them"
+    wide = array.astype(np.float32 if array.dtype.kind == "f" else np.int32)
+    wide[high] -= 65536
+    return wide, note
+
+
+def saturated(array: Array) -> str | None:
+    """A note where voxels hold the end of their type, or a number that no scanner measures: saturated, or marked as missing."""
+    if array.dtype.kind == "f":
+        count = int(np.count_nonzero(np.abs(array) >= _NO_MEASURE))
+        return f"{count:,} voxels hold numbers of {_NO_MEASURE:g} and more, which no scanner measures" if count else None
+    if array.dtype.itemsize < 2:
+        return None
+    limits = np.iinfo(array.dtype)
+    for value, which in ((limits.max, "largest"), (limits.min, "smallest")):
+        count = int(np.count_nonzero(array == value)) if value else 0
+        if count > 1:
+            return f"{count:,} voxels hold {value}, the {which} number of their type: saturated, or a mark for something missing"
+    return None
 
 
 def _moments(array: Array, low: float, high: float) -> tuple[float, float]:

@@ -1,31 +1,32 @@
 """Reference masks of a case as one label map: codes on the image's grid, and which codes belong to each label.
 
-Four layouts are read: a label map with values (`mask_values`, `label_values`, the file's own label table, or the order of
-`label`); a folder with one file a label; `mask` as a mapping label -> file; and the stack of SAT-DS, one volume a label in
-the order of `label`. A label may be a union of values and labels may overlap: files that overlap become one map whose
-codes stand for combinations.
+Layouts that are read: a label map with values (`mask_values` or `label_values` of the case, else the file's own table, else
+`labels.json` beside it, and only then the order of `label`); named segments of Slicer (.seg.nrrd) and DICOM-SEG; a folder with
+one file a label; `mask` as a mapping label -> file; and the stack of SAT-DS, one volume a label in the order of `label`. A
+label may be a union of values and labels may overlap: files that overlap become one map whose codes stand for combinations.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 
+from medlore.data.formats import files_of_masks, read_mask_file
 from medlore.data.volumes.cases import Case
 from medlore.data.volumes.geometry import Array, Shape
-from medlore.data.volumes.nifti import Volume, read_grid, read_label_table
-from medlore.data.volumes.preparation import read_volume
+from medlore.data.volumes.label_tables import table_beside
+from medlore.data.volumes.mask_files import MaskFile
+from medlore.data.volumes.nifti import Volume
 from medlore.errors import DataError, MedloreError, nearest_names
 from medlore.files import read_json
 
-MASK_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".npy")
 _SAME_MM = 1e-2
+_SAME_PART_MM = 0.05  # a part of the grid whose places went through the decimals of DICOM
 _LARGEST_CODE = 65535
 _GRID_FIX = "give the mask of this very image, or resample it to the image's grid (nearest neighbour)"
 
@@ -37,10 +38,12 @@ class LabelMap:
     Args:
         codes: x y z, uint8 or uint16, on the image's grid; 0 is background.
         members: label -> the codes that belong to it, ascending; two labels may share codes.
+        notes: what was odd: where values came from if nothing names them, values of no label, labels without a voxel.
     """
 
     codes: Array
     members: Mapping[str, tuple[int, ...]]
+    notes: tuple[str, ...] = ()
 
     def mask(self, label: str) -> Array:
         """The label as a Boolean volume."""
@@ -76,15 +79,24 @@ def read_masks(case: Case, volume: Volume) -> LabelMap:
         fix = 'add "mask": "FILE" (a label map), a folder with one file a label, or {"label": "FILE", ...}'
         raise DataError(_where(case), "a case without a mask", "reference masks", fix)
     if isinstance(files, Mapping):
-        return _separate(case, volume, {label: Path(file) for label, file in files.items()})
-    path = Path(case.mask)  # type: ignore[arg-type]
-    if path.is_dir():
-        return _separate(case, volume, _files_of(path))
-    if not path.is_file():
-        raise DataError(_where(case), f"the mask {path} does not exist", "an existing file or folder", "check the key `mask`")
-    if _is_stack(path):
-        return _stack(case, volume, path)
-    return _map_with_values(case, volume, path)
+        found = _separate(case, volume, {label: Path(file) for label, file in files.items()})
+    else:
+        path = Path(case.mask)  # type: ignore[arg-type]
+        if not path.exists():
+            raise DataError(_where(case), f"the mask {path} does not exist", "an existing file or folder", "check the key `mask`")
+        parts = files_of_masks(path) if path.is_dir() else {}
+        alone = path.is_file() or (len(parts) <= 1 and not any(_spelling(label) in map(_spelling, parts) for label in case.labels))
+        found = _of_file(case, volume, read_mask_file(next(iter(parts.values()), path))) if alone else _separate(case, volume, parts)
+    empty = [label for label in case.labels if not _has_voxels(found, label)]
+    if empty:
+        note = f"labels without a voxel in the reference: {', '.join(empty)}; they count as absent from this image"
+        found = replace(found, notes=(*found.notes, note))
+    return found
+
+
+def _has_voxels(found: LabelMap, label: str) -> bool:
+    there = np.unique(found.codes)
+    return bool(np.isin(there, list(found.members[label])).any())
 
 
 def combine(masks: Iterable[tuple[str, Array]], shape: Shape) -> LabelMap:
@@ -124,43 +136,99 @@ def combine(masks: Iterable[tuple[str, Array]], shape: Shape) -> LabelMap:
     return LabelMap(_narrow(codes), members)
 
 
-def check_mask_grid(shape: Sequence[int], affine: Array, volume: Volume, where: str) -> None:
-    """Compare a mask's grid with the image's.
+def check_mask_grid(shape: Sequence[int], affine: Array, volume: Volume, where: str, *, what: str = "a mask") -> None:
+    """Compare a mask's grid with the image's (or, the other way round, an image's with that of its mask).
 
     Raises:
         DataError: another shape, or an affine that differs by more than a hundredth of a millimetre.
     """
     told = tuple(int(n) for n in shape)
     if told != volume.shape:
-        came, accepted = f"a mask of {_by(told)} voxels", f"the grid of {volume.path}: {_by(volume.shape)}"
+        came, accepted = f"{what} of {_by(told)} voxels", f"the grid of {volume.path}: {_by(volume.shape)}"
         raise DataError(where, came, accepted, _GRID_FIX)
     apart = float(np.abs(np.asarray(affine) - volume.affine).max())
     if apart > _SAME_MM:
-        came = f"a mask of the same shape whose affine differs by up to {apart:.3g} mm: {_numbers(affine)}"
+        came = f"{what} of the same shape whose affine differs by up to {apart:.3g} mm: {_numbers(affine)}"
         raise DataError(where, came, f"the affine of {volume.path}: {_numbers(volume.affine)}", _GRID_FIX)
 
 
-# -- one map with values -----------------------------------------------------------------------------------------------
+# -- one file ----------------------------------------------------------------------------------------------------------
 
 
-def _map_with_values(case: Case, volume: Volume, path: Path) -> LabelMap:
-    found = read_volume(path)
-    check_mask_grid(found.shape, found.affine, volume, str(path))
-    codes = _whole_numbers(found.array, path)
-    return LabelMap(codes, _values_of(case, path))
+def _of_file(case: Case, volume: Volume, found: MaskFile) -> LabelMap:
+    """A label map, named segments, or a stack."""
+    found = _on_grid(found, volume)
+    if len(found.layers) > 1 and found.names is None:
+        return _stack(case, volume, found)
+    if len(found.layers) > 1 or found.part:
+        return _segments(case, volume, found)
+    codes = _whole_numbers(found.layers[0], found.path)
+    values, notes = _values_of(case, found)
+    claimed = {value for label in values.values() for value in label}
+    free = [int(value) for value in np.unique(codes) if value and value not in claimed]
+    if free:
+        shown = ", ".join(map(str, free[:10])) + (", ..." if len(free) > 10 else "")
+        notes.append(f"values in the mask that belong to no label of the case: {shown}")
+    return LabelMap(codes, values, tuple(notes))
 
 
-def _values_of(case: Case, path: Path) -> dict[str, tuple[int, ...]]:
-    """Label -> codes, as the line, the file's table, or the order of the labels says."""
+def _on_grid(found: MaskFile, volume: Volume) -> MaskFile:
+    """The masks on the image's grid; a part of it is put in its place."""
+    if found.series and volume.slices:
+        own = str(volume.slices[0].get("SeriesInstanceUID"))
+        if own not in found.series:
+            came = f"a segmentation of series {found.series[0]}"
+            raise DataError(str(found.path), came, f"one of this image's series, {own}", "give the segmentation of this very image")
+    if found.affine is None or not found.part:
+        check_mask_grid(found.shape, volume.affine if found.affine is None else found.affine, volume, str(found.path))
+        return found
+    start = _place_of(found.shape, found.affine, volume)
+    if start is None:
+        check_mask_grid(found.shape, found.affine, volume, str(found.path))
+        return found
+    box = tuple(slice(a, a + n) for a, n in zip(start, found.shape, strict=True))
+    layers = []
+    for layer in found.layers:
+        whole: Array = np.zeros(volume.shape, layer.dtype)
+        whole[box] = layer
+        layers.append(whole)
+    return replace(found, layers=tuple(layers), affine=volume.affine)
+
+
+def _place_of(shape: Shape, affine: Array, volume: Volume) -> Shape | None:
+    """The first voxel of a part in the image's grid; None where it is no part of that grid."""
+    within = np.linalg.inv(volume.affine) @ np.asarray(affine, float)
+    start = np.rint(within[:3, 3])
+    ends = np.array([shape[0] - 1, shape[1] - 1, shape[2] - 1, 0.0])
+    drift = np.abs((within[:3, :3] - np.eye(3)) @ ends[:3]).max() if max(shape) > 1 else 0.0
+    spacing = float(np.linalg.norm(volume.affine[:3, :3], axis=0).max())
+    if (drift + np.abs(within[:3, 3] - start).max()) * spacing > _SAME_PART_MM:
+        return None
+    if (start < 0).any() or (start + shape > volume.shape).any():
+        return None
+    return int(start[0]), int(start[1]), int(start[2])
+
+
+def _values_of(case: Case, found: MaskFile) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """Label -> codes: as the line says, else the file's names, else those beside it, else the order of the labels."""
     told = case.other.get("mask_values", case.other.get("label_values"))
     if isinstance(told, str):
         told = read_json(told)
     if told is not None and not isinstance(told, Mapping):
         raise DataError(_where(case), f"mask_values is a {type(told).__name__}", '{"liver": 1, "kidney": [2, 3]}', "mend the line")
-    if told is None and path.name.casefold().endswith((".nii", ".nii.gz")):
-        told = {name: value for value, name in (read_label_table(path) or {}).items()} or None
-    if told is None:
-        told = {label: index + 1 for index, label in enumerate(case.labels)}
+    if told is None and found.names is not None:
+        told = {name: [value for _, value in places] for name, places in found.names.items()}
+    if told is None and (beside := table_beside(found.path)) is not None:
+        told = {}
+        for value, name in beside.items():
+            told.setdefault(name, []).append(value)
+    if told is not None:
+        return _told_values(case, told), []
+    note = "nothing names the values of the mask, so they were taken in the order of the labels"
+    return {label: (index + 1,) for index, label in enumerate(case.labels)}, [note] if len(case.labels) > 1 else []
+
+
+def _told_values(case: Case, told: Mapping[Any, Any]) -> dict[str, tuple[int, ...]]:
     by_spelling = {_spelling(label): value for label, value in told.items()}
     faults: list[str] = []
     members: dict[str, tuple[int, ...]] = {}
@@ -168,7 +236,7 @@ def _values_of(case: Case, path: Path) -> dict[str, tuple[int, ...]]:
         value = by_spelling.get(_spelling(label))
         values: list[Any] = list(value) if isinstance(value, (list, tuple)) else [value]
         if value is None:
-            faults.append(f"no value for {label!r}; the nearest are {', '.join(map(repr, nearest_names(label, told))) or 'none'}")
+            faults.append(f"no value for {label!r}; the nearest are {_nearest(label, told)}")
         elif not values or not all(isinstance(v, int) and not isinstance(v, bool) and 0 < v <= _LARGEST_CODE for v in values):
             faults.append(f"the value of {label!r} is {value!r}")
         else:
@@ -177,6 +245,10 @@ def _values_of(case: Case, path: Path) -> dict[str, tuple[int, ...]]:
         accepted = "a whole number from 1, or a list of them, for every label"
         raise DataError(_where(case), f"{len(faults)} label(s) without a value", accepted, 'add "mask_values": {...}', faults=faults)
     return members
+
+
+def _nearest(label: str, known: Iterable[Any]) -> str:
+    return ", ".join(map(repr, nearest_names(label, map(str, known)))) or "none"
 
 
 def _whole_numbers(array: Array, path: Path) -> Array:
@@ -189,23 +261,55 @@ def _whole_numbers(array: Array, path: Path) -> Array:
     return _narrow(array)
 
 
+# -- named segments, and a stack ---------------------------------------------------------------------------------------
+
+
+def _segments(case: Case, volume: Volume, found: MaskFile) -> LabelMap:
+    """Named segments in layers; a file that names one layer's values by order alone is a label map."""
+    if "mask_values" in case.other or "label_values" in case.other or found.names is None:
+        if len(found.layers) > 1:
+            raise DataError(_where(case), "mask_values for segments in several layers", "the names of the segments", "leave it out")
+        return _of_file(case, volume, replace(found, part=False))
+    names = {_spelling(name): places for name, places in found.names.items()}
+    faults = [
+        f"no segment for {label!r}; the nearest are {_nearest(label, found.names)}"
+        for label in case.labels
+        if _spelling(label) not in names
+    ]
+    if faults:
+        accepted, fix = "a segment of the label's name", "rename the segments, or correct the list `label`"
+        raise DataError(_where(case), f"{len(faults)} label(s) without a segment in {found.path}", accepted, fix, faults=faults)
+    masks = ((label, _segment(found, names[_spelling(label)])) for label in case.labels)
+    made = combine(masks, volume.shape)
+    wanted = {_spelling(label) for label in case.labels}
+    others = [name for name in found.names if _spelling(name) not in wanted]
+    notes = (f"segments in the file that are no label of the case: {', '.join(others)}",) if others else ()
+    return replace(made, notes=notes)
+
+
+def _segment(found: MaskFile, places: Sequence[tuple[int, int]]) -> Array:
+    inside: Array = np.zeros(found.layers[0].shape, np.bool_)
+    for layer, value in places:
+        inside |= found.layers[layer] == value
+    return inside
+
+
+def _stack(case: Case, volume: Volume, found: MaskFile) -> LabelMap:
+    """One mask a label, in the order of the labels."""
+    if len(found.layers) != len(case.labels):
+        accepted = f"one mask for each of the {len(case.labels)} labels of the line, in their order"
+        raise DataError(str(found.path), f"a stack of {len(found.layers)} masks", accepted, "correct the list `label`")
+    pairs = zip(case.labels, found.layers, strict=True)
+    return combine(((label, _binary(layer, f"{found.path}, mask of {label}")) for label, layer in pairs), volume.shape)
+
+
 # -- one file a label --------------------------------------------------------------------------------------------------
-
-
-def _files_of(folder: Path) -> dict[str, Path]:
-    """Label (as the file is named) -> file."""
-    found = {}
-    for path in sorted(folder.iterdir()):
-        suffix = next((s for s in MASK_SUFFIXES if path.name.casefold().endswith(s)), None)
-        if suffix is not None:
-            found[path.name[: -len(suffix)]] = path
-    return found
 
 
 def _separate(case: Case, volume: Volume, files: Mapping[str, Path]) -> LabelMap:
     by_spelling = {_spelling(name): path for name, path in files.items()}
     missing = [label for label in case.labels if _spelling(label) not in by_spelling]
-    faults = [f"no file for {label!r}; the nearest are {', '.join(map(repr, nearest_names(label, files))) or 'none'}" for label in missing]
+    faults = [f"no file for {label!r}; the nearest are {_nearest(label, files)}" for label in missing]
     masks = []
     for label in case.labels:
         path = by_spelling.get(_spelling(label))
@@ -222,52 +326,17 @@ def _separate(case: Case, volume: Volume, files: Mapping[str, Path]) -> LabelMap
 
 def _one_mask(path: Path, volume: Volume) -> Array:
     """A file's voxels above 0; a .npy file has no grid but its shape."""
-    if path.suffix == ".npy":
-        array = _read_npy(path)
-        check_mask_grid(array.shape, volume.affine, volume, str(path))
-        return np.asarray(array != 0)
-    found = read_volume(path)
-    check_mask_grid(found.shape, found.affine, volume, str(path))
-    return np.asarray(found.array > 0)
+    found = _on_grid(read_mask_file(path), volume)
+    if len(found.layers) > 1:
+        raise DataError(str(path), f"{len(found.layers)} masks in one file", "one mask", "name a file with one mask for this label")
+    return _binary(found.layers[0], str(path))
 
 
-# -- a stack -----------------------------------------------------------------------------------------------------------
-
-
-def _is_stack(path: Path) -> bool:
-    if path.suffix == ".npy":
-        return True
-    if not path.name.casefold().endswith((".nii", ".nii.gz")):
-        return False
-    try:
-        shape = nib.load(path).shape
-    except Exception:
-        return False
-    return len(shape) == 4 and shape[3] > 1
-
-
-def _stack(case: Case, volume: Volume, path: Path) -> LabelMap:
-    """NIfTI x y z q, or .npy q x y z."""
-    if path.suffix == ".npy":
-        array = _read_npy(path)
-        masks = list(array) if array.ndim == 4 else [array]
-        shape, affine = masks[0].shape, volume.affine
-    else:
-        shape, affine = read_grid(path)
-        whole = np.asanyarray(nib.load(path).dataobj)
-        masks = [whole[..., q] for q in range(whole.shape[3])]
-    check_mask_grid(shape, affine, volume, str(path))
-    if len(masks) != len(case.labels):
-        accepted = f"one mask for each of the {len(case.labels)} labels of the line, in their order"
-        raise DataError(str(path), f"a stack of {len(masks)} masks", accepted, "correct the list `label`")
-    return combine(((label, mask > 0) for label, mask in zip(case.labels, masks, strict=True)), volume.shape)
-
-
-def _read_npy(path: Path) -> Array:
-    try:
-        return np.asarray(np.load(path, allow_pickle=False, mmap_mode="r"))
-    except (ValueError, OSError, EOFError) as error:
-        raise DataError(str(path), f"not an array ({error})", "a .npy file of numbers", "write it again with numpy.save") from error
+def _binary(layer: Array, where: str) -> Array:
+    """What is above 0; numbers that are no number are no mask."""
+    if layer.dtype.kind == "f" and not np.isfinite(layer).all():
+        raise DataError(where, "a mask with values that are not finite", "0 and 1", "write the mask again")
+    return np.asarray(layer > 0)
 
 
 # -- words -------------------------------------------------------------------------------------------------------------

@@ -9,36 +9,30 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import shutil
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import nibabel as nib
 import numpy as np
-from isal import igzip, isal_zlib
 from nibabel.nifti1 import Nifti1Extension
 from nibabel.spatialimages import HeaderDataError
 
-from medlore.data.volumes.geometry import Array, Shape, check_affine, orientation_of, spacing_of
+from medlore.data.volumes.geometry import Array, Shape, check_affine, spacing_of
 from medlore.data.volumes.gzip_writer import GzipWriter
+from medlore.data.volumes.nifti_affine import AffineChoice, affine_of
+from medlore.data.volumes.voxel_bytes import Part, as_voxels, check_end, check_promise, is_gzip, part_of, read_part, unpacked
 from medlore.errors import DataError, StepError
 from medlore.files import atomic_path, existing_file
 
-AffineChoice = Literal["auto", "sform", "qform"]
 LABEL_SCHEMA = "medlore/labels/1"
 
-GZIP_FAULTS: tuple[type[Exception], ...] = (EOFError, OSError, zlib.error, cast("type[Exception]", isal_zlib.error))
-
-_GZIP = b"\x1f\x8b"
 _HEAD = 544  # the longer of the two headers, with the mark of extensions
 _NAMES = ("db_name", "aux_file")  # text fields that may name the patient; the free text `descrip` is kept
-_MOST_PACKED = 1032  # deflate packs no more than this into one byte
 _COMMENT = 6  # NIfTI extension code for plain text
-_VOXELS_ALIKE = 0.1  # sform and qform may lie this far apart (in voxels, at any corner) and count as equal
+_MOST_EXTENSION = 64 << 20  # bytes of header extensions that are looked at
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,45 +70,99 @@ class Volume:
         return replace(self, notes=(*self.notes, note))
 
 
-def read_nifti(path: str | Path, *, affine_from: AffineChoice = "auto", frame: int | None = None) -> Volume:
+def read_nifti(path: str | Path, *, affine_from: AffineChoice = "auto", frame: int | None = None, most_bytes: int | None = None) -> Volume:
     """Read a .nii or .nii.gz file (either byte order, NIfTI-1 or -2).
 
     Args:
         path: the file; compression is told by its first bytes, not by its name.
         affine_from: which matrix to believe; `auto` takes the sform, else the qform, and refuses two that contradict each other.
-        frame: which volume of a 4D file, from 0.
+        frame: which volume of a 4D file, from 0; only its voxels are held.
+        most_bytes: voxels that need more than this are refused before they are read.
 
     Raises:
         DataError: not NIfTI, damaged, not three-dimensional, without orientation, or with an absurd grid.
     """
     path = existing_file(path)
-    header, start, content = _read_header(path)
-    affine, notes = _affine_of(header, affine_from, path)
-    check_affine(affine, str(path))
-    array = _voxels(header, start, content, path)
-    array, file_shape = _three_axes(array, frame, path)
-    return Volume(array, affine, header, file_shape, path, tuple(notes))
+    with unpacked(path) as stream:
+        head = stream.read(_HEAD)
+        header = _parse_header(head, path)
+        part = _part_of(header, frame, path)
+        affine, notes = affine_of(header, affine_from, path)
+        check_affine(affine, str(path))
+        _check_sizes(header, part, path, most_bytes)
+        content = read_part(stream, part, path, begun=head)
+        check_end(stream)
+    array, said = _scaled(as_voxels(content, header.get_data_dtype(), part.shape), header, path)
+    return Volume(array, affine, header, part.file_shape, path, (*notes, *said))
 
 
-def read_grid(path: str | Path) -> tuple[Shape, Array]:
-    """Shape and affine of a NIfTI file, from its first bytes alone.
+def read_grid(path: str | Path, *, affine_from: AffineChoice = "auto", frame: int | None = None) -> tuple[Shape, Array]:
+    """Shape and affine of a NIfTI file, from its first bytes alone; of any one volume where there are several.
 
     Raises:
         DataError: as `read_nifti`, as far as the header tells.
     """
     path = existing_file(path)
-    with path.open("rb") as stream:
-        head = stream.read(1 << 16)
-    try:
-        head = zlib.decompressobj(31).decompress(head, _HEAD) if head[:2] == _GZIP else head
-    except zlib.error as error:
-        raise DataError(str(path), f"a damaged or cut-off file ({error})", "a whole NIfTI file", "copy or export it again") from error
-    header = _parse_header(head, path)
-    _check_sizes(header, path)
-    affine, _ = _affine_of(header, "auto", path)
+    header = read_header(path)
+    shape = tuple(int(n) for n in header.get_data_shape())
+    part = _part_of(header, 0 if frame is None and len(shape) == 4 else frame, path)
+    _check_sizes(header, part, path, None)
+    affine, _ = affine_of(header, affine_from, path)
     check_affine(affine, str(path))
-    x, y, z = (*header.get_data_shape(), 1, 1)[:3]
-    return (int(x), int(y), int(z)), affine
+    x, y, z = part.shape
+    return (x, y, z), affine
+
+
+def read_stack(path: Path) -> tuple[Array, Array]:
+    """All volumes of a 4D file (x y z q), read once, and the affine.
+
+    Raises:
+        DataError: as `read_nifti`.
+    """
+    with unpacked(path) as stream:
+        head = stream.read(_HEAD)
+        header = _parse_header(head, path)
+        first = _part_of(header, 0, path)
+        x, y, z, *rest = (int(n) for n in header.get_data_shape())
+        whole = first._replace(size=first.size * math.prod(rest))
+        affine, _ = affine_of(header, "auto", path)
+        check_affine(affine, str(path))
+        _check_sizes(header, whole, path, None)
+        content = read_part(stream, whole, path, begun=head)
+    array, _ = _scaled(as_voxels(content, header.get_data_dtype(), (x, y, z, math.prod(rest))), header, path)
+    return array, affine
+
+
+def read_header(path: Path) -> Any:
+    """The header of a NIfTI file, from its first bytes alone.
+
+    Raises:
+        DataError: not NIfTI, or damaged.
+    """
+    with unpacked(path) as stream:
+        return _parse_header(stream.read(_HEAD), path)
+
+
+def read_extensions(path: Path) -> list[bytes]:
+    """The contents of the header's extensions, of any code.
+
+    Raises:
+        DataError: not NIfTI, or damaged.
+    """
+    with unpacked(path) as stream:
+        head = stream.read(_HEAD)
+        header = _parse_header(head, path)
+        stop = min(int(header["vox_offset"]), _MOST_EXTENSION)
+        content = head + stream.read(max(stop - len(head), 0))
+    at, found = header.sizeof_hdr, []
+    if content[at : at + 1] in (b"", b"\0"):
+        return []
+    order: Literal["little", "big"] = "little" if header.endianness == "<" else "big"
+    at += 4
+    while at + 8 <= stop and 8 <= (size := int.from_bytes(content[at : at + 4], order)) <= stop - at:
+        found.append(content[at + 8 : at + size].rstrip(b"\0"))
+        at += size
+    return found
 
 
 def write_nifti(
@@ -175,36 +223,24 @@ def label_table(labels: Mapping[int, str]) -> dict[str, Any]:
     return {"schema": LABEL_SCHEMA, "labels": {str(value): name for value, name in labels.items()}}
 
 
-def read_label_table(path: str | Path) -> dict[int, str] | None:
-    """Value -> name from the extension of a label map; None where it has none."""
-    for extension in nib.load(path).header.extensions:
-        try:
-            content = extension.get_content()
-            table = json.loads(content.decode() if isinstance(content, bytes) else content)
-        except (UnicodeDecodeError, json.JSONDecodeError):
-            continue
-        if isinstance(table, dict) and table.get("schema") == LABEL_SCHEMA:
-            return {int(value): str(name) for value, name in table["labels"].items()}
-    return None
-
-
 def check_same_grid(path: str | Path, like: Volume) -> None:
     """Compare the geometry of a written file with that of `like`.
 
     Raises:
         StepError: shape, affine, sform, qform or their codes differ.
     """
-    written = nib.load(path)
+    header = read_header(Path(path))
+    shape = tuple(int(n) for n in header.get_data_shape())
     faults = []
-    if written.shape != tuple(like.file_shape):
-        faults.append(f"shape {written.shape}, not {tuple(like.file_shape)}")
-    mine, theirs = written.header, like.header
-    for name in ("sform", "qform"):
-        (got, code), (want, wanted_code) = getattr(mine, f"get_{name}")(coded=True), getattr(theirs, f"get_{name}")(coded=True)
-        if code != wanted_code:
-            faults.append(f"{name} code {code}, not {wanted_code}")
-        elif want is not None and not np.array_equal(got, want):
-            faults.append(f"{name} differs by up to {np.abs(got - want).max():.3g}")
+    if shape != tuple(like.file_shape):
+        faults.append(f"shape {shape}, not {tuple(like.file_shape)}")
+    for name, fields in _FORM_FIELDS.items():
+        differing = [f for f in fields if not np.array_equal(header[f], like.header[f], equal_nan=True)]
+        if differing:
+            faults.append(f"the {name} differs ({', '.join(differing)})")
+    sides = slice(0, min(len(shape), 3) + 1)
+    if not np.array_equal(header["pixdim"][sides], like.header["pixdim"][sides], equal_nan=True):
+        faults.append("the spacing differs")
     if faults:
         raise StepError(
             str(path), "was written on another grid", f"the grid of {like.path}", "report this as a fault of MedLoRE", faults=faults
@@ -225,35 +261,18 @@ def header_for(affine: Array, shape: Shape) -> Any:
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def _read_header(path: Path) -> tuple[Any, int, Array]:
-    """Header, offset of the voxels, and all bytes of the (unpacked) file."""
-    with path.open("rb") as stream:
-        packed = stream.read(2) == _GZIP
-    try:
-        with igzip.open(path, "rb") if packed else path.open("rb") as stream:
-            head = stream.read(_HEAD)
-            header = _parse_header(head, path)
-            size = _check_sizes(header, path)
-            start = int(header.get_data_offset())
-            content = np.empty(size, np.uint8)  # in large pages, where the system has them, and not cleared first
-            filled = min(len(head), size)
-            content[:filled] = np.frombuffer(head, np.uint8, filled)
-            while filled < size and (count := stream.readinto(content.data[filled:])):
-                filled += count
-    except GZIP_FAULTS as error:
-        raise DataError(str(path), f"a damaged or cut-off file ({error})", "a whole NIfTI file", "copy or export it again") from error
-    if filled < size:
-        raise DataError(str(path), f"ends after {filled:,} of {size:,} bytes", "a whole NIfTI file", "copy or export it again")
-    return header, start, content
-
-
 def _says_more(path: Path) -> bool:
     """Whether a .nii.gz file has extensions or names something in the text fields of its header."""
-    with igzip.open(path, "rb") as stream:
+    with unpacked(path) as stream:
         head = stream.read(_HEAD)
     header = _parse_header(head, path)
     flag = head[header.sizeof_hdr : header.sizeof_hdr + 1]
     return flag not in (b"", b"\0") or any(bytes(header[name]).strip(b"\0 ") for name in _NAMES)
+
+
+def is_nifti(head: bytes) -> bool:
+    """Whether these are the first bytes of a NIfTI file, told by the size that it says of its header."""
+    return any(size in (int.from_bytes(head[:4], "little"), int.from_bytes(head[:4], "big")) for size in (348, 540))
 
 
 def _parse_header(head: bytes, path: Path) -> Any:
@@ -268,104 +287,51 @@ def _parse_header(head: bytes, path: Path) -> Any:
                 raise DataError(str(path), "the header of a .hdr/.img pair", "a single .nii or .nii.gz", "convert it, e.g. with nibabel")
             return header
     kind_of_file = "an empty file" if not head else "a text file" if head[:256].isascii() and head.strip() else "something else"
-    raise DataError(
-        str(path), f"not NIfTI: {kind_of_file}", "NIfTI (.nii, .nii.gz), NRRD, a DICOM folder or zip", "name an image, or convert it"
-    )
+    raise DataError(str(path), f"not NIfTI: {kind_of_file}", "a NIfTI file", "name an image, or convert it")
 
 
-def _check_sizes(header: Any, path: Path) -> int:
-    """Refuse what cannot be a volume before any memory is taken; the bytes of the unpacked file."""
-    shape = header.get_data_shape()
-    if len(shape) < 2 or min(shape, default=0) < 1:
-        raise DataError(str(path), f"an empty volume (shape {tuple(shape)})", "at least one voxel along every axis", "export it again")
+def _part_of(header: Any, frame: int | None, path: Path) -> Part:
+    """Which bytes of the unpacked file are the volume that is meant; everything else is refused, from the header alone."""
+    shape = tuple(int(n) for n in header.get_data_shape())
     kind = header.get_data_dtype()
     if kind.names is not None or kind.kind not in "iuf":
         raise DataError(str(path), f"voxels of type {kind}", "one real number per voxel", "convert it to a grey volume")
-    offset = float(header["vox_offset"])
-    if not (offset == 0 or header.sizeof_hdr <= offset < 1 << 31):
-        raise DataError(str(path), f"voxels that begin at byte {offset:g}", "an offset behind the header", "export the file again")
-    size = int(header.get_data_offset()) + math.prod(int(n) for n in shape) * int(kind.itemsize)
-    _check_bytes(size, f"shape {tuple(int(n) for n in shape)}, {kind}", path)
-    return size
+    offset, first = float(header["vox_offset"]), header.sizeof_hdr + 4  # behind the mark of extensions
+    if not first <= offset < 1 << 31:
+        accepted = f"an offset behind the header, from {first}"
+        raise DataError(str(path), f"voxels that begin at byte {offset:g}", accepted, "export the file again")
+    return part_of(shape, frame, start=int(offset), itemsize=int(kind.itemsize), path=path)
 
 
-def _check_bytes(size: int, of_what: str, path: Path) -> None:
-    there = path.stat().st_size
-    with path.open("rb") as stream:
-        packed = stream.read(2) == _GZIP
-    if not packed and size > there:
-        raise DataError(str(path), f"ends after {there:,} of {size:,} bytes", "a whole NIfTI file", "copy or export it again")
-    came = f"a header that promises {size:,} bytes ({of_what})"
-    if size > there * _MOST_PACKED:
-        raise DataError(str(path), f"{came}, more than a file of {there:,} bytes can hold", "a sound header", "copy or export it again")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if size > memory:
-        accepted, fix = f"a volume that fits the memory of {memory:,} bytes", "crop it, or store it in a smaller type"
-        raise DataError(str(path), came, accepted, fix)
+def _check_sizes(header: Any, part: Part, path: Path, most_bytes: int | None) -> None:
+    """Refuse what cannot be in the file, or in memory, before any is taken."""
+    shape, kind = tuple(int(n) for n in header.get_data_shape()), header.get_data_dtype()
+    size = int(header["vox_offset"]) + math.prod(shape) * int(kind.itemsize)
+    check_promise(size, f"shape {shape}, {kind}", path, packed=is_gzip(path), most_bytes=most_bytes, held=part.size)
 
 
-def _affine_of(header: Any, choice: AffineChoice, path: Path) -> tuple[Array, list[str]]:
-    found = {name: getattr(header, f"get_{name}")(coded=True) for name in ("sform", "qform")}
-    there = {name: matrix for name, (matrix, code) in found.items() if code > 0 and matrix is not None}
-    if choice != "auto":
-        if choice not in there:
-            raise DataError(str(path), f"has no {choice}", "a header that holds it", "take --affine auto")
-        return there[choice], [f"affine taken from the {choice}, as asked"]
-    if not there:
-        accepted, fix = "a header with an orientation", "write a qform or sform, e.g. with dcm2niix or fslorient; sides cannot be guessed"
-        raise DataError(str(path), "neither sform nor qform: left and right are not known", accepted, fix)
-    if len(there) == 1:
-        return next(iter(there.values())), []
-    return there["sform"], _compare_forms(there["sform"], there["qform"], header.get_data_shape(), path)
+_FORM_FIELDS = {
+    "sform": ("sform_code", "srow_x", "srow_y", "srow_z"),
+    "qform": ("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
+}
 
 
-def _compare_forms(sform: Array, qform: Array, shape: tuple[int, ...], path: Path) -> list[str]:
-    size = np.asarray((*shape, 1, 1)[:3]) - 1
-    corners = np.array([[x, y, z, 1] for x in (0, size[0]) for y in (0, size[1]) for z in (0, size[2])], float)
-    apart = float(np.linalg.norm((corners @ (sform - qform).T)[:, :3], axis=1).max())
-    smallest = float(spacing_of(sform).min())
-    if apart <= _VOXELS_ALIKE * max(smallest, 1e-6):
-        return []
-    if spacing_of(qform).min() > 0 and orientation_of(sform) == orientation_of(qform):
-        return [f"sform and qform lie up to {apart:.2f} mm apart; the sform was taken"]
-    codes = " against ".join(orientation_of(m) if spacing_of(m).min() > 0 else "none" for m in (sform, qform))
-    accepted, fix = "two matrices that agree", "say which one is right with --affine sform or --affine qform"
-    raise DataError(str(path), f"sform and qform contradict each other (orientation {codes})", accepted, fix)
-
-
-def _voxels(header: Any, start: int, content: Array, path: Path) -> Array:
-    kind = header.get_data_dtype()
-    flat = np.frombuffer(content, kind, offset=start)
-    array = flat.reshape(header.get_data_shape(), order="F")
-    if not kind.isnative:
-        array = array.astype(kind.newbyteorder("="))
+def _scaled(array: Array, header: Any, path: Path) -> tuple[Array, list[str]]:
+    """Slope and intercept applied; a slope of 0 means none, as the standard says. And what was odd about them."""
     try:
         slope, intercept = header.get_slope_inter()
     except HeaderDataError as error:
         raise DataError(str(path), f"slope and intercept that cannot be used ({error})", "numbers", "export the file again") from error
+    written = float(header["scl_inter"])
+    if slope is None and math.isfinite(written) and written:  # other readers add it
+        return array, [f"a slope of {float(header['scl_slope']):g} means no scaling, so the intercept {written:g} was left out too"]
     if (slope in (None, 1.0)) and (intercept in (None, 0.0)):
-        return array
+        return array, []
     wide = np.float64 if array.dtype.itemsize > 2 else np.float32
     scaled: Array = array.astype(wide)
     scaled *= slope
     scaled += intercept or 0
-    return scaled.astype(np.float32)
-
-
-def _three_axes(array: Array, frame: int | None, path: Path) -> tuple[Array, tuple[int, ...]]:
-    shape = array.shape
-    while array.ndim > 3 and array.shape[-1] == 1:
-        array = array[..., 0]
-    if array.ndim == 2:
-        array = array[:, :, None]
-    if array.ndim == 4:
-        if frame is None or not 0 <= frame < array.shape[3]:
-            came = f"4D, {array.shape[3]} volumes" + ("" if frame is None else f", of which frame {frame} was asked for")
-            raise DataError(str(path), came, "one volume", f'name one with "frame": 0 to {array.shape[3] - 1}, or split the file')
-        return array[..., frame], array.shape[:3]
-    if array.ndim != 3:
-        raise DataError(str(path), f"{array.ndim}D of shape {shape}", "one grey volume", "this looks like a vector field or a series")
-    return array, shape
+    return scaled.astype(np.float32), []
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
@@ -384,6 +350,7 @@ def _output_header(like: Volume, array: Array, affine: Array | None) -> Any:
         header.set_zooms(spacing_of(affine))
         header.set_sform(affine, code=1)
         header.set_qform(affine, code=1, strip_shears=True)
+        header.set_xyzt_units("mm")
     return header
 
 

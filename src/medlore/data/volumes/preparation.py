@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from medlore.data.formats import ReadOptions, format_of, read_volume_as
 from medlore.data.volumes.geometry import Array, Crop, GridPath, Taps, reorientation_to, resampling_to, shear_degrees
 from medlore.data.volumes.intensity import (
     PUBLISHED_RULE,
@@ -24,12 +25,14 @@ from medlore.data.volumes.intensity import (
     Modality,
     body_box,
     finite_values,
-    hounsfield_offset,
+    hounsfield,
     intensity_of,
     published_foreground,
+    saturated,
 )
-from medlore.data.volumes.nifti import AffineChoice, Volume, read_nifti
-from medlore.errors import DataError, InputError
+from medlore.data.volumes.nifti import Volume
+from medlore.data.volumes.nifti_affine import AffineChoice
+from medlore.errors import DataError
 
 Resample = Literal["probability", "nearest"]
 NETWORK_SPACING_MM = (1.0, 1.0, 3.0)
@@ -37,43 +40,29 @@ _TILT_NOTE_DEGREES = 0.1
 _PLANES_AT_ONCE = 16  # brought back together: few calls, and still small beside the masks
 
 
-def read_volume(path: str | Path, *, affine_from: AffineChoice = "auto", frame: int | None = None, series: str | None = None) -> Volume:
-    """Read NIfTI (.nii, .nii.gz), NRRD, or one DICOM series (a folder, a zip, or one of its files).
+def read_volume(
+    path: str | Path,
+    *,
+    affine_from: AffineChoice = "auto",
+    frame: int | None = None,
+    series: str | None = None,
+    most_bytes: int | None = None,
+) -> Volume:
+    """Read a volume in any format of `medlore.data.formats`: NIfTI, NRRD, MetaImage, FreeSurfer, or one DICOM series.
 
     Args:
-        path: the file or folder.
+        path: the file, or the folder or zip of a DICOM series.
         affine_from: which NIfTI matrix to believe.
-        frame: which volume of a 4D NIfTI file.
+        frame: which volume of a 4D file, from 0.
         series: which DICOM series, where the folder holds several.
+        most_bytes: voxels that need more than this are refused before they are read.
 
     Raises:
+        InputError: nothing is there, or a device or a pipe.
         DataError: it cannot be read as one grey volume; the message says why.
         MissingExtraError: it is DICOM and the extra `dicom` is not installed.
     """
-    path = existing_image(path)
-    if path.is_dir() or _is_dicom_or_zip(path):
-        from medlore.data.volumes.dicom import read_dicom
-
-        return read_dicom(path, series=series)
-    if path.suffix.casefold() in (".nrrd", ".nhdr"):
-        from medlore.data.volumes.nrrd import read_nrrd
-
-        return read_nrrd(path)
-    return read_nifti(path, affine_from=affine_from, frame=frame)
-
-
-def existing_image(path: str | Path) -> Path:
-    """`path`, if it is a file or a folder.
-
-    Raises:
-        InputError: nothing is there, or a device or a pipe, which would be waited for without end.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise InputError(str(path), "no such file or folder", "an existing image", "check the spelling and the current folder")
-    if not (path.is_file() or path.is_dir()):
-        raise InputError(str(path), "is a device or a pipe", "an image file or a folder", "save the image to a file")
-    return path
+    return read_volume_as(format_of(path), Path(path), ReadOptions(affine_from, frame, series, most_bytes))
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,8 +110,9 @@ def prepare(
     notes = list(volume.notes)
     array, note = finite_values(volume.array, where=where)
     notes += [note] if note else []
-    offset, note = hounsfield_offset(array) if modality == "ct" and not published else (0.0, None)
-    notes += [note] if note else []
+    notes += [note] if (note := saturated(volume.array)) else []
+    array, offset, odd = hounsfield(array) if modality == "ct" and not published else (array, 0.0, ())
+    notes += odd
     tilt = shear_degrees(volume.affine)
     if tilt > _TILT_NOTE_DEGREES:
         notes.append(
@@ -306,9 +296,3 @@ def _nearest(taps: Taps) -> Taps:
     index = taps.nearest()
     found = np.where(index >= 0, index, taps.lower)  # beyond the crop any neighbour will do, as long as they ascend
     return Taps(found, found, (index >= 0).astype(float), np.zeros(len(index)))
-
-
-def _is_dicom_or_zip(path: Path) -> bool:
-    with path.open("rb") as stream:
-        head = stream.read(132)
-    return head[:4] == b"PK\x03\x04" or head[128:132] == b"DICM" or path.suffix.casefold() == ".dcm"

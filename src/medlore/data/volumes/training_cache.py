@@ -19,9 +19,11 @@ from typing import Any, get_args
 import numpy as np
 from scipy import ndimage
 
+from medlore.data.formats import files_of
 from medlore.data.volumes.cases import Case, folder_names
 from medlore.data.volumes.geometry import Array, Crop, GridPath, Shape, bounding_box, reorientation_to, resampling_to, spacing_for
 from medlore.data.volumes.intensity import Modality, rule_of
+from medlore.data.volumes.label_tables import BESIDE
 from medlore.data.volumes.masks import LabelMap, read_masks
 from medlore.data.volumes.nifti import Volume
 from medlore.data.volumes.preparation import NETWORK_SPACING_MM, prepare, read_volume
@@ -193,6 +195,7 @@ def _key(case: Case, preprocessing: Mapping[str, Any]) -> str:
         "image": _hash(case.image),
         "masks": {str(label): _hash(Path(file)) for label, file in named},
         "values": _hash(Path(values)) if isinstance(values, str) else values,
+        **_names_beside(case, values),
         "labels": case.labels,
         "modality": case.modality,
         "frame": case.frame,
@@ -205,13 +208,18 @@ def _key(case: Case, preprocessing: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
 
 
+def _names_beside(case: Case, values: Any) -> dict[str, str]:
+    """The hash of the table that names a label map's values, where there is one and nothing goes before it."""
+    table = Path(case.mask).parent / BESIDE if case.mask is not None and values is None else None
+    return {"names": _hash(table)} if table is not None and table.is_file() else {}
+
+
 def _hash(path: Path) -> str:
     if not path.exists():
         raise DataError(str(path), "no such file or folder", "an existing image or mask", "check the spelling; paths count from the list")
     if path.is_dir():
         return sha256_of(path)
-    status = path.stat()
-    return _hash_of(path, status.st_size, status.st_mtime_ns)
+    return "".join(_hash_of(file, (status := file.stat()).st_size, status.st_mtime_ns) for file in files_of(path))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -234,7 +242,7 @@ def _build_entry(folder: Path, key: str, case: Case, preprocessing: Mapping[str,
     volume = read_volume(case.image, frame=case.frame, series=case.series)
     masks = read_masks(case, volume)
     image: Array | None = None
-    air, notes = 0.0, volume.notes
+    air, notes = 0.0, (*volume.notes, *masks.notes)
     if case.other.get("synthesise", False):
         path = _path_of_codes(volume, masks, case, preprocessing)
     else:
@@ -245,7 +253,7 @@ def _build_entry(folder: Path, key: str, case: Case, preprocessing: Mapping[str,
             spacing_mm=_spacing(case, preprocessing),
             rule=rule_of(preprocessing),
         )
-        path, air, notes = prepared.path, prepared.intensity.air, prepared.notes
+        path, air, notes = prepared.path, prepared.intensity.air, (*prepared.notes, *masks.notes)
         image = prepared.pixels[0].numpy().astype(np.float16)
     codes = codes_on_grid(masks.codes, path)
     facts = _facts(codes, masks.members)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -105,7 +106,7 @@ def read_cohort(settings: SegmentationSettings, *, folder: Path, cache: Path, sa
         settings: of the study.
         folder: of the study file; its paths are relative to it.
         cache: folder of the cache.
-        say: hears of every case that is skipped.
+        say: hears of every case that is skipped, and of labels that are annotated without a voxel.
 
     Raises:
         DataError: a list that cannot be read, labels without a region, or a study without any training case.
@@ -127,7 +128,25 @@ def read_cohort(settings: SegmentationSettings, *, folder: Path, cache: Path, sa
         raise DataError("data", "no training case", "at least one case that can be read", "see what was skipped", faults=faults)
     for fault in faults:
         say(f"skipped: {fault}")
+    for name, cached in listed.items():
+        for note in labels_without_voxels(cached):
+            say(f"{name}: {note}")
     return cohort
+
+
+def labels_without_voxels(cases: Sequence[CachedCase]) -> list[str]:
+    """Labels that cases annotate without a voxel, one line each: they train as negative examples, which may be meant or a mistake."""
+    found: dict[str, list[str]] = {}
+    for case in cases:
+        for label in case.labels:
+            if label not in case.present:
+                found.setdefault(label, []).append(case.name)
+    annotated = Counter(label for case in cases for label in case.labels)
+    return [
+        f"{label} is annotated without a voxel in {len(names)} of {annotated[label]} cases, which count as negative examples: "
+        f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+        for label, names in sorted(found.items())
+    ]
 
 
 def _prompts(cases: Iterable[CachedCase], settings: SegmentationSettings) -> dict[tuple[str, str], Prompt]:
