@@ -68,7 +68,8 @@ class RankPlan:
 
     def __repr__(self) -> str:
         notes = coverage_lines(self.coverage)
-        return "\n".join([f"RankPlan of {self.source} ({self.rule}, {self.targets})", short_table(self), totals_line(self), *notes])
+        head, totals = f"RankPlan of {self.source} ({self.rule}, {self.targets})", totals_line(self.layers, self.model_parameters or 0)
+        return "\n".join([head, short_table(self.layers), totals, *notes])
 
     @property
     def parameters(self) -> int:

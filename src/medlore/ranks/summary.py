@@ -4,30 +4,27 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from medlore.ranks.places import Seen
-
-if TYPE_CHECKING:
-    from medlore.ranks.plan import RankPlan
+from medlore.ranks.planned import PlannedLayer
 
 _MOST_LINES = 32
 _REASONS_SHOWN = 6
 
 
-def short_table(plan: RankPlan) -> str:
+def short_table(layers: Sequence[PlannedLayer]) -> str:
     """Ranks of each block, one line a block and one column a part; layers outside blocks have a line each.
 
     Examples:
         >>> import torch, medlore
         >>> block = torch.nn.ModuleDict({"attn": torch.nn.ModuleDict({n: torch.nn.Linear(4, 4) for n in ("q", "k", "v", "o")})})
-        >>> print(short_table(medlore.plan_ranks(block, rule="uniform:2")))
+        >>> print(short_table(medlore.plan_ranks(block, rule="uniform:2").layers))
         block  q  v  o
         attn   2  2  2
     """
-    parts = list(dict.fromkeys(layer.part for layer in plan.layers))
+    parts = list(dict.fromkeys(layer.part for layer in layers))
     lines: dict[str, dict[str, list[str]]] = {}
-    for layer in plan.layers:
+    for layer in layers:
         lines.setdefault(layer.group or layer.name, {}).setdefault(layer.part, []).append(str(layer.rank))
     rows = [[name, *(" ".join(cells.get(part, ())) for part in parts)] for name, cells in lines.items()]
     if len(rows) > _MOST_LINES:
@@ -35,10 +32,11 @@ def short_table(plan: RankPlan) -> str:
     return aligned([["block", *parts], *rows])
 
 
-def totals_line(plan: RankPlan) -> str:
-    """Factor pairs and parameters."""
-    share = f", {100 * plan.parameters / plan.model_parameters:.2f} % of {plan.model_parameters:,}" if plan.model_parameters else ""
-    return f"{len(plan.layers)} factor pairs, {plan.parameters:,} parameters{share}"
+def totals_line(layers: Sequence[PlannedLayer], model_parameters: int) -> str:
+    """Factor pairs and parameters, and their share of the model's where that is known (above 0)."""
+    parameters = sum(layer.parameters for layer in layers)
+    share = f", {100 * parameters / model_parameters:.2f} % of {model_parameters:,}" if model_parameters else ""
+    return f"{len(layers)} factor pairs, {parameters:,} parameters{share}"
 
 
 def coverage_lines(coverage: Sequence[Seen]) -> list[str]:
