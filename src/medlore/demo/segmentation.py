@@ -14,6 +14,7 @@ from medlore.data.volumes.geometry import Array
 from medlore.data.volumes.nifti import read_nifti
 from medlore.demo.tissue_baseline import best_dice, kmeans_classes
 from medlore.errors import DataError, UnknownNameError
+from medlore.extras import require
 from medlore.files import existing_file
 from medlore.metrics.masks import dice
 
@@ -57,6 +58,7 @@ def template_file(name: str = "MNI152_FILE_PATH") -> Path:
     Raises:
         DataError: this nilearn has no such file.
     """
+    require("nilearn", "the head of the demo")
     from nilearn.datasets import struct
 
     path = getattr(struct, name, None)

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from medlore.data.images.imageset import ImageSet
+from medlore.extras import require
 from medlore.files import atomic_path
 from medlore.tuning.comparison import Cell, Standing, compare
 from medlore.tuning.settings import FinetuneSettings
@@ -42,6 +43,7 @@ def tune_contenders(tuning: FinetuneSettings, pool: ImageSet, test: ImageSet, *,
 
 def draw_scores(cells: Sequence[Cell], table: Sequence[Standing], path: Path, *, measure: str) -> Path:
     """One dot a draw, the mean and its interval beside them."""
+    require("matplotlib", "digits.png")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 0.9 + 0.75 * len(table)), layout="constrained")

@@ -15,16 +15,10 @@ from pathlib import Path
 from typing import Literal
 
 from medlore.errors import InputError
+from medlore.extras import EXTRAS, is_installed
 from medlore.runs.hardware import cpu_has_bfloat16
 
 _MINIMUM = {"torch": (2, 8), "transformers": (5, 0), "peft": (0, 17), "numpy": (2, 0)}
-_EXTRAS = {
-    "dicom": ("pydicom", "highdicom"),
-    "monai": ("monai",),
-    "onnx": ("onnx", "onnxruntime", "onnxscript"),
-    "ray": ("ray",),
-    "tracking": ("tensorboard",),
-}
 _FREE_DISK_GIB = 2.0
 
 
@@ -111,8 +105,8 @@ def _bfloat16() -> list[Finding]:
 
 def _extras() -> list[Finding]:
     findings = []
-    for extra, packages in _EXTRAS.items():
-        missing = [p for p in packages if importlib.util.find_spec(p) is None]
+    for extra, packages in EXTRAS.items():
+        missing = [p for p in packages if not is_installed(p)]
         if missing:
             findings.append(Finding(f"extra {extra}", "note", "missing " + ", ".join(missing), f"pip install 'medlore[{extra}]'"))
         else:

@@ -16,6 +16,7 @@ from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from medlore.extras import require
 from medlore.files import atomic_path, json_text
 from medlore.ranks.allocate import plan_ranks
 from medlore.ranks.export import refuse_a_trained_adapter, write_peft_config
@@ -130,6 +131,7 @@ def _totals(plan: RankPlan) -> Iterator[str]:
 
 def draw_profile(plan: RankPlan, path: str | Path) -> Path:
     """Ranks by depth, one line for each kind of matrix, and the uniform rank with the same parameters."""
+    require("matplotlib", "--plot")
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 

@@ -10,13 +10,15 @@ import math
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jinja2
-
+from medlore.extras import require
 from medlore.files import write_text
 from medlore.pages.pieces import Cell, Facts, Interval, Notes, Page, Picture, Piece, Section, Table
 from medlore.pages.slices import Slices
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 _KIND = {Facts: "facts", Table: "table", Picture: "picture", Notes: "notes", Slices: "slices"}
 
@@ -61,7 +63,8 @@ def _part(name: str) -> str:
 
 
 @functools.cache
-def _template() -> jinja2.Template:
+def _template() -> Template:
+    jinja2 = require("jinja2", "HTML pages")
     rules = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     rules.filters |= {"cell": cell_text, "json": _json_inside, "words": words}
     rules.tests["number"] = lambda value: isinstance(value, int | float) and not isinstance(value, bool)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from medlore.extras import require
 from medlore.files import atomic_path
 
 _MOST_PANELS = 24
@@ -19,6 +20,7 @@ def draw_differences(results: Mapping[str, Any], records: Sequence[Mapping[str, 
         records: of the cells.
         path: of the PNG.
     """
+    require("matplotlib", "pictures of a study")
     from matplotlib.figure import Figure
 
     tables = [table for table in results["tables"] if any(row["difference"] for row in table["rows"])][:_MOST_PANELS]
@@ -66,6 +68,7 @@ def draw_mean_ranks(results: Mapping[str, Any], path: Path) -> Path:
         results: of the report: `mean_ranks` and `reference`.
         path: of the PNG.
     """
+    require("matplotlib", "pictures of a study")
     from matplotlib.figure import Figure
 
     found = results["mean_ranks"]

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from multiprocessing import get_context
 from typing import Any, Literal
 
-from medlore.errors import MissingExtraError, StepError
+from medlore.errors import StepError
+from medlore.extras import require
 
 Entry = dict[str, Any]
 Job = tuple[Any, ...]
@@ -102,10 +103,7 @@ def _begin(parent: int) -> None:
 def _with_ray(
     work: Callable[..., Entry], jobs: Sequence[Job], lost: Callable[[Job, str], Entry], workers: int, gpus_each: int
 ) -> Generator[Entry, None, None]:
-    try:
-        import ray
-    except ImportError as error:
-        raise MissingExtraError("--engine ray", "ray", "ray") from error
+    ray = require("ray", "--engine ray")
     started_here = not ray.is_initialized()
     if started_here:
         address = os.environ.get("RAY_ADDRESS")

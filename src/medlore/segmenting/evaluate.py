@@ -17,20 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from medlore.data.volumes.cases import Case, folder_names, read_cases
 from medlore.data.volumes.geometry import spacing_of
 from medlore.data.volumes.masks import check_mask_grid, read_masks
 from medlore.data.volumes.nifti import read_nifti
 from medlore.errors import DataError, InputError, MedloreError, StepError
-from medlore.files import atomic_path, json_text, read_json, write_text
+from medlore.files import json_text, read_json
 from medlore.metrics.masks import EMPTY_RULE, dice, surface_dice
 from medlore.models.segmenter.vocabulary import canonical_modality, default_vocabulary
 from medlore.runs.settings import Run
+from medlore.segmenting.evaluation_tables import summarise, write_tables
 from medlore.segmenting.outputs import file_names
-
-MEASURES = ("dice", "surface_dice")
 
 
 def evaluate_masks(
@@ -60,13 +58,11 @@ def evaluate_masks(
     out = Path(out) if out is not None else pred / "evaluation"
     with Run("evaluate", out, settings={"pred": str(pred), "truth": str(truth), "tolerance_mm": tolerance_mm}) as run:
         rows, faults = _measure_all(pred, cases, tolerance_mm)
-        table = pd.DataFrame(rows)
         run.results = {"empty_masks": EMPTY_RULE, "tolerance_mm": tolerance_mm, "cases": len({r["case"] for r in rows}), "faults": faults}
         if rows:
-            run.results |= summarise(table)
-            _write_tables(out, table, run.results)
-            for name in ("cases.csv", "summary.csv", "box_plots.png"):
-                run.add_output(name, out / name)
+            run.results |= summarise(rows)
+            for path in write_tables(out, rows, run.results):
+                run.add_output(path.name, path)
     _print(run.results, as_json=as_json)
     if faults:
         accepted, fix = "a mask and a prediction on one grid for every case", "see the list; the other cases are written"
@@ -108,20 +104,6 @@ def measure_case(folder: Path, case: Case, tolerance_mm: float) -> list[dict[str
     return rows
 
 
-def summarise(table: pd.DataFrame) -> dict[str, Any]:
-    """Means by data set and label, by data set, by label and modality, by region, and over all labels."""
-    names = list(MEASURES)
-    by_both = table.groupby(["dataset", "modality", "label", "region"], as_index=False)[names].mean()
-    by_label = by_both.groupby(["modality", "label", "region"], as_index=False)[names].mean()
-    return {
-        "by_dataset_and_label": by_both.to_dict("records"),
-        "by_dataset": by_both.groupby("dataset", as_index=False)[names].mean().to_dict("records"),
-        "by_label": by_label.to_dict("records"),
-        "by_region": by_label.groupby("region", as_index=False)[names].mean().to_dict("records"),
-        "mean": {name: float(by_label[name].mean()) for name in names},
-    }
-
-
 def _measure_all(pred: Path, cases: Sequence[Case], tolerance_mm: float) -> tuple[list[dict[str, Any]], list[str]]:
     rows: list[dict[str, Any]] = []
     faults: list[str] = []
@@ -156,31 +138,6 @@ def _predicted_files(folder: Path, labels: Sequence[str]) -> dict[str, str]:
             known = default_vocabulary().lookup(label, modality, allow_unknown=True).label
             names[label] = written.get(label) or written.get(known) or names[label]
     return names
-
-
-def _write_tables(out: Path, table: pd.DataFrame, results: dict[str, Any]) -> None:
-    write_text(out / "cases.csv", table.to_csv(index=False))
-    write_text(out / "summary.csv", pd.DataFrame(results["by_dataset_and_label"]).to_csv(index=False))
-    _box_plots(out / "box_plots.png", table)
-
-
-def _box_plots(path: Path, table: pd.DataFrame) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    labels = sorted(table["label"].unique(), key=lambda label: table.loc[table["label"] == label, "dice"].median(), reverse=True)
-    figure = Figure(figsize=(8, 1.6 + 0.28 * len(labels)), layout="constrained")
-    FigureCanvasAgg(figure)
-    for plot, name in zip(figure.subplots(1, 2, sharey=True), MEASURES, strict=True):
-        groups = [table.loc[table["label"] == label, name].to_numpy() for label in labels]
-        plot.boxplot(groups, orientation="horizontal", widths=0.6, showmeans=True, medianprops={"color": "#c0392b"})
-        plot.set_yticks(range(1, len(labels) + 1), [f"{label} ({len(group)})" for label, group in zip(labels, groups, strict=True)])
-        plot.set_xlim(-0.02, 1.02)
-        plot.set_title(name.replace("_", " "))
-        plot.grid(axis="x", alpha=0.3)
-        plot.invert_yaxis() if name == MEASURES[0] else None
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
 
 
 def _print(results: dict[str, Any], *, as_json: bool) -> None:

@@ -25,6 +25,7 @@ import numpy as np
 
 from medlore.data.volumes.geometry import Array
 from medlore.data.volumes.nifti import copy_image, label_table, write_nifti
+from medlore.extras import is_installed
 from medlore.files import atomic_folder, write_json, write_text
 from medlore.pages.colours import label_colour
 from medlore.runs.settings import peak_memory_bytes
@@ -58,7 +59,7 @@ def write_outputs(
         about: further values for `case.json`.
         overlap_rule: who keeps a voxel of the label map.
         image: write `image.nii.gz`.
-        picture: write `quality_control.png`.
+        picture: write `quality_control.png`, where matplotlib is installed (extra `plots`).
         dicom_seg: write `segmentation.dcm`.
         kept: gets the names of files that the earlier run did not write.
 
@@ -77,7 +78,7 @@ def write_outputs(
             _write_image(temporary / "image.nii.gz", result)
         write_json(temporary / "labels.json", {**label_table(values), "overlap_rule": _RULE_WORDS[overlap_rule]})
         write_text(temporary / "labels_itksnap.txt", itksnap_labels(result.routes.labels))
-        if picture:
+        if picture and is_installed("matplotlib"):
             write_quality_control(temporary / "quality_control.png", result, folder.name)
         if dicom_seg:
             from medlore.data.volumes.dicom import write_dicom_seg
@@ -162,7 +163,8 @@ def output_names(masks: Sequence[str], *, image: bool, picture: bool) -> list[st
         >>> output_names(["liver.nii.gz"], image=False, picture=False)
         ['liver.nii.gz', 'prediction.nii.gz', 'labels.json', 'labels_itksnap.txt', 'case.json']
     """
-    optional = [*(["image.nii.gz"] if image else []), *(["quality_control.png"] if picture else [])]
+    drawn = picture and is_installed("matplotlib")
+    optional = [*(["image.nii.gz"] if image else []), *(["quality_control.png"] if drawn else [])]
     return [*masks, "prediction.nii.gz", *optional, "labels.json", "labels_itksnap.txt", "case.json"]
 
 

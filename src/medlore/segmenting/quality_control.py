@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from medlore.data.volumes.geometry import Array, Crop, orientation_of, spacing_of
+from medlore.extras import require
 from medlore.files import atomic_path
 from medlore.pages.colours import label_colour
 
@@ -23,6 +24,7 @@ _UPRIGHT = "ISPALR"  # of the two directions in a plane, the one that comes firs
 
 def write_quality_control(path: str | Path, result: Segmentation, title: str) -> Path:
     """Draw the planes through the centre of the masks (of the volume, where all are empty), the patient's left at the left."""
+    require("matplotlib", "quality_control.png")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

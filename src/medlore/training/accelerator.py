@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from medlore.errors import MissingExtraError
+from medlore.extras import require
 from medlore.runs.hardware import DeviceChoice, Precision, decide_hardware
 
 _WORDS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -50,7 +50,4 @@ def is_main_process() -> bool:
 
 
 def _check_tensorboard() -> None:
-    try:
-        import tensorboard  # noqa: F401 - only whether it is there
-    except ImportError as error:
-        raise MissingExtraError("--track tensorboard", "tensorboard", "tracking") from error
+    require("tensorboard", "--track tensorboard")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from medlore.extras import require
 from medlore.files import atomic_path
 from medlore.tuning.training import History
 
 
 def plot_curves(history: History, path: str | Path, *, score_name: str) -> Path:
     """Write a PNG of losses and scores by epoch."""
+    require("matplotlib", "curves.png")
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 

@@ -18,6 +18,7 @@ from medlore.data.images.imageset import ImageSet
 from medlore.data.images.splits import ImageSplits, read_splits, split_images
 from medlore.data.images.transforms import TrainAugmentation
 from medlore.errors import InputError
+from medlore.extras import is_installed
 from medlore.files import made_folder
 from medlore.layers.tuning.attach import added_parameters
 from medlore.layers.tuning.methods import METHODS, Method, Request, Tuning, install_method
@@ -323,8 +324,10 @@ def _write_outputs(run: Run, folder: Path, prepared: _Prepared, result: Finetune
         run.add_output("plan", result.plan.save(folder / "plan.json"))
     if result.scores is not None and prepared.splits.test is not None:
         run.add_output("predictions", write_predictions(folder / "predictions.csv", prepared.splits.test, result.scores))
-    run.add_output("curves", plot_curves(result.history, folder / "curves.png", score_name=score_name(prepared.splits.train)))
-    if prepared.tracking is not None:
+    drawn = is_installed("matplotlib")  # extra `plots`
+    if drawn:
+        run.add_output("curves", plot_curves(result.history, folder / "curves.png", score_name=score_name(prepared.splits.train)))
+    if drawn and prepared.tracking is not None:
         plotted = plot_tracked(prepared.tracking.weights, result.history.epochs, folder / "stable_ranks.png")
         run.add_output("stable_ranks", plotted)
     (folder / "checkpoint.pt").unlink(missing_ok=True)

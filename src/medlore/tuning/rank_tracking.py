@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from medlore.extras import require
 from medlore.files import atomic_path
 from medlore.linalg.spectra import stable_rank
 from medlore.training.watching import Watcher
@@ -51,6 +52,7 @@ class RankTracking(Watcher):
 
 def plot_tracked(weights: dict[str, float], epochs: Sequence[dict[str, Any]], path: str | Path) -> Path:
     """Write a PNG: left the stable rank of each weight before and after, in depth order; right that of the updates by epoch."""
+    require("matplotlib", "stable_ranks.png")
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 

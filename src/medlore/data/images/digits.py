@@ -7,6 +7,7 @@ import numpy as np
 from medlore.data.images.imageset import ImageSet, from_arrays
 from medlore.data.images.splits import hold_out
 from medlore.errors import DataError
+from medlore.extras import require
 
 
 def digits(test_images: int, *, seed: int) -> tuple[ImageSet, ImageSet]:
@@ -19,6 +20,7 @@ def digits(test_images: int, *, seed: int) -> tuple[ImageSet, ImageSet]:
     Raises:
         DataError: more test images than there are.
     """
+    require("sklearn", "the digits")
     from sklearn.datasets import load_digits
 
     loaded = load_digits()

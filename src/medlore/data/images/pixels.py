@@ -29,7 +29,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from medlore.data.images.imageset import ImageItem
 from medlore.data.images.trees import ArchiveMember, read_member
-from medlore.errors import DataError, MissingExtraError
+from medlore.errors import DataError
+from medlore.extras import require
 
 MOST_PIXELS = 178_000_000  # the bound at which Pillow suspects a decompression bomb
 ACCEPTED = "a whole png, jpeg, bmp, tiff, gif, webp, pgm or single-frame DICOM file"
@@ -197,10 +198,7 @@ def _over_black(image: Image.Image) -> Image.Image:
 
 
 def _dicom_pixels(content: bytes) -> Pixels:
-    try:
-        import pydicom
-    except ImportError as error:
-        raise MissingExtraError("reading DICOM images", "pydicom", "dicom") from error
+    pydicom = require("pydicom", "reading DICOM images")
 
     try:
         return _of_dataset(pydicom.dcmread(io.BytesIO(content)), io.BytesIO(content))

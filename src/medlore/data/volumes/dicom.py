@@ -13,7 +13,8 @@ import numpy as np
 
 from medlore.data.volumes.geometry import Array, check_affine
 from medlore.data.volumes.nifti import Volume, header_for
-from medlore.errors import DataError, InputError, MissingExtraError
+from medlore.errors import DataError, InputError
+from medlore.extras import require
 from medlore.files import atomic_path
 
 _MODALITIES = {"CT": "ct", "MR": "mri", "PT": "pet", "US": "us"}
@@ -97,11 +98,9 @@ def _layer(labels: Sequence[str], masks: Mapping[str, Array], shape: Sequence[in
 
 
 def _write_layer(path: Path, volume: Volume, labels: Sequence[str], pixels: Array, series_number: int) -> None:
-    try:
-        import highdicom
-        from highdicom.sr.coding import CodedConcept
-    except ImportError as error:
-        raise MissingExtraError("--dicom-seg", "highdicom", "dicom") from error
+    highdicom = require("highdicom", "--dicom-seg")
+    from highdicom.sr.coding import CodedConcept
+
     from medlore import __version__
 
     algorithm = highdicom.AlgorithmIdentificationSequence(
@@ -140,11 +139,9 @@ def _write_layer(path: Path, volume: Volume, labels: Sequence[str], pixels: Arra
 
 def _datasets(path: Path, *, pixels: bool = True) -> Iterator[Any]:
     """DICOM images below a path; other files are passed over."""
-    try:
-        import pydicom
-        from pydicom.errors import InvalidDicomError
-    except ImportError as error:
-        raise MissingExtraError(f"reading DICOM from {path}", "pydicom", "dicom") from error
+    pydicom = require("pydicom", f"reading DICOM from {path}")
+    from pydicom.errors import InvalidDicomError
+
     for source in _sources(path):
         try:
             dataset = pydicom.dcmread(source, stop_before_pixels=not pixels)

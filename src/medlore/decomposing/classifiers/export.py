@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from medlore.assets import PREFIX, asset_path
-from medlore.errors import InputError, MissingExtraError, StepError, UnknownNameError
+from medlore.errors import InputError, StepError, UnknownNameError
+from medlore.extras import EXTRAS, require
 from medlore.files import atomic_folder, json_text, sha256_of, write_json
 from medlore.layers.experts.interchange import save_peft
 from medlore.layers.experts.surgery import merge
@@ -145,11 +146,8 @@ def _write_safetensors(folder: Path, pack: ClassifierPack, network: Any, example
 
 
 def _write_onnx(folder: Path, network: nn.Module, example: Tensor) -> Tensor:
-    for package in ("onnx", "onnxruntime", "onnxscript"):
-        try:
-            __import__(package)
-        except ImportError as error:
-            raise MissingExtraError("--format onnx", package, "onnx") from error
+    for package in EXTRAS["onnx"]:
+        require(package, "--format onnx")
     import onnxruntime
 
     file = folder / "model.onnx"
