@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from medlore.cli import main
 from medlore.layers.tuning.methods import METHODS
 from medlore.models.backbones.families import FAMILIES, Family
-from medlore.models.segmenter.encoders import ENCODERS, Encoder, LiveMaps
-from medlore.models.segmenter.network import SegmenterConfig
+from medlore.models.segmenter.encoders import ENCODERS, Encoder, LiveMaps, Sizes
 from small_segmenter import SIZES, write_small_pack
 from tiny_backbone import write_backbone
 
@@ -103,13 +102,13 @@ class _Pyramid(nn.Module):
             maps.clear()
             return [self.mix(torch.cat(whole, dim=1))]
 
-    def __init__(self, config: SegmenterConfig) -> None:
+    def __init__(self, config: Sizes) -> None:
         super().__init__()
         self.encoder = self.Down((config.image_channels, *config.features), config.strides)
         self.decoder = self.Up(config.features)
 
 
-def _targets(config: SegmenterConfig) -> dict[str, int]:
+def _targets(config: Sizes) -> dict[str, int]:
     return {f"encoder.convs.{i}": 1 for i in range(len(config.features))}
 
 

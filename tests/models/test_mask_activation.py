@@ -16,7 +16,7 @@ from medlore.inspecting.files import describe
 from medlore.models.segmenter.bundle import load_segmenter
 from medlore.models.segmenter.experts import collect_weights, segmenter_with_experts
 from medlore.models.segmenter.network import SAT_NANO, Segmenter, SegmenterConfig
-from medlore.models.segmenter.unet3d_inference import ready_for_cpu
+from medlore.models.segmenter.ready import ready_for_cpu
 from medlore.segmenting.export import export
 from small_segmenter import SIZES, write_small_pack
 

@@ -20,7 +20,7 @@ from medlore.data.volumes.window_grid import Start, WindowGrid
 from medlore.data.volumes.windows import Rows, sliding_windows
 from medlore.models.segmenter.bundle import SegmenterBundle
 from medlore.models.segmenter.network import Segmenter
-from medlore.models.segmenter.unet3d_inference import ready_for_cpu
+from medlore.models.segmenter.ready import ready_for_cpu
 from medlore.models.segmenter.vocabulary import WHOLE_BODY
 from medlore.runs.hardware import FixedPrecision, Hardware
 from medlore.segmenting.labels import Routes, facts_of_bundle, route_labels

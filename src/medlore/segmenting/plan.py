@@ -17,9 +17,9 @@ from medlore.errors import InputError
 from medlore.models.segmenter.encoders import ENCODERS, UNET
 from medlore.segmenting.sweep import axis_order, open_rows, sweep_axis
 
-_INTERPRETER_BYTES = 400 << 20  # Python, torch, NumPy and what they keep once a network has run, before any weight
+# Python, torch, NumPy and what they keep once a network has run, and what draws the pictures, before any weight
+_INTERPRETER_BYTES = 470 << 20
 _WINDOW_CHANNELS = 6  # a window of three channels, and its copy in the network's layout
-_PICTURE_BYTES = 90 << 20  # what draws `quality_control.png`, with the slices it draws
 _DEVICE_BYTES = 500 << 20  # a CUDA context and the work space of its libraries
 _FILE_BYTES = 4  # a voxel of the image as it was read; float64 takes eight
 _NETWORK_BYTES = 5  # a voxel of the network's grid: its grey value, and whether it is body
@@ -265,7 +265,7 @@ def plan_case(  # noqa: PLR0913 - each is a fact of the case or of the machine
         maps_bytes=network if device_memory_bytes is None else 0,
         band_bytes=band,
         preparing_bytes=processed * _PREPARING.get(modality, _PREPARING["other"]),
-        writing_bytes=math.prod(mask_grid) * _WRITING_BYTES + _PICTURE_BYTES,
+        writing_bytes=math.prod(mask_grid) * _WRITING_BYTES,
         restoring_bytes=math.prod(mask_grid) // mask_grid[axis] * _RESTORING_BYTES,
     )
     fitting = host.fitting(memory_bytes)

@@ -60,13 +60,14 @@ def _shown(result: Segmentation) -> tuple[Array, Array]:
 
 def _centre(shape: tuple[int, ...], result: Segmentation) -> list[int]:
     """The mean centre of the masks, of which one is unpacked at a time."""
-    sums = [
-        np.array([np.flatnonzero(mask.any(axis=tuple(b for b in range(3) if b != a))).mean() for a in range(3)]) + crop.start
-        for label in result.routes.labels
-        if (found := result.boxed(label)) is not None
-        for crop, mask in (found,)
-    ]
-    return [int(v) for v in np.mean(sums, axis=0)] if sums else [size // 2 for size in shape]
+    found = (result.boxed(label) for label in result.routes.labels)
+    middles = [_middle(*box) for box in found if box is not None]
+    return [int(v) for v in np.mean(middles, axis=0)] if middles else [size // 2 for size in shape]
+
+
+def _middle(crop: Crop, mask: Any) -> Array:
+    """Along each axis the mean of the places where the mask has voxels."""
+    return np.array([mask.any(axis=tuple(b for b in range(3) if b != a)).nonzero()[0].mean() for a in range(3)]) + crop.start
 
 
 def _cuts(result: Segmentation, label: str, views: list[_View], centre: list[int]) -> tuple[Crop, dict[int, Array]] | None:

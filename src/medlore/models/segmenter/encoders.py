@@ -10,13 +10,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from medlore.models.segmenter.network import SegmenterConfig
+
+class Sizes(Protocol):
+    """What an encoder may know of `SegmenterConfig`."""
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of the window."""
+
+    @property
+    def features(self) -> tuple[int, ...]:
+        """Channels of each stage, highest resolution first."""
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Stride of each stage."""
+
+    @property
+    def convs_per_stage(self) -> int:
+        """Convolutions a stage."""
 
 
 @dataclass(frozen=True)
@@ -48,19 +66,19 @@ class Encoder:
     """
 
     caption: str
-    build: Callable[[SegmenterConfig], nn.Module]
-    targets: Callable[[SegmenterConfig], dict[str, int]]
+    build: Callable[[Sizes], nn.Module]
+    targets: Callable[[Sizes], dict[str, int]]
     live_maps: LiveMaps
     ready: Callable[[nn.Module, torch.dtype], nn.Module] | None = None
 
 
-def _unet(config: SegmenterConfig) -> nn.Module:
+def _unet(config: Sizes) -> nn.Module:
     from medlore.models.segmenter.unet3d import UNet3d
 
     return UNet3d(config.image_channels, config.features, blocks=config.convs_per_stage, strides=config.strides)
 
 
-def _unet_targets(config: SegmenterConfig) -> dict[str, int]:
+def _unet_targets(config: Sizes) -> dict[str, int]:
     """Every 3x3x3 convolution; the encoder has one unit of rank, the decoder two."""
     stages, blocks = len(config.features), range(config.convs_per_stage)
     encoder = {f"encoder.stages.{s}.0.convs.{i}.conv": 1 for s in range(stages) for i in blocks}

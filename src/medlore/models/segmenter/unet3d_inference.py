@@ -9,7 +9,6 @@ Source: ours.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from typing import cast
 
@@ -17,28 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from medlore.models.segmenter.encoders import ENCODERS
-from medlore.models.segmenter.network import Segmenter
 from medlore.models.segmenter.unet3d import NEGATIVE_SLOPE, ConvBlock, ConvStack, UNet3d
 
 _LAYOUT = torch.channels_last_3d
-
-
-def ready_for_cpu(network: Segmenter, dtype: torch.dtype = torch.float32) -> Segmenter:
-    """A copy for inference on this processor; where it has no oneDNN or the encoder no such form, the network itself.
-
-    Everything but the encoder is shared with `network`, which is left as it is.
-
-    Args:
-        network: on the CPU.
-        dtype: of the encoder: float32, or bfloat16 on a processor that multiplies it.
-    """
-    make_ready = ENCODERS[network.config.encoder].ready
-    if make_ready is None or not torch.backends.mkldnn.is_available() or dtype not in (torch.float32, torch.bfloat16):
-        return network
-    ready = copy.copy(network)
-    ready._modules = {**network._modules, "backbone": make_ready(network.backbone, dtype)}
-    return ready
 
 
 class InferenceUNet3d(nn.Module):
