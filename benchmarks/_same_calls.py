@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,7 +35,7 @@ CLIMATE = {
     "NO_COLOR": "1",
     "MEDLORE_TRACEBACK": "1",
 }
-LONGEST_SECONDS = 900.0
+LONGEST_SECONDS = 7200.0
 _BEFORE_KILL = 0.01
 _CHECKPOINTS = ("checkpoint*", "*.pt", "*.ckpt")
 
@@ -56,12 +56,14 @@ class Caller:
 
     plain: bool = False
     seconds: float = field(default=0.0, init=False)
+    _seed: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         os.environ.update(CLIMATE)
         if not self.plain:
             for name in HEAVY:
                 importlib.import_module(name)
+            self._seed = importlib.import_module("torch").initial_seed()  # of a new interpreter; inputs and digests may draw numbers
             gc.freeze()
 
     def where(self) -> str:
@@ -99,6 +101,7 @@ class Caller:
         sys.stderr.flush()
         process = os.fork()
         if process == 0:
+            importlib.import_module("torch").manual_seed(self._seed)
             _become(module, arguments, folder, out, err)
         return process
 
@@ -152,3 +155,35 @@ def _checkpoints(folder: Path) -> set[Path]:
     except FileNotFoundError:  # a temporary folder went away meanwhile
         return set()
     return {path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)}
+
+
+def in_turn(work: Callable[[str], int], names: Sequence[str], *, jobs: int) -> list[int]:
+    """Do the work for each name, so many at a time, each in a process of its own where there are several; their exit statuses."""
+    if jobs <= 1:
+        return [work(name) for name in names]
+    running: set[int] = set()
+    statuses = []
+    for name in (*names, *[None] * jobs):
+        if len(running) >= jobs or (name is None and running):
+            ended, code = os.wait()
+            running.discard(ended)
+            statuses.append(os.waitstatus_to_exitcode(code))
+        if name is not None:
+            running.add(_apart(work, name))
+    return statuses
+
+
+def _apart(work: Callable[[str], int], name: str) -> int:
+    sys.stdout.flush()
+    process = os.fork()
+    if process == 0:
+        status = 1
+        try:
+            status = work(name)
+        except Exception:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    return process

@@ -75,10 +75,17 @@ def _images(folder: Path, data: Path) -> None:
     patients = np.array([str(name).split("_")[0] for name in chest["ids"][first]])
     np.savez(folder / "chest.npz", images=chest["images"][first], labels=chest["labels"][first], classes=chest["classes"],
              ids=chest["ids"][first], patients=patients)  # fmt: skip
-    lungs, cut = np.load(data / "pneumoniamnist_modified.npz"), {"train": 60, "val": 24, "test": 40}
-    np.savez(
-        folder / "lungs.npz", **{f"{part}_{kind}": lungs[f"{part}_{kind}"][:n] for part, n in cut.items() for kind in ("images", "labels")}
-    )
+    _lungs(folder / "lungs.npz", data / "pneumoniamnist_modified.npz")
+
+
+def _lungs(path: Path, source: Path) -> None:
+    """The first images of each class of each part."""
+    lungs, kept = np.load(source), {}
+    for part, count in {"train": 60, "val": 24, "test": 40}.items():
+        labels = lungs[f"{part}_labels"].ravel()
+        chosen = np.sort(np.concatenate([np.flatnonzero(labels == label)[: count // 2] for label in (0, 1)]))
+        kept |= {f"{part}_{kind}": lungs[f"{part}_{kind}"][chosen] for kind in ("images", "labels")}
+    np.savez(path, **kept)
 
 
 def _zip(path: Path, classes: dict[str, dict[str, bytes]]) -> None:

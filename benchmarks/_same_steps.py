@@ -104,11 +104,11 @@ def tune_options(step: Step) -> None:
 
 def tune_resume(step: Step) -> None:
     """A run that is killed at its first checkpoint and gone on with; the one that was not broken stands beside it."""
-    for method in ("sr-lora", "adalora"):
-        given = ("--method", method, "--epochs", 8, "--data", step.inputs / "mednist.zip", "--shots", 2, *_TUNE)
-        step.run(f"{method} whole", "finetune", *given, "--out", f"{method}-whole")
-        step.run(f"{method} killed", "finetune", *given, "--out", f"{method}-resumed", kill=True)
-        step.run(f"{method} resumed", "finetune", *given, "--out", f"{method}-resumed", "--resume")
+    for name, method in (("sr-lora", ()), ("shapley", ("--component-masks", "shapley")), ("dylora", ("--method", "dylora"))):
+        given = (*method, "--epochs", 8, "--data", step.inputs / "mednist.zip", "--shots", 2, *_TUNE)
+        step.run(f"{name} whole", "finetune", *given, "--out", f"{name}-whole")
+        step.run(f"{name} killed", "finetune", *given, "--out", f"{name}-resumed", kill=True)
+        step.run(f"{name} resumed", "finetune", *given, "--out", f"{name}-resumed", "--resume")
 
 
 # ---- Decomposition --------------------------------------------------------------------------------------------------------
@@ -346,6 +346,8 @@ STEPS: dict[str, Callable[[Step], None]] = {
     "pretrain": pretrain,
     "old-files": old_files,
 }
+
+AT_THE_END = ("old-files",)  # takes what the others wrote
 
 
 def chosen_steps(names: Sequence[str]) -> list[str]:

@@ -32,7 +32,7 @@ from medlore.layers.experts.layer import ExpertLayer, expert_layer
 from medlore.layers.experts.layer import layer as expert_module
 from medlore.layers.experts.routing import route
 from medlore.layers.experts.surgery import install_experts
-from medlore.runs.settings import describe_machine
+from medlore.runs.report import describe_machine
 
 RANK = 8
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}

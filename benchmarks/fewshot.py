@@ -23,11 +23,11 @@ from medlore.data.images.digits import digits
 from medlore.data.images.imageset import ImageSet
 from medlore.data.images.reading import read_images
 from medlore.data.images.splits import hold_out
-from medlore.data.images.transforms import Flip
+from medlore.data.images.words import Flip
 from medlore.files import read_json, write_json, write_text
 from medlore.layers.tuning.methods import METHODS
 from medlore.metrics.draws import DrawMean
-from medlore.runs.settings import describe_machine
+from medlore.runs.report import describe_machine
 from medlore.tuning.comparison import CONTENDERS, Cell, Standing, run_cell, standings
 from medlore.tuning.settings import FinetuneSettings
 

@@ -28,7 +28,9 @@ from medlore.data.volumes.cases import read_cases
 from medlore.decomposing.segmenters.few_shot import FewShotSettings, tune_segmenter
 from medlore.files import write_text
 from medlore.metrics.draws import mean_of_draws
-from medlore.runs.settings import check_settings, choose_device, describe_machine
+from medlore.runs.hardware import choose_device
+from medlore.runs.report import describe_machine
+from medlore.runs.settings_file import check_settings
 
 SHOTS, DRAWS = 5, 3
 METHODS = ("sr-lora", "lora", "scratch", "full")

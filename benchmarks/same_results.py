@@ -22,16 +22,17 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from benchmarks._same_calls import Caller
+from benchmarks._same_calls import Caller, in_turn
 from benchmarks._same_differences import Rule, applied, differences, flat_record, read_rules
 from benchmarks._same_digests import Places
 from benchmarks._same_inputs import make_inputs
 from benchmarks._same_step import Step
-from benchmarks._same_steps import STEPS, chosen_steps
+from benchmarks._same_steps import AT_THE_END, STEPS, chosen_steps
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "scipy", "nibabel", "scikit-learn", "kornia", "pillow", "matplotlib")
 
@@ -39,34 +40,39 @@ _PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "scipy", "n
 def record(given: argparse.Namespace) -> int:
     """Run the steps and write `OUT/steps/STEP.json`, one a step; the outputs stay in `OUT/work`."""
     out = Path(given.out).resolve()
-    inputs, work = out / "inputs", out / "work"
-    make_inputs(inputs, Path(given.data).resolve())
     caller = Caller(plain=given.plain)
+    make_inputs(out / "inputs", Path(given.data).resolve())
+    (out / "steps").mkdir(parents=True, exist_ok=True)
     programs = Path(caller.where())
     print(f"medlore of {programs}", flush=True)
     fixtures = (Path(given.fixtures) if given.fixtures else out / "fixtures").resolve()
+    names = chosen_steps(given.only)
+    first, last = [name for name in names if name not in AT_THE_END], [name for name in names if name in AT_THE_END]
+    work = partial(_record_step, out=out, caller=caller, programs=programs, fixtures=fixtures, pretrain=given.pretrain)
+    return max([0, *in_turn(work, first, jobs=given.jobs), *in_turn(work, last, jobs=1)])
+
+
+def _record_step(name: str, *, out: Path, caller: Caller, programs: Path, fixtures: Path, pretrain: str | None) -> int:
+    """Run one step and write what it gave; 1 if a command ended otherwise than expected."""
+    inputs, work = out / "inputs", out / "work"
     places = Places({"inputs": inputs, "work": work, "fixtures": fixtures, "medlore": programs, "environment": sys.prefix, "out": out})
-    (out / "steps").mkdir(parents=True, exist_ok=True)
-    bad = 0
-    for name in chosen_steps(given.only):
-        folder = work / name
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        step = Step(name, folder, inputs, fixtures, work, caller, places, programs, given.pretrain)
-        began, used = time.monotonic(), caller.seconds
-        fault = _run(step)
-        told = {"fault": fault, "machine": _machine(), "commands": step.record, "files": step.files()}
-        (out / "steps" / f"{name}.json").write_text(json.dumps(told, indent=1, ensure_ascii=False), encoding="utf-8")
-        wrong = [label for label, command in step.record.items() if command["status"] != command["expected"]]
-        bad += len(wrong) + (fault is not None)
-        spent = f"{time.monotonic() - began:.0f} s, {caller.seconds - used:.0f} s of processor"
-        print(f"{name}: {len(step.record)} commands, {len(told['files'])} files, {spent}", flush=True)
-        for label in wrong:
-            command = step.record[label]
-            print(f"  {label}: status {command['status']} in place of {command['expected']}: {command['stderr'][-600:]}", flush=True)
-        if fault is not None:
-            print(f"  {fault}", flush=True)
-    return 1 if bad else 0
+    folder = work / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    step = Step(name, folder, inputs, fixtures, work, caller, places, programs, pretrain)
+    began, used = time.monotonic(), caller.seconds
+    fault = _run(step)
+    told = {"fault": fault, "machine": _machine(), "commands": step.record, "files": step.files()}
+    (out / "steps" / f"{name}.json").write_text(json.dumps(told, indent=1, ensure_ascii=False), encoding="utf-8")
+    spent = f"{time.monotonic() - began:.0f} s, {caller.seconds - used:.0f} s of processor"
+    lines = [f"{name}: {len(step.record)} commands, {len(told['files'])} files, {spent}"]
+    for label, command in step.record.items():
+        if command["status"] != command["expected"]:
+            lines.append(f"  {label}: status {command['status']} in place of {command['expected']}: {command['stderr'][-600:]}")
+    if fault is not None:
+        lines.append(f"  {fault}")
+    print("\n".join(lines), flush=True)
+    return int(len(lines) > 1)
 
 
 def _run(step: Step) -> str | None:
@@ -151,6 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     one.add_argument("--data", default="../shared/data", help="folder of the real sets")
     one.add_argument("--fixtures", help="files of an older version, OLD_RECORD/fixtures; default those that this record makes")
     one.add_argument("--pretrain", help="program of pre-training, as a module or a .py file, where it is not found")
+    one.add_argument("--jobs", type=int, default=1, help="steps at a time, each in one thread")
     one.add_argument("--plain", action="store_true", help="a new interpreter for every command: slower, the same results")
     one.set_defaults(verb=record)
     two = verbs.add_parser("compare", help="list the differences of two records")

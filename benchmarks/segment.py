@@ -157,13 +157,17 @@ def whole_published(scale: float) -> Any:
 def _whole(scale: float, **options: Any) -> Any:
     from medlore.data.volumes.nifti import read_nifti
     from medlore.models.segmenter.bundle import load_segmenter
+    from medlore.runs.hardware import decide_hardware
     from medlore.segmenting.model import SegmentingModel
+    from medlore.segmenting.planner import Choices
 
     grid = options.pop("grid", "original")
     bundle = load_segmenter(_small_pack(Path(_KEPT.name)))
     volume = read_nifti(_phantom(Path(_KEPT.name), scale))
     start, used = time.perf_counter(), time.process_time()
-    result = SegmentingModel(bundle, **options).segment(volume, _ASKED, "ct", grid=grid)
+    work = "published" if options.get("published") else "inference"
+    hardware = decide_hardware("cpu", options.pop("precision", "auto"), work=work)
+    result = SegmentingModel(bundle, hardware, Choices(**options)).segment(volume, _ASKED, "ct", grid=grid)
     seconds, cpu = time.perf_counter() - start, time.process_time() - used
     masks = np.packbits(np.stack([result.mask(label) for label in _ASKED]))
     return {"seconds": seconds, "cpu": cpu, "masks": masks, "phases": result.seconds, "windows": result.windows}

@@ -1,20 +1,19 @@
 """Supervised pre-training of a small ViT on labelled archives: how `medlore:vit-mini` was made.
 
 Run with ``python -m maintenance.pretrain studies/pretrain-vit-mini.yaml --data DIR --out RUN``. On a CPU with
-bfloat16 units the arithmetic runs in bfloat16 with float32 master weights. ``torchrun --nproc-per-node 2 -m ...`` shares
-every batch between processes; on a busy machine that is far faster than two threads, which wait for each other after
-every operation. All draws of a step come from a generator seeded by (seed, step, process): a run that was stopped and
-resumed on as many processes ends with the same bits as one that was not.
+bfloat16 units the arithmetic runs in bfloat16 with float32 master weights; the loop is the engine of every other training.
+``torchrun --nproc-per-node 2 -m ...`` shares every batch between processes; on a busy machine that is far faster than two
+threads, which wait for each other after every operation. All draws of a step come from a generator seeded by (seed, step,
+process): a run that was stopped and resumed on as many processes ends with the same bits as one that was not.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,24 @@ from typing import Any
 import pydantic
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import ViTConfig, ViTForImageClassification
 
 from maintenance.pretrain_images import LabelledImages, augment, balanced_order, mix, read_labelled_zips
-from medlore.errors import CheckpointError, MedloreError, StepError
-from medlore.files import atomic_folder, atomic_path, existing_file, write_json
-from medlore.runs.settings import Run, Settings, read_settings, seed_everything
+from medlore.errors import CheckpointError, MedloreError
+from medlore.files import atomic_folder, existing_file, write_json
+from medlore.runs.hardware import seed_everything
+from medlore.runs.report import Run
+from medlore.runs.settings import Settings
+from medlore.runs.settings_file import read_settings
+from medlore.training.accelerator import make_accelerator
+from medlore.training.checkpoint import Checkpoint, read_saved
+from medlore.training.loop import train
+from medlore.training.masters import MasterWeights
+from medlore.training.schedule import CosineOfShares, Schedule
+from medlore.training.task import Judgement, Stretch, Task
+from medlore.training.watching import Watcher
 
 _STATE = "state.pt"
 _CHANNEL_MEAN = _CHANNEL_STD = (0.5, 0.5, 0.5)
@@ -69,6 +78,23 @@ class PretrainSettings(Settings):
     seed: int = 0
     start_from: Path | None = None
     stop_at: int | None = None
+
+    def in_steps(self, halt_at: int | None = None) -> Schedule:
+        """The same for the engine.
+
+        Args:
+            halt_at: leave after this many steps, as if interrupted.
+        """
+        return Schedule(
+            steps=self.steps,
+            rate=CosineOfShares(self.learning_rate, self.final_rate, self.warm_up),
+            weight_decay=self.weight_decay,
+            clip=1.0,
+            betas=(0.9, 0.98),
+            ema=self.ema_decay,
+            judge_every=None,  # whenever a state is written
+            stop_at=min(self.stop_at or self.steps, halt_at or self.steps),
+        )
 
 
 def build_vit(settings: PretrainSettings, classes: int) -> ViTForImageClassification:
@@ -129,137 +155,139 @@ def forward_kept(model: ViTForImageClassification, pixels: Tensor, kept: Tensor 
 
 
 @dataclass(frozen=True)
-class _Share:
-    """Which part of every batch this process computes."""
+class _Batch:
+    """This process's part of a batch: pixels b c h w, targets b classes, kept patches b k."""
 
-    index: int = 0
-    count: int = 1
-
-    @classmethod
-    def join(cls) -> _Share:
-        """The share that `torchrun` gave to this process; everything without it."""
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            return cls()
-        distributed.init_process_group("gloo")
-        return cls(distributed.get_rank(), distributed.get_world_size())
-
-    def mean(self, gradient: Tensor) -> Tensor:
-        """The mean over all processes, computed in place."""
-        if self.count > 1:
-            distributed.all_reduce(gradient)
-            gradient /= self.count
-        return gradient
+    pixels: Tensor
+    targets: Tensor
+    kept: Tensor | None
 
 
-@dataclass
-class _Trainer:
-    """Float32 master weights with their optimiser and moving average, and the low-precision copy that computes."""
+class PretrainTask(Task):
+    """What the engine is given: float32 master weights, a low-precision copy that computes, and their moving average.
 
-    settings: PretrainSettings
-    master: ViTForImageClassification
-    average: dict[str, Tensor]
-    optimiser: torch.optim.AdamW
-    worker: ViTForImageClassification
-    step: int = 0
+    Args:
+        settings: what to train.
+        parts: `train` and `val`.
+        accelerator: processes.
+        out: folder of the run; whenever a state is written, the average is exported there.
+    """
 
-    @classmethod
-    def start(cls, settings: PretrainSettings, classes: int) -> _Trainer:
+    def __init__(self, settings: PretrainSettings, parts: Mapping[str, LabelledImages], accelerator: Any, out: Path) -> None:
+        self.settings, self.data, self.validation, self.out = settings, parts["train"], parts["val"], out
+        classes = len(self.data.classes)
         master = build_vit(settings, classes)
-        matrices = [p for p in master.parameters() if p.ndim > 1 and p.shape[0] != 1]
-        vectors = [p for p in master.parameters() if p.ndim <= 1 or p.shape[0] == 1]  # norms, biases, cls and position embeddings
-        groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        optimiser = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), fused=True)
         if settings.start_from is not None:
-            earlier = torch.load(existing_file(settings.start_from, where="start_from"), weights_only=True)
-            master.load_state_dict(earlier["master"])
+            master.load_state_dict(_weights_of(existing_file(settings.start_from, where="start_from")))
         worker = build_vit(settings, classes).to(_compute_type())
-        worker.load_state_dict(master.state_dict())
-        return cls(settings, master, {k: v.clone() for k, v in master.state_dict().items()}, optimiser, worker)
+        super().__init__("pre-training", worker, accelerator, seed=settings.seed)
+        self.worker = worker
+        self.weights = MasterWeights(master, worker)
+        self.order = _order(settings, self.data)
 
-    def train_step(self, data: LabelledImages, order: Tensor, share: _Share) -> float:
-        """One update; returns the loss of this process's part of the batch."""
-        s = self.settings
-        generator = torch.Generator().manual_seed((s.seed * 1_000_003 + self.step) * 64 + share.index)
-        chosen = order[self.step * s.batch_size : (self.step + 1) * s.batch_size][share.index :: share.count]
-        pixels, targets = self._batch(data, chosen, generator)
-        kept = None
-        if self.step < s.full_from * s.steps:
-            patches = (s.image_size // s.patch_size) ** 2
-            kept = torch.rand(len(pixels), patches, generator=generator).argsort(1)[:, : s.kept_patches]
-        scores = forward_kept(self.worker, pixels.to(_compute_type()), kept).float()
-        loss = F.cross_entropy(scores, targets, label_smoothing=s.label_smoothing)
-        loss.backward()
-        self._update(share)
-        self.step += 1
-        return loss.item()
+    def prepare(self) -> None:
+        """Gradients are averaged in float32 when the masters take them, not in the type that computes."""
 
-    def _batch(self, data: LabelledImages, chosen: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        s = self.settings
+    def release(self) -> None:
+        """Nothing was put around the network."""
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The masters."""
+        return self.weights.masters.named_parameters()
+
+    def spares(self, name: str, parameter: nn.Parameter) -> bool:
+        """Class token and position embeddings too."""
+        return super().spares(name, parameter) or parameter.shape[0] == 1
+
+    def batches(self, start: int, stop: int) -> Generator[_Batch]:
+        """All draws of a step come from a generator seeded by (seed, step, process)."""
+        s, index, count = self.settings, self.accelerator.process_index, self.accelerator.num_processes
+        for step in range(start, stop):
+            generator = torch.Generator().manual_seed((s.seed * 1_000_003 + step) * 64 + index)
+            chosen = self.order[step * s.batch_size : (step + 1) * s.batch_size][index::count]
+            pixels, targets = self._images(chosen, generator)
+            kept = None
+            if step < s.full_from * s.steps:
+                patches = (s.image_size // s.patch_size) ** 2
+                kept = torch.rand(len(pixels), patches, generator=generator).argsort(1)[:, : s.kept_patches]
+            yield _Batch(pixels, targets, kept)
+
+    def _images(self, chosen: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        s, data = self.settings, self.data
         images = data.images[chosen].float() / 255
         images = augment(images, generator, smallest_area=s.smallest_area, colour=s.colour, grey=s.grey)
         targets = F.one_hot(data.labels[chosen], len(data.classes)).float()
         images, targets = mix(images, targets, generator, share=s.mix_share)
         return normalise(images), targets
 
-    @torch.no_grad()
-    def _update(self, share: _Share) -> None:
-        s = self.settings
-        for group in self.optimiser.param_groups:
-            group["lr"] = s.learning_rate * schedule(self.step / s.steps, s.warm_up, s.final_rate)
-        pairs = [(own, w) for own, w in zip(self.master.parameters(), self.worker.parameters(), strict=True) if w.grad is not None]
-        gradient = share.mean(torch.cat([w.grad.flatten().float() for _, w in pairs if w.grad is not None]))
-        for (own, computed), part in zip(pairs, gradient.split([own.numel() for own, _ in pairs]), strict=True):
-            own.grad, computed.grad = part.view_as(own), None
-        nn.utils.clip_grad_norm_(self.master.parameters(), 1.0)
-        self.optimiser.step()
-        for own, computed in pairs:
-            computed.copy_(own)
-        decay = min(s.ema_decay, (self.step + 1) / (self.step + 10))
-        for name, value in self.master.state_dict().items():
-            self.average[name].lerp_(value, 1 - decay)
+    def loss(self, batch: _Batch, step: int) -> dict[str, Tensor]:
+        """Cross-entropy with smoothed labels."""
+        del step
+        scores = forward_kept(self.worker, batch.pixels.to(_compute_type()), batch.kept).float()
+        return {"classes": F.cross_entropy(scores, batch.targets, label_smoothing=self.settings.label_smoothing)}
 
-    def state(self) -> dict[str, Any]:
-        return {
-            "settings": self.settings.model_dump(mode="json"),
-            "step": self.step,
-            "master": self.master.state_dict(),
-            "average": self.average,
-            "optimiser": self.optimiser.state_dict(),
-        }
+    def gather_gradients(self) -> None:
+        """From the copy to the masters."""
+        self.weights.take_gradients(self.accelerator)
 
-    def load(self, file: Path) -> None:
-        """Go on from a saved state.
+    def updated(self, step: int) -> None:
+        """From the masters to the copy."""
+        del step
+        self.weights.fill_copy()
 
-        Raises:
-            CheckpointError: the state belongs to other settings.
-        """
-        saved = torch.load(file, weights_only=True)
-        if saved["settings"] != self.settings.model_dump(mode="json"):
-            raise CheckpointError(
-                str(file), "made with other settings", "the settings of this run", "resume without changes, or start anew"
-            )
-        self.step, self.average = saved["step"], saved["average"]
-        self.master.load_state_dict(saved["master"])
-        self.optimiser.load_state_dict(saved["optimiser"])
-        self.worker.load_state_dict(saved["master"])
+    def judge(self, stretch: Stretch) -> Judgement:
+        """Validation accuracy of the average by archive; its backbone is exported."""
+        if not self.accelerator.is_main_process:
+            return Judgement()
+        weights = self.weights.masters.state_dict()
+        judged = build_vit(self.settings, len(self.validation.classes))
+        judged.load_state_dict(weights)
+        accuracy = accuracy_by_source(judged.to(_compute_type()).eval(), self.validation)
+        export_backbone(self.settings, weights, self.out / "backbone")
+        return Judgement({"step": stretch.step, "accuracy": accuracy})
+
+    def state(self) -> dict[str, Tensor]:
+        """The masters."""
+        return self.weights.masters.state_dict()
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Masters and copy."""
+        self.weights.masters.load_state_dict(state)
+        self.weights.fill_copy()
 
 
-def schedule(progress: float, warm_up: float, final_rate: float = 0.01) -> float:
-    """Learning-rate factor: linear warm-up, then half a cosine down to `final_rate`.
+def _weights_of(state: Path) -> dict[str, Tensor]:
+    """The master weights of an earlier stage; states that were written before there was one engine call them `master`."""
+    accepted, fix = "the state.pt of an earlier stage", "name another file"
+    saved = read_saved(state, accepted, fix)
+    weights = next((saved[name] for name in ("weights", "master") if name in saved), None) if isinstance(saved, dict) else None
+    if not isinstance(weights, dict):
+        raise CheckpointError(str(state), "another kind of file", accepted, fix)
+    return weights
 
-    Args:
-        progress: share of the steps done, 0 to 1.
-        warm_up: share of the steps spent on warming up.
-        final_rate: factor at the end; 1 keeps the rate.
 
-    Example:
-        >>> schedule(0.05, 0.1), schedule(0.1, 0.1), round(schedule(1.0, 0.1), 4)
-        (0.5, 1.0, 0.01)
-    """
-    if progress < warm_up:
-        return max(progress / warm_up, 1e-3)
-    done = (progress - warm_up) / (1 - warm_up)
-    return final_rate + (1 - final_rate) * 0.5 * (1 + math.cos(math.pi * done))
+class _Notes(Watcher):
+    """A line on stderr every fifty steps and after every judgement."""
+
+    def __init__(self, settings: PretrainSettings) -> None:
+        self.settings, self.loss, self.done, self.first, self.began = settings, math.nan, 0, 0, time.perf_counter()
+
+    def skip(self, steps: int) -> None:
+        """Speed is that of this run."""
+        self.done = self.first = steps
+
+    def step(self, loss: float) -> None:
+        """Remember the loss."""
+        self.loss, self.done = loss, self.done + 1
+
+    def losses(self, stretch: Stretch) -> None:
+        """How fast it goes."""
+        speed = (stretch.step - self.first) * self.settings.batch_size / (time.perf_counter() - self.began)
+        _note(f"step {stretch.step}/{self.settings.steps}  loss {self.loss:.3f}  {speed:.0f} images/s")
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        """How good it is."""
+        _note(f"step {record['step']}  validation " + "  ".join(f"{k} {v:.3f}" for k, v in record["accuracy"].items()))
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -322,53 +350,34 @@ def pretrain(
         Step, loss and validation accuracy by archive.
 
     Raises:
-        StepError: the loss is not finite.
+        StepError: the loss is not finite; the last good state is kept.
+        CheckpointError: `resume`, and the state is damaged or belongs to other settings.
     """
-    share = _Share.join()
+    accelerator = make_accelerator("cpu", "fp32")
     archives = [data / name for name in settings.archives]
     parts = read_labelled_zips(archives, image_size=settings.image_size, skip_classes=settings.skip_classes)
-    trainer = _Trainer.start(settings, len(parts["train"].classes))
-    if resume and (out / _STATE).is_file():
-        trainer.load(out / _STATE)
-    last_step = min(settings.steps, settings.stop_at or settings.steps, halt_at or settings.steps)
-    if share.index > 0:
-        _train(trainer, parts["train"], share, last_step=last_step)
+    task = PretrainTask(settings, parts, accelerator, out)
+    schedule = settings.in_steps(halt_at)
+    checkpoint = Checkpoint(out / _STATE, settings.model_dump_json(), save_seconds / 60, restart="start anew without --resume")
+    if not accelerator.is_main_process:
+        train(task, schedule, checkpoint=checkpoint, resume=resume)
         return {}
     with Run("pretrain", out, settings=settings, seed=settings.seed, device="cpu") as run:
         for archive in archives:
             run.add_input(archive)
-        saver = _Saver(parts["val"], out, save_seconds)
-        loss = _train(trainer, parts["train"], share, last_step=last_step, saver=saver)
-        accuracy = saver.save(trainer)
+        notes = _Notes(settings)
+        history = train(task, schedule, checkpoint=checkpoint, resume=resume, watcher=notes)
         run.add_output("backbone", out / "backbone")
         run.results = {
-            "steps": trainer.step,
-            "loss": loss,
-            "validation_accuracy": accuracy,
+            "steps": notes.done,
+            "loss": notes.loss,
+            "validation_accuracy": history.scores[-1]["accuracy"],
             "training_images": len(parts["train"].labels),
             "validation_images": len(parts["val"].labels),
             "classes": len(parts["train"].classes),
-            "processes": share.count,
+            "processes": accelerator.num_processes,
         }
     return run.results
-
-
-def _train(trainer: _Trainer, data: LabelledImages, share: _Share, *, last_step: int, saver: _Saver | None = None) -> float:
-    """Steps until `last_step`; returns the last loss."""
-    s, first, started, loss = trainer.settings, trainer.step, time.perf_counter(), math.nan
-    order = _order(s, data)
-    while trainer.step < last_step:
-        loss = trainer.train_step(data, order, share)
-        if not math.isfinite(loss):
-            raise StepError(f"step {trainer.step}", f"the loss is {loss}", "a finite loss", "lower learning_rate and start anew")
-        if saver is None:
-            continue
-        if trainer.step % 50 == 0:
-            speed = (trainer.step - first) * s.batch_size / (time.perf_counter() - started)
-            _note(f"step {trainer.step}/{s.steps}  loss {loss:.3f}  {speed:.0f} images/s")
-        if saver.due():
-            saver.save(trainer)
-    return loss
 
 
 def _order(settings: PretrainSettings, data: LabelledImages) -> Tensor:
@@ -377,36 +386,13 @@ def _order(settings: PretrainSettings, data: LabelledImages) -> Tensor:
     return balanced_order(data.labels, weights, settings.steps * settings.batch_size, generator)
 
 
-class _Saver:
-    """Writes state and backbone to the folder of the run, now and then."""
-
-    def __init__(self, validation: LabelledImages, out: Path, seconds: float) -> None:
-        self._validation, self._out, self._seconds = validation, out, seconds
-        self._saved = time.perf_counter()
-
-    def due(self) -> bool:
-        return time.perf_counter() - self._saved > self._seconds
-
-    def save(self, trainer: _Trainer) -> dict[str, float]:
-        """Write everything; returns the validation accuracy of the moving average."""
-        with atomic_path(self._out / _STATE) as temporary:
-            torch.save(trainer.state(), temporary)
-        judged = build_vit(trainer.settings, len(self._validation.classes))
-        judged.load_state_dict(trainer.average)
-        accuracy = accuracy_by_source(judged.to(_compute_type()).eval(), self._validation)
-        export_backbone(trainer.settings, trainer.average, self._out / "backbone")
-        _note(f"step {trainer.step}  validation " + "  ".join(f"{k} {v:.3f}" for k, v in accuracy.items()))
-        self._saved = time.perf_counter()
-        return accuracy
-
-
 def _compute_type() -> torch.dtype:
     fast = torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "AMX")) and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
 
 
 def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)  # noqa: T201 - progress
+    print(text, file=sys.stderr, flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -422,7 +408,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MedloreError as error:
         _note(str(error))
         return error.exit_status
-    print(results)  # noqa: T201 - the result of a command
+    print(results)
     return 0
 
 

@@ -108,7 +108,7 @@ def test_a_word_list_with_ids_of_text(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", [NESTED, "epochs: 2024-13-01\n", f"epochs: {LONG}\n"])
 def test_yaml_beyond_the_reader_is_refused(tmp_path: Path, text: str) -> None:
-    from medlore.runs.settings import read_settings
+    from medlore.runs.settings_file import read_settings
     from medlore.tuning.settings import FinetuneSettings
 
     (tmp_path / "s.yaml").write_text(text)

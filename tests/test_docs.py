@@ -57,3 +57,13 @@ def test_nothing_names_this_machine() -> None:
         ):
             text = path.read_text(encoding="utf-8", errors="replace")
             assert not re.search(r"(?<![\w.])/(work|root)/", text), name
+
+
+def test_tables_of_settings_are_those_of_the_settings() -> None:
+    from maintenance.setting_tables import DOCS, TABLES, rewritten
+
+    pages = {page: page.read_text(encoding="utf-8") for page in sorted(DOCS.glob("*.md"))}
+    shown = {name for text in pages.values() for name in re.findall(r"<!-- settings: (\w+) -->", text)}
+    assert shown == set(TABLES)
+    for page, text in pages.items():
+        assert rewritten(text) == text, f"{page.name}: run python -m maintenance.setting_tables"

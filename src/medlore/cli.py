@@ -1,22 +1,24 @@
 """The command line: one command, verbs in `medlore.commands`, one file a verb.
 
 Result to stdout (``--json``: one JSON object, nothing else), progress to stderr. Exit status 0 done, 1 a case or step
-failed, 2 wrong use or wrong input. Nothing heavy is imported before a verb runs.
+failed, 2 wrong use or wrong input, 130 stopped with Ctrl-C. Nothing heavy is imported before a verb runs.
 """
 
 from __future__ import annotations
 
+import ast
 import errno
 import importlib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import typer
 from rich.console import Console
 
-from medlore.errors import InputError, MedloreError, StepError
+from medlore.errors import InputError, MedloreError, StepError, UnknownNameError
 
 # The verbs in the order in which people meet them; each is `medlore.commands.<verb>` with a Typer app named `app`.
 VERBS = ("demo", "doctor", "info", "ranks", "finetune", "predict", "decompose", "export", "evaluate", "segment", "study", "view")
@@ -28,14 +30,31 @@ class _Verbs(typer.core.TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
         return list(VERBS)
 
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """The list of verbs, from their files alone: nothing is imported for it."""
+        ctx.meta[_LISTED] = True
+        super().format_help(ctx, formatter)
+
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in VERBS:
-            return None
+            raise UnknownNameError("medlore", cmd_name, VERBS, "run `medlore --help`")
+        if ctx.meta.get(_LISTED):
+            return typer.core.TyperCommand(cmd_name, help=_caption(cmd_name))
         found = importlib.import_module(f"medlore.commands.{cmd_name}").app
         found._add_completion = False  # completion belongs to the whole command, not to each verb
         verb = typer.main.get_command(found)
         verb.name = cmd_name
         return verb
+
+
+_LISTED = "medlore.listed"  # in the context while the help is written
+
+
+def _caption(verb: str) -> str:
+    """The first line of what a verb says about itself."""
+    tree = ast.parse((Path(__file__).parent / "commands" / f"{verb}.py").read_text(encoding="utf-8"))
+    functions = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == verb)
+    return next((ast.get_docstring(node) or "" for node in functions), "").split("\n")[0]
 
 
 # Typer carries its own copy of click in newer versions; the common base of its usage errors is reached through a public one.
@@ -74,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         error.show()  # type: ignore[attr-defined]
         return 2
     except (KeyboardInterrupt, typer.Abort):
-        return _report(_STOPPED_MESSAGE, 1)
+        return _report(_STOPPED_MESSAGE, _STOPPED)
     except OSError as error:
         if os.environ.get("MEDLORE_TRACEBACK"):
             raise
@@ -86,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         what = f"a fault of MedLoRE itself: {type(error).__name__}: {error}"
         return _report(f"{what}. To do: run again with MEDLORE_TRACEBACK=1 and report what it prints", 1)
     if status == _STOPPED:  # Typer has caught the Ctrl-C itself
-        return _report(_STOPPED_MESSAGE, 1)
+        return _report(_STOPPED_MESSAGE, _STOPPED)
     return status if isinstance(status, int) else 0
 
 

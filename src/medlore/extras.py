@@ -49,7 +49,7 @@ def is_installed(package: str) -> bool:
 def extra_of(package: str) -> str:
     """The extra that brings a package.
 
-    Example:
+    Examples:
         >>> extra_of("pydicom")
         'dicom'
     """

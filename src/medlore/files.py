@@ -183,7 +183,7 @@ def write_json(path: str | Path, value: Any) -> Path:
 def json_text(value: Any) -> str:
     """Strict, indented JSON of plain Python, NumPy and pathlib values.
 
-    Example:
+    Examples:
         >>> print(json_text({"auc": float("nan")}))
         {
           "auc": null

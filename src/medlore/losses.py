@@ -46,7 +46,7 @@ def logit_distillation(student: Tensor, teacher: Tensor, kind: TaskKind, tempera
         Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015, section 2; LoRKD, CVPR 2024, its
         distillation term; the Bernoulli form is ours, for outputs that do not compete.
 
-    Example:
+    Examples:
         >>> z = torch.tensor([[2.0, -1.0]])
         >>> float(logit_distillation(z, z, "single", 4.0))
         0.0
@@ -108,7 +108,7 @@ def mask_loss(logits: Tensor, targets: Tensor, valid: Tensor, *, bce: float = 1.
     Source:
         Milletari et al., "V-Net", 2016, for squared denominators; the sum of both terms per prompt is SAT's and LoRKD's.
 
-    Example:
+    Examples:
         >>> y = torch.tensor([[[[[True, False]]]]])
         >>> round(float(mask_loss(torch.zeros(1, 1, 1, 1, 2), y, torch.ones(1, 1), smooth=0.0)), 4)  # log 2 + 1 - 1 / 1.5
         1.0265

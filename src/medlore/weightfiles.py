@@ -23,6 +23,7 @@ from medlore.files import existing_file
 TORCH_SUFFIXES = (".bin", ".pth", ".pt", ".th", ".ckpt")
 WRAPPERS = ("state_dict", "model", "model_state_dict", "teacher", "student")
 ACCEPTED = "a whole .safetensors file, or a torch file that holds tensors and plain values only (read with weights_only=True)"
+_LONGEST_HEADER = 32 << 20  # that of 200,000 tensors; parsing takes several times its length in memory
 _PICKLE_START = b"\x80"
 _HARMLESS: list[Any] = [  # plain data that training scripts put beside the weights
     argparse.Namespace,
@@ -48,10 +49,27 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    check_header(path)
     try:
         return dict(load_file(path))
     except (SafetensorError, OSError, ValueError) as error:
         raise broken_file(path, f"not a whole safetensors file ({error})") from error
+
+
+def check_header(path: Path) -> None:
+    """Refuse a safetensors file whose header is longer than the file, or than any real one, before it is parsed.
+
+    Raises:
+        CheckpointError: such a header.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        first = stream.read(8)
+    length = int.from_bytes(first, "little") if len(first) == 8 else 0
+    if length > size - 8:
+        raise broken_file(path, f"not a whole safetensors file (a header of {length} bytes in a file of {size})")
+    if length > _LONGEST_HEADER:
+        raise broken_file(path, f"a header of {length} bytes", f"a header of at most {_LONGEST_HEADER} bytes; {ACCEPTED}")
 
 
 def load_torch_file(path: Path, *, mapped: bool = True) -> Any:

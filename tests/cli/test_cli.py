@@ -85,7 +85,7 @@ def test_a_name_beyond_the_system_is_wrong_use(capsys: pytest.CaptureFixture[str
     [
         (InputError("a", "b", "c", "d"), 2),
         (StepError("a", "b", "c", "d"), 1),
-        (KeyboardInterrupt(), 1),
+        (KeyboardInterrupt(), 130),
         (OSError(28, "No space left"), 1),
         (KeyError("bug"), 1),
     ],

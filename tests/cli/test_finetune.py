@@ -79,7 +79,7 @@ def test_settings_come_from_yaml_and_flags_go_before_it(place: Path, tmp_path: P
     file.write_text("method: rslora\nrank: 2\nepochs: 50\n")
     assert main(words(place, "--settings", str(file), "--dry-run", "--json")) == 0
     settings = json.loads(capsys.readouterr().out)["settings"]
-    assert (settings["method"], settings["rank"], settings["epochs"]) == ("rslora", 2, 3)
+    assert (settings["method"], settings["allocation"]["rank"], settings["training"]["epochs"]) == ("rslora", 2, 3)
     file.write_text("methd: rslora\nepochs: none\n")
     assert main(["finetune", "--settings", str(file), "--dry-run"]) == 2
     message = capsys.readouterr().err
@@ -123,7 +123,7 @@ def test_two_processes_train_the_weights_of_one(place: Path, tmp_path: Path) -> 
 
 def bad_lines(place: Path, tmp_path: Path) -> dict[str, tuple[list[str], str]]:
     return {
-        "no out": (words(place), "--out: nothing"),
+        "resume without out": (words(place, "--resume"), "--resume: no output folder"),
         "no data": (["finetune", "--out", str(tmp_path / "o")], "--data: nothing"),
         "method": (words(place, "--out", str(tmp_path / "o"), "--method", "sr-loora"), "'sr-loora'; the nearest of 23 are sr-lora"),
         "shots": (words(place, "--out", str(tmp_path / "o"), "--shots", "99"), "classes have fewer images"),
@@ -172,8 +172,8 @@ def test_a_run_that_is_used_wrongly_writes_nothing(place: Path, run: Path, case:
 
 @pytest.mark.parametrize(
     "case",
-    ["no out", "no data", "method", "shots", "model", "rank", "evaluate nothing", "evaluate halves", "evaluate no run", "predict no run",
-     "predict a file", "out", "idle", "mean", "data seed"],
+    ["resume without out", "no data", "method", "shots", "model", "rank", "evaluate nothing", "evaluate halves", "evaluate no run",
+     "predict no run", "predict a file", "out", "idle", "mean", "data seed"],
 )  # fmt: skip
 def test_bad_lines_end_with_status_2_and_one_message(place: Path, tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]) -> None:
     line, message = bad_lines(place, tmp_path)[case]

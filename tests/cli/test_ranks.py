@@ -60,7 +60,7 @@ def test_everything_at_once(weights: Path, capsys: pytest.CaptureFixture[str]) -
 def test_json_is_one_object_with_the_totals(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ranks", str(weights), "--json", "--proof", "--k", "--alpha", "rslora*4"]) == 0
     shown = json.loads(capsys.readouterr().out)
-    assert shown["schema"] == "medlore/rank-plan/1"
+    assert shown["schema"] == "medlore/rank-plan/2"
     assert [x["part"] for x in shown["layers"]] == ["q", "k", "v", "o"] * 3
     assert shown["totals"]["parameters"] == sum(x["rank"] * 64 for x in shown["layers"])
     assert sum(shown["totals"]["decided_by"].values()) == 12

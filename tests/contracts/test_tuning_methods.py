@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from medlore.layers.surgery import blocks_of, load_trainable_state, trainable_state
 from medlore.layers.tuning.attach import attached
-from medlore.layers.tuning.methods import METHODS, Request, Tuning, install_method
-from medlore.layers.tuning.options import TuningOptions
+from medlore.layers.tuning.interface import Request, Tuning
+from medlore.layers.tuning.methods import METHODS, install_method
 from medlore.models.backbones.reading import Backbone, load_backbone
 from medlore.ranks.allocate import plan_ranks
 from medlore.ranks.targets import find_targets
@@ -25,8 +25,8 @@ STEPS = 4
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in METHODS} | {
     "sr-lora nested": ("sr-lora", {"partial_update": "nested"}),
     "sr-lora shapley": ("sr-lora", {"component_masks": "shapley"}),
-    "melora of 4": ("melora", {"options": TuningOptions(mini_loras=4)}),
-    "glora of vectors": ("glora", {"options": TuningOptions(glora_path="vector,scalar,none,scalar,none")}),
+    "melora of 4": ("melora", {"options": {"mini_loras": 4}}),
+    "glora of vectors": ("glora", {"options": {"glora_path": "vector,scalar,none,scalar,none"}}),
 }
 FAMILIES = ("vit", "swin")
 PROMPTS = ("vpt-shallow", "vpt-deep")  # by definition they change the output at once
@@ -88,8 +88,8 @@ def installed(variant: str, base: Backbone) -> Tuning:
     name, changes = VARIANTS[variant]
     rule = METHODS[name].rule
     plan = None if rule is None else plan_ranks(base.model, rule="uniform:4", alpha="rslora" if name == "rslora" else "rank")
-    options = TuningOptions(bottleneck=4, prompt_length=3, mini_loras=2)
-    fields = {"plan": plan, "steps": 2 * STEPS, "last_blocks": 1, "batches": lambda: [images(1), images(2)], "options": options}
+    options = {"last_blocks": 1, "bottleneck": 4, "prompt_length": 3, "mini_loras": 2}
+    fields = {"plan": plan, "steps": 2 * STEPS, "batches": lambda: [images(1), images(2)], "options": options}
     return install_method(name, base.model, Request(head=base.head_name, sample=images(0, 1), **{**fields, **changes}))
 
 

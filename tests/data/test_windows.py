@@ -8,7 +8,7 @@ import torch
 
 from medlore.data.volumes.window_grid import WindowGrid
 from medlore.data.volumes.windows import gaussian, normalised_weights, published_weights, sliding_windows
-from medlore.errors import InputError
+from medlore.errors import InputError, StepError
 
 PUBLISHED = (288, 288, 96)
 
@@ -180,3 +180,36 @@ def test_starts_cover_every_voxel() -> None:
                 covered[start : start + 8] = True
             assert covered[:size].all()
             assert len(set(starts)) == len(starts)
+
+
+@pytest.mark.parametrize("published", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_no_answer(published: bool, value: float) -> None:
+    """NaN is above no threshold: without this the mask would be empty and the case done. Infinity alone is a sure voxel."""
+    grid = WindowGrid((8, 8, 8), (4, 4, 4))
+
+    def predictor(windows: torch.Tensor) -> torch.Tensor:
+        logits = windows * 0.0
+        logits[..., 1, 1, 1] = value
+        return logits
+
+    def run() -> None:
+        for _ in sliding_windows(torch.zeros(1, 8, 8, 8), predictor, grid, labels=1, published=published):
+            pass
+
+    if value == float("inf"):
+        run()
+    else:
+        with pytest.raises(StepError, match="not finite"):
+            run()
+
+
+def test_half_precision_is_one_rounding_of_the_exact_gaussian() -> None:
+    size = (31, 17, 9)
+    exact = np.ones(size) * 10.0
+    for axis, n in enumerate(size):
+        profile = np.exp(-0.5 * ((np.arange(n) - n // 2) / (0.125 * n)) ** 2)
+        exact = exact * profile.reshape([-1 if a == axis else 1 for a in range(3)])
+    wanted = exact.astype(np.float16)
+    wanted[wanted == 0] = wanted[wanted > 0].min()
+    assert np.array_equal(published_weights(size).numpy(), wanted)

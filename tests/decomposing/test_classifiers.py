@@ -25,7 +25,9 @@ from medlore.inspecting.files import describe
 from medlore.layers.experts.layer import ExpertLayer
 from medlore.layers.experts.routing import route
 from medlore.models.classifier_pack import load_classifier_pack
-from medlore.runs.settings import seed_everything
+from medlore.ranks import RankPlan
+from medlore.runs.hardware import seed_everything
+from medlore.training.watching import Progress
 
 SIZE = 32
 
@@ -108,6 +110,19 @@ def test_a_merged_expert_answers_like_the_routed_one(finished: Path) -> None:
         pack.merged("lef")
 
 
+def test_each_expert_lies_beside_the_pack_as_a_plan(finished: Path, tmp_path: Path) -> None:
+    pack = load_classifier_pack(finished / "out" / "pack")
+    for name, entry in pack.experts.items():
+        kept = RankPlan.load(finished / "out" / "ranks" / f"{name}.json")
+        assert {x.name: x.rank for x in kept.layers} == entry.ranks
+        assert {kept.scaling(x) for x in kept.layers} == {2.0}
+    (tmp_path / "left.json").write_text((finished / "out" / "ranks" / "left.json").read_text())
+    given = write_study(tmp_path, ranks={"rule": "given", "given": {"left": "left.json", "right": 3}})
+    told = plan(given)
+    assert told["ranks"]["left"] == list(pack.experts["left"].ranks.values())
+    assert set(told["ranks"]["right"]) <= {1, 2, 3}
+
+
 def test_teacher_shared_base_and_experts_are_backbones(finished: Path, tmp_path: Path) -> None:
     """What the transfer compares: each of the three loads as any other backbone does, with the same input."""
     from medlore.decomposing.classifiers.export import export_classifier
@@ -132,7 +147,7 @@ def test_a_second_run_takes_finished_networks_over(finished: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in (finished / "out" / "networks").rglob("best.pt")}
     trained: list[str] = []
 
-    def narrate(name: str) -> training.Progress:
+    def narrate(name: str) -> Progress:
         trained.append(name)
         return lambda _step, _steps, _text: None
 
@@ -149,7 +164,7 @@ def test_other_data_under_the_same_name_is_trained_on_anew(finished: Path, tmp_p
     write_task(tmp_path / "again", "left", classes=2, seed=77)
     trained: list[str] = []
 
-    def narrate(name: str) -> training.Progress:
+    def narrate(name: str) -> Progress:
         trained.append(name)
         return lambda _step, _steps, _text: None
 
@@ -177,7 +192,7 @@ def test_what_is_measured_is_what_the_pack_holds() -> None:
 def test_a_run_that_was_stopped_ends_where_an_unbroken_one_ends(finished: Path, tmp_path: Path) -> None:
     study = write_study(tmp_path, variants=["experts"])
 
-    def stop_at_third_step(name: str) -> training.Progress:
+    def stop_at_third_step(name: str) -> Progress:
         def progress(step: int, _steps: int, _text: str) -> None:
             if name == "experts" and step == 3:
                 raise KeyboardInterrupt
@@ -375,7 +390,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path: Path
     real = training.task_loss
     calls = iter(range(1000))
     monkeypatch.setattr(training, "task_loss", lambda *a: real(*a) * (math.nan if next(calls) >= 5 else 1.0))
-    with pytest.raises(StepError, match=r"step 2: loss nan"):
+    with pytest.raises(StepError, match=r"step 2: the loss is nan"):
         decompose(study, tmp_path / "out")
     assert list((tmp_path / "out" / "networks" / "experts").glob("checkpoint-*.pt"))
 

@@ -9,14 +9,14 @@ import pytest
 import yaml
 
 from medlore.cli import main
+from medlore.decomposing.segmenters.context import settings_rules
 from medlore.decomposing.segmenters.few_shot import FewShotSettings, plan_tuning
 from medlore.decomposing.segmenters.settings import SegmentationSettings
 from medlore.decomposing.segmenters.study import read_study
-from medlore.decomposing.segmenters.workshop import settings_rules
 from medlore.errors import InputError, UnknownNameError
 from medlore.files import write_text
 from medlore.models.segmenter.bundle import load_segmenter
-from medlore.runs.settings import read_settings
+from medlore.runs.settings_file import read_settings
 from small_segmenter import write_small_pack
 from tiny_segmentation import STUDY
 

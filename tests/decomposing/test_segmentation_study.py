@@ -213,7 +213,7 @@ def test_few_shot_tuning_writes_a_pack_that_segments(
     again = tune_segmenter(settings, tmp_path, narrate=forbidden)
     assert again.table == done.table
     if done.plan is not None:
-        uniform = tune_segmenter(settings.model_copy(update={"method": "lora", "steps": 1}), tmp_path / "lora")
+        uniform = tune_segmenter(settings.changed(method="lora", steps=1), tmp_path / "lora")
         assert uniform.plan is not None
         assert len({layer.rank for layer in done.plan.layers}) > 1
         assert 0.97 <= done.plan.parameters / uniform.plan.parameters <= 1

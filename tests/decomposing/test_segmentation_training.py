@@ -8,23 +8,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from medlore.data.volumes.cases import Case
 from medlore.data.volumes.synthesis import SynthesisRules
-from medlore.decomposing.segmenters.batches import Dealer, batches_ahead, make_dealer
+from medlore.decomposing.segmenters.batches import PatchSampler, batches_ahead, make_sampler
 from medlore.decomposing.segmenters.cohort import Cohort, read_cohort, with_split
+from medlore.decomposing.segmenters.context import Job, StudyContext, settings_rules, silent
 from medlore.decomposing.segmenters.few_shot import FewShotSettings, _TunedSegmenter
 from medlore.decomposing.segmenters.network import PromptedSegmenter, new_prompts
 from medlore.decomposing.segmenters.settings import LossSettings, ScheduleSettings, SegmentationSettings
-from medlore.decomposing.segmenters.training import Plan, learning_rate, train_segmenter
+from medlore.decomposing.segmenters.training import Plan, train_segmenter
 from medlore.decomposing.segmenters.validation import WindowSettings, make_validation
-from medlore.decomposing.segmenters.workshop import Order, Workshop, settings_rules, silent
 from medlore.errors import InputError, StepError
 from medlore.layers.experts.surgery import install_experts
 from medlore.models.segmenter.network import Segmenter, expert_targets
-from medlore.runs.settings import read_settings
+from medlore.runs.settings_file import read_settings
+from medlore.training.accelerator import make_accelerator
 from tiny_segmentation import write_study
 
 SCHEDULE = ScheduleSettings(steps=4, batch_size=2, accumulate=2, learning_rate=3e-3, ema=0.9)
@@ -37,10 +37,10 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[SegmentationSetting
     return settings, read_cohort(settings, folder=folder, cache=folder / "cache")
 
 
-def dealer_of(study: tuple[SegmentationSettings, Cohort], *, mode: str = "mixed") -> Dealer:
+def dealer_of(study: tuple[SegmentationSettings, Cohort], *, mode: str = "mixed") -> PatchSampler:
     settings, cohort = study
     rules = settings_rules(settings)
-    return make_dealer(cohort, patch_size=(16, 16, 16), max_prompts=3, rules=rules, batch_size=2, mode=mode, seed=3)  # type: ignore[arg-type]
+    return make_sampler(cohort, patch_size=(16, 16, 16), max_prompts=3, rules=rules, batch_size=2, mode=mode, seed=3)  # type: ignore[arg-type]
 
 
 def network_of(study: tuple[SegmentationSettings, Cohort], *, dropout: float = 0.2) -> PromptedSegmenter:
@@ -59,7 +59,7 @@ class KilledError(Exception):
 
 
 def test_a_killed_run_ends_where_an_unbroken_one_ends(study: tuple[SegmentationSettings, Cohort], tmp_path: Path) -> None:
-    accelerator, checkpoint = Accelerator(cpu=True), tmp_path / "c.pt"
+    accelerator, checkpoint = make_accelerator("cpu", "fp32"), tmp_path / "c.pt"
     whole = network_of(study)
     score = make_validation(study[1], WindowSettings((16, 16, 16), 0.0, "fp32", SynthesisRules()), cases=1)
     told = train_segmenter(whole, dealer_of(study), plan_of(), accelerator=accelerator, checkpoint=tmp_path / "w.pt", validate=score)
@@ -107,7 +107,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(study: tu
     network, checkpoint = network_of(study), tmp_path / "c.pt"
     states: list[dict[str, Tensor]] = []
 
-    class Poisoned(Dealer):
+    class Poisoned(PatchSampler):
         def batch(self, number: int) -> object:  # type: ignore[override]
             found = super().batch(number)
             if number == 2:
@@ -116,13 +116,13 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(study: tu
             return found
 
     dealer = Poisoned(**vars(dealer_of(study)))
-    schedule = SCHEDULE.model_copy(update={"accumulate": 1})
+    schedule = SCHEDULE.changed(accumulate=1)
     with pytest.raises(StepError, match=r"step 2, cases (brain|belly)\d") as caught:
-        train_segmenter(network, dealer, plan_of(schedule, minutes=9), accelerator=Accelerator(cpu=True), checkpoint=checkpoint)
+        train_segmenter(network, dealer, plan_of(schedule, minutes=9), accelerator=make_accelerator("cpu", "fp32"), checkpoint=checkpoint)
     assert str(checkpoint) in str(caught.value)
     held = torch.load(checkpoint, weights_only=True)
     assert held["step"] == 2
-    assert all(torch.isfinite(v).all() for v in held["network"].values())
+    assert all(torch.isfinite(v).all() for v in held["weights"].values())
 
 
 def test_a_patient_of_the_test_is_never_trained_on() -> None:
@@ -154,10 +154,10 @@ def test_labels_that_go_to_another_expert_make_another_network(study: tuple[Segm
     regions = sorted({prompt.region for prompt in cohort.prompts.values()})
     assert len(regions) > 1
     swapped = {pair: replace(p, region=regions[1] if p.region == regions[0] else regions[0]) for pair, p in cohort.prompts.items()}
-    shop = Workshop(settings, cohort, tmp_path, Accelerator(cpu=True), silent)
+    context = StudyContext(settings, cohort, tmp_path, make_accelerator("cpu", "fp32"), silent)
 
     def identity(data: Cohort, *, by_region: bool) -> str:
-        return shop.identity(Order("any", SCHEDULE, data, ("student", "experts"), by_region=by_region))
+        return context.identity(Job("any", SCHEDULE, data, ("student", "experts"), by_region=by_region))
 
     moved = replace(cohort, prompts=swapped)
     assert moved.keys == cohort.keys
@@ -185,13 +185,14 @@ def test_a_few_shot_network_answers_with_its_expert_where_no_region_is_named(stu
 def test_training_lowers_the_loss(study: tuple[SegmentationSettings, Cohort], tmp_path: Path) -> None:
     schedule = ScheduleSettings(steps=40, batch_size=2, learning_rate=1e-2)
     network, plan = network_of(study, dropout=0.0), plan_of(schedule, minutes=9)
-    history = train_segmenter(network, dealer_of(study), plan, accelerator=Accelerator(cpu=True), checkpoint=tmp_path / "c.pt")
+    history = train_segmenter(network, dealer_of(study), plan, accelerator=make_accelerator("cpu", "fp32"), checkpoint=tmp_path / "c.pt")
     assert history.losses[-1]["masks"] < 0.85 * history.losses[0]["masks"]
     assert 0 <= history.waited <= history.seconds
 
 
 def test_the_rate_warms_up_and_falls_to_its_final_share() -> None:
     schedule = ScheduleSettings(steps=100, learning_rate=2.0, warmup_fraction=0.1, final_share=0.25)
-    assert learning_rate(0, schedule) == pytest.approx(0.2)
-    assert learning_rate(9, schedule) == pytest.approx(2.0)
-    assert learning_rate(100, schedule) == pytest.approx(0.5)
+    rates = plan_of(schedule).in_steps()
+    assert rates.rate(0, rates.steps) == pytest.approx(0.2)
+    assert rates.rate(9, rates.steps) == pytest.approx(2.0)
+    assert rates.rate(100, rates.steps) == pytest.approx(0.5)

@@ -42,7 +42,7 @@ def test_digits_are_split_without_overlap() -> None:
 
 
 def test_demo_prints_and_writes_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = run_demo(SHORT, tmp_path / "demo", quiet=True)
+    result = run_demo(SHORT, tmp_path / "demo")
     print_demo(result, as_json=False)
     printed = capsys.readouterr().out
     assert [row.contender for row in result.table] == ["sr-lora", "lora", "linear-probe"]
@@ -93,11 +93,10 @@ def test_wrong_use_ends_with_status_2(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_the_template_is_segmented_on_its_own_grid(pack: Path, tmp_path: Path) -> None:
     import nibabel as nib
-    from rich.console import Console
 
     from medlore.demo.segmentation import template_file
 
-    told = segment_template(str(pack), tmp_path, prompts=("grey matter", "hippocampus", "no such part"), notes=Console(quiet=True))
+    told = segment_template(str(pack), tmp_path, prompts=("grey matter", "hippocampus", "no such part"))
     assert told["without_prompt"] == ["no such part"]
     grey, hippocampus = told["labels"]
     assert grey["kmeans_dice"] > 0.85
@@ -114,7 +113,7 @@ def test_the_template_is_segmented_on_its_own_grid(pack: Path, tmp_path: Path) -
     assert [label.name for label in viewer.labels] == ["grey matter", "hippocampus"]
     assert table.rows[0] == ["grey matter", grey["volume_ml"], grey["dice"], grey["kmeans_dice"]]
     with pytest.raises(DataError, match="no prompt for any part"):
-        segment_template(str(pack), tmp_path, prompts=("no such part",), notes=Console(quiet=True))
+        segment_template(str(pack), tmp_path, prompts=("no such part",))
 
 
 def test_a_segmenter_that_is_asked_for_must_be_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

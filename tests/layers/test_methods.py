@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from medlore.errors import InputError, TargetError, UnknownNameError
 from medlore.layers import surgery
 from medlore.layers.surgery import load_trainable_state, trainable_state
-from medlore.layers.tuning.methods import METHODS, Request, Tuning, install_method
+from medlore.layers.tuning.interface import Request, Tuning
+from medlore.layers.tuning.methods import METHODS, install_method
 from medlore.ranks.allocate import plan_ranks
 
 STEPS = 6
@@ -43,7 +44,14 @@ def installed(name: str, model: nn.Module, **changes: Any) -> Tuning:
         else plan_ranks(model, rule=f"uniform:{4 if name == 'melora' else 3}", alpha="rslora" if name == "rslora" else "rank")
     )
     x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    fields = {"head": "classifier", "sample": x[:1], "plan": plan, "steps": STEPS, "last_blocks": 1, "batches": lambda: [x, x + 1]}
+    fields = {
+        "head": "classifier",
+        "sample": x[:1],
+        "plan": plan,
+        "steps": STEPS,
+        "options": {"last_blocks": 1},
+        "batches": lambda: [x, x + 1],
+    }
     return install_method(name, model, Request(**{**fields, **changes}))
 
 
@@ -204,7 +212,7 @@ def test_wrong_use() -> None:
         with pytest.raises(InputError, match=f"component-masks: 'shapley' with --method {name}"):
             installed(name, network(), component_masks="shapley", **changes)
     with pytest.raises(InputError, match="1 to 2 for this model"):
-        installed("partial", network(), last_blocks=3)
+        installed("partial", network(), options={"last_blocks": 3})
     with pytest.raises(InputError, match="no rank plan"):
         install_method("lora", network(), Request(head="classifier", sample=torch.zeros(1, 3, 8, 8)))
 

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from maintenance.pretrain import PretrainSettings, build_vit, forward_kept, main, pretrain, schedule
+from maintenance.pretrain import PretrainSettings, build_vit, forward_kept, main, pretrain
 from maintenance.pretrain_images import augment, balanced_order, mix, read_labelled_zips
 from PIL import Image
 from safetensors.torch import load_file
 
 from medlore.errors import CheckpointError, DataError, InputError
+from medlore.training.schedule import CosineOfShares
 
 
 def write_archive(path: Path, classes: list[str], count: int, *, split: bool) -> None:
@@ -113,7 +114,8 @@ def test_all_patches_in_any_order_are_the_plain_forward_pass() -> None:
 
 
 def test_schedule_warms_up_and_decays() -> None:
-    values = [schedule(s / 100, 0.1) for s in range(101)]
+    rate = CosineOfShares(1.0, 0.01, 0.1)
+    values = [rate(s, 100) for s in range(101)]
     assert values.index(max(values)) == 10
     assert values[-1] == pytest.approx(0.01)
 
@@ -135,7 +137,7 @@ def test_second_stage_starts_from_the_weights_of_the_first(archives: Path, tmp_p
     state = tmp_path / "first" / "state.pt"
     still = small(start_from=state, learning_rate=0.0, weight_decay=0.0, steps=1)
     assert pretrain(still, archives, tmp_path / "second")["steps"] == 1
-    first, second = (torch.load(tmp_path / run / "state.pt", weights_only=True)["master"] for run in ("first", "second"))
+    first, second = (torch.load(tmp_path / run / "state.pt", weights_only=True)["weights"] for run in ("first", "second"))
     assert all(torch.equal(first[name], second[name]) for name in first)
     with pytest.raises(InputError, match=r"gone\.pt: no such file"):
         pretrain(small(start_from=tmp_path / "gone.pt"), archives, tmp_path / "third")

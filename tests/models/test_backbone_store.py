@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from medlore.errors import InputError
+from medlore.models.backbones import store as backbone_store
 from medlore.models.backbones.reading import load_backbone
-from medlore.models.backbones.reading import store as backbone_store
 from medlore.models.backbones.store import BackboneStore
 from tiny_backbone import write_backbone
 

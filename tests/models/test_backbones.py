@@ -211,7 +211,7 @@ def test_positions_are_resampled_once_and_keep_the_class_token() -> None:
     assert torch.equal(small[:, 0], table[:, 0])
     assert torch.equal(resize_positions(table, 24 * 24), table)
     ramp = torch.linspace(0, 1, 24).repeat(24)[:, None]  # n 1, rising along the columns
-    down = resize_positions(ramp, 12 * 12, class_token=False).reshape(12, 12)
+    down = resize_positions(ramp, 12 * 12, prefix=0).reshape(12, 12)
     inner = (torch.arange(12) * 2 + 0.5)[1:-1] / 23
     assert torch.allclose(down[5, 1:-1], inner, atol=2e-3)
     flat = resize_positions(torch.full((5, 3), 2.0), 49)

@@ -12,7 +12,7 @@ from golden.formula import formula_weight, read_key_list
 from golden.published import write_published
 from medlore.errors import CheckpointError, InputError
 from medlore.models.segmenter.bundle import load_segmenter
-from medlore.models.segmenter.text import TextEncoder, padded, prompt_ids, read_text_encoder, read_wordpieces
+from medlore.models.segmenter.text import LORKD_TOKENS, TextEncoder, padded, prompt_ids, read_text_encoder, read_wordpieces
 
 WORDS = ["left", "kid", "##ney", "liver", "white", "matter", "(", ")", "c", "##1"]
 # MPNet's list: four marks, then BERT's list, then <mask>; [UNK], [CLS] and [SEP] land at 104, 105, 106.
@@ -134,6 +134,7 @@ def test_embeddings_are_pooled_projected_and_shifted_by_modality(text_file: Path
         num_attention_heads=4,
         intermediate_size=4 * WIDTH,
         max_position_embeddings=514,
+        layer_norm_eps=1e-5,
     )
     tower = MPNetModel(config).eval()
     prefix = "module.text_tower.biolord."
@@ -154,6 +155,50 @@ def test_embeddings_are_pooled_projected_and_shifted_by_modality(text_file: Path
             expected = torch.stack([by_hand(label, row) for label in labels])
             torch.testing.assert_close(encoder.embed(labels, modality), expected, atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(encoder.embed(labels, modality, batch_size=2), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_epsilon_of_the_norms_is_that_of_mpnet(text_state: dict[str, Tensor], vocab: Path, tmp_path: Path) -> None:
+    """1e-5, as in the configuration of BioLORD; transformers' default (1e-12) shows where the words' vectors are small."""
+    from transformers import MPNetConfig, MPNetModel
+
+    small = {n: w * 1e-3 if "embeddings.weight" in n and "modality" not in n else w for n, w in text_state.items()}
+    encoder = read_text_encoder(write_published(tmp_path / "small.pth", small), tokenizer=vocab)
+    sizes = {"vocab_size": len(MPNET_LIST), "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4}
+    prefix = "module.text_tower.biolord."
+    hidden = {}
+    ids = torch.tensor([[105, 111, 106]])
+    for epsilon in (1e-5, 1e-12):
+        tower = MPNetModel(MPNetConfig(**sizes, intermediate_size=4 * WIDTH, max_position_embeddings=514, layer_norm_eps=epsilon)).eval()
+        tower.load_state_dict({n.removeprefix(prefix): w for n, w in small.items() if n.startswith(prefix)}, strict=False)
+        with torch.no_grad():
+            hidden[epsilon] = tower(input_ids=ids).last_hidden_state
+    with torch.no_grad():
+        ours = encoder.tower(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(ours, hidden[1e-5], atol=1e-6, rtol=1e-6)
+    assert (ours - hidden[1e-12]).abs().max() > 1e-2
+
+
+def test_prompts_are_cut_where_each_model_cuts_them(text_file: Path, vocab: Path) -> None:
+    long = " ".join(["liver"] * 200)
+    encoder = read_text_encoder(text_file, tokenizer=vocab)
+    assert encoder.max_tokens == 256
+    whole = encoder.embed([long], "ct")
+    assert torch.equal(whole, encoder.embed([" ".join(["liver"] * 254)], "ct")) is False
+    encoder.max_tokens = LORKD_TOKENS
+    cut = encoder.embed([long], "ct")
+    assert torch.equal(cut, encoder.embed([" ".join(["liver"] * 62)], "ct"))
+    assert not torch.allclose(cut, whole)
+    assert prompt_ids(range(1000, 1300), most=64) == [105, *range(1000, 1062), 106]
+
+
+@pytest.mark.parametrize("name", ["module.projection_layer.0.weight", "module.text_tower.biolord.encoder.layer.1.output.dense.bias"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_refused(text_state: dict[str, Tensor], tmp_path: Path, name: str, value: float) -> None:
+    broken = {n: w.clone() for n, w in text_state.items()}
+    broken[name].view(-1)[3] = value
+    with pytest.raises(CheckpointError, match="not finite") as caught:
+        read_text_encoder(write_published(tmp_path / "broken.pth", broken))
+    assert len(caught.value.faults) == 1
 
 
 def test_file_parts_of_pretraining_are_dropped(text_state: dict[str, Tensor], tmp_path: Path) -> None:

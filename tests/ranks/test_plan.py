@@ -158,7 +158,7 @@ def test_a_plan_survives_its_file(tmp_path: Path) -> None:
     plan = medlore.plan_ranks(timm_of(vit()), granularity="fused", alpha="rslora*4", budget="uniform:3")
     path = plan.save(tmp_path / "deep" / "plan.json")
     assert RankPlan.load(path) == plan
-    assert json.loads(path.read_text())["schema"] == "medlore/rank-plan/1"
+    assert json.loads(path.read_text())["schema"] == "medlore/rank-plan/2"
     assert [p.name for p in path.parent.iterdir()] == ["plan.json"]
 
 
@@ -182,7 +182,7 @@ def test_all_faults_of_a_plan_file_at_once(tmp_path: Path) -> None:
         RankPlan.load(path)
 
 
-@pytest.mark.parametrize("text", ["[]", '{"schema": "medlore/rank-plan/2"}', "{", '{"layers": []}'])
+@pytest.mark.parametrize("text", ["[]", '{"schema": "medlore/rank-plan/3"}', "{", '{"layers": []}'])
 def test_files_that_are_no_plans(tmp_path: Path, text: str) -> None:
     path = tmp_path / "plan.json"
     path.write_text(text)

@@ -11,7 +11,10 @@ import torch
 
 from medlore.errors import InputError
 from medlore.files import read_json, write_text
-from medlore.runs.settings import Run, Settings, choose_device, read_settings, seed_everything
+from medlore.runs.hardware import choose_device, seed_everything
+from medlore.runs.report import Run
+from medlore.runs.settings import Settings
+from medlore.runs.settings_file import read_settings
 
 
 class Example(Settings):

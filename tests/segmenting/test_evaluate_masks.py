@@ -10,6 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from medlore.cli import main
 from medlore.data.volumes.nifti import Volume, header_for, write_nifti
 from medlore.errors import InputError, StepError
 from medlore.segmenting.evaluate import evaluate_masks
@@ -135,7 +136,7 @@ def test_every_layout_of_reference_masks_is_read(cohort: Path) -> None:
 
 
 def test_json_is_one_object(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    evaluate_masks(cohort / "pred", cohort / "cases.jsonl", as_json=True)
+    assert main(["evaluate", "--pred", str(cohort / "pred"), "--truth", str(cohort / "cases.jsonl"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["mean"]["dice"] == pytest.approx(0.725)
 
 

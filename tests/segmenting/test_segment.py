@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from medlore.errors import DataError, InputError, UnknownNameError
-from medlore.runs.settings import read_settings
+from medlore.runs.settings_file import read_settings
 from medlore.segmenting.cohort import SegmentSettings, load_model, plan_cases, segment_cases
 from medlore.segmenting.labels import facts_of_bundle, facts_of_pack, route_labels
 from medlore.segmenting.plan import CasePlan, NetworkSize, WindowRules, plan_case
@@ -230,6 +230,11 @@ def test_a_cohort_goes_on_after_bad_cases_and_resumes(pack: Path, tmp_path: Path
     assert not list(out.glob(".part-*"))
 
 
+def finished_cases(out: Path) -> list[Path]:
+    """Folders that stand under their own name: a `*` also matches the hidden ones that are being made."""
+    return [file.parent for file in out.glob("[!.]*/case.json")]
+
+
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_run_leaves_whole_files_only(pack: Path, tmp_path: Path, kind: signal.Signals) -> None:
     for name in "abc":
@@ -239,7 +244,7 @@ def test_a_killed_run_leaves_whole_files_only(pack: Path, tmp_path: Path, kind: 
     command = [sys.executable, "-m", "medlore", "segment", str(cases), "--model", str(pack), "--out", str(out), "--no-amp", "--no-picture"]
     run = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 120
-    while run.poll() is None and not list(out.glob("*/case.json")) and time.monotonic() < deadline:
+    while run.poll() is None and not finished_cases(out) and time.monotonic() < deadline:
         time.sleep(0.02)
     run.send_signal(kind)
     status = run.wait(60)
@@ -471,7 +476,7 @@ def test_workers_end_with_their_run(pack: Path, tmp_path: Path, kind: signal.Sig
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment, start_new_session=True)
     deadline = time.monotonic() + 120
-    while run.poll() is None and not list(out.glob("*/case.json")) and time.monotonic() < deadline:
+    while run.poll() is None and not finished_cases(out) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert run.poll() is None, "it was done before it could be stopped"
     run.send_signal(kind)

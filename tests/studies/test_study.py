@@ -14,7 +14,7 @@ from PIL import Image
 
 from medlore.data.images.imageset import ImageSet
 from medlore.errors import DataError, InputError, UnknownNameError
-from medlore.runs.settings import read_settings
+from medlore.runs.settings_file import read_settings
 from medlore.studies import worker
 from medlore.studies.cells import cells_of, chosen_cells, contenders_of
 from medlore.studies.faults import read_study
@@ -183,7 +183,7 @@ def test_a_cell_names_its_broken_images_before_it_trains(place: Path, tmp_path: 
     (tmp_path / "set" / "test" / "b" / "5.png").write_text("no image")
     monkeypatch.setattr(worker, "finetune", lambda *_args, **_parts: pytest.fail("it was trained"))
     study = read_settings(StudySettings, write_study(place))
-    cells = cells_of(study.model_copy(update={"data": (study.data[0].model_copy(update={"data": "set"}),)}))
+    cells = cells_of(study.changed(data=(study.data[0].changed(data="set"),)))
     found = work_on(cells[0], str(tmp_path), 0)
     assert found["state"] == "failed"
     assert all(f"set/test/{name}" in found["reason"] for name in ("a/2.png", "b/5.png"))

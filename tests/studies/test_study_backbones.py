@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tests.studies.test_study import TEXT, save_images, write_study
 
-from medlore.models.backbones.reading import store as backbone_store
+from medlore.models.backbones import store as backbone_store
 from medlore.models.backbones.store import BackboneStore
 from medlore.runs.workers import spread
 from medlore.studies import worker

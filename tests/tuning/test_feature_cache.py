@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from medlore.layers.tuning.interface import Tuning
-from medlore.layers.tuning.methods import Request, install_method
+from medlore.layers.tuning.interface import Request, Tuning
+from medlore.layers.tuning.methods import install_method
 from medlore.models.backbones.reading import load_backbone
 from medlore.training.accelerator import make_accelerator
 from medlore.training.watching import Watchers

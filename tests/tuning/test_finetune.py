@@ -24,7 +24,7 @@ from medlore.data.images.splits import SplitRules, hold_out, read_splits, split_
 from medlore.data.images.transforms import Preprocessing
 from medlore.errors import CheckpointError, DataError, InputError, MedloreError, StepError
 from medlore.files import read_json
-from medlore.runs.settings import check_settings
+from medlore.runs.settings_file import check_settings
 from medlore.training.watching import Watchers
 from medlore.tuning.evaluate import EvaluateSettings, evaluate
 from medlore.tuning.examples import image_examples
@@ -196,7 +196,7 @@ def test_nothing_is_written_without_a_folder(backbone: Path, tmp_path: Path, mon
 def test_the_same_seed_gives_the_same_bits(backbone: Path) -> None:
     settings = FinetuneSettings(**SR_LORA, model=str(backbone), partial_update="nested")
     first, again = (finetune(settings, train=striped()) for _ in range(2))
-    other = finetune(settings.model_copy(update={"seed": 1}), train=striped())
+    other = finetune(settings.changed(seed=1), train=striped())
     assert first.scores is not None
     assert np.array_equal(first.scores, again.scores)
     assert not np.array_equal(first.scores, other.scores)
@@ -247,7 +247,7 @@ def test_a_plan_file_is_used_and_one_for_other_weights_refused(run: tuple[Path, 
     assert finetune(settings, train=striped()).plan == result.plan
     stranger = write_backbone(tmp_path / "stranger", seed=9)
     with pytest.raises(MedloreError, match="hold other weights"):
-        finetune(settings.model_copy(update={"model": str(stranger)}), train=striped())
+        finetune(settings.changed(model=str(stranger)), train=striped())
 
 
 KILLED = """
@@ -263,7 +263,11 @@ finetune(settings, Path(sys.argv[2]), train=striped())
 def test_a_killed_run_resumes_to_the_same_bits(backbone: Path, tmp_path: Path) -> None:
     settings = FinetuneSettings(**{**SR_LORA, "epochs": 40}, model=str(backbone), partial_update="nested", dropout=0.1)
     out, root = tmp_path / "killed", Path(__file__).resolve().parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root / "tests"), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(root / "src"), str(root / "tests")]),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
     child = subprocess.Popen([sys.executable, "-c", KILLED, settings.model_dump_json(), str(out)], env=environment, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 240
     while not (out / "checkpoint.pt").exists() and child.poll() is None and time.monotonic() < deadline:
@@ -479,7 +483,7 @@ def test_patients_that_nobody_names_cannot_be_drawn(backbone: Path) -> None:
     settings = FinetuneSettings(**FAST, model=str(backbone), per="group")
     with pytest.raises(InputError, match="no image has a patient or study"):
         finetune(settings, train=striped())
-    assert finetune(settings.model_copy(update={"epochs": 1}), train=striped(groups=True)).report["data"]["train"]["images"] == 24
+    assert finetune(settings.changed(epochs=1), train=striped(groups=True)).report["data"]["train"]["images"] == 24
 
 
 @pytest.fixture
@@ -534,7 +538,7 @@ def test_resuming_says_so_when_there_is_nothing_to_resume(backbone: Path, tmp_pa
     with pytest.raises(InputError, match="--resume: no output folder"):
         finetune(settings, train=striped(), resume=True)
     with pytest.raises(InputError, match="--resume: given with --no-checkpoints"):
-        finetune(settings.model_copy(update={"checkpoints": False}), tmp_path, train=striped(), resume=True)
+        finetune(settings.changed(checkpoints=False), tmp_path, train=striped(), resume=True)
 
 
 def test_the_bar_goes_on_where_an_earlier_run_stopped() -> None:

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from medlore.errors import DataError, TargetError
-from medlore.layers.tuning.methods import METHODS
 from medlore.models.backbones.reading import load_backbone
 from medlore.tuning.finetune import FinetuneResult, FinetuneSettings, choose_plan, finetune
 from medlore.tuning.tuned import load_tuned
@@ -64,7 +63,7 @@ def test_component_masks_reach_the_run(vit: Path, tmp_path: Path) -> None:
 def test_an_equal_rank_is_equal_in_parameters(vit: Path) -> None:
     settings = [FinetuneSettings(model=str(vit), method=m, rank="equal", scale=0.2, mini_loras=2) for m in ("lora", "melora")]
     backbone = load_backbone(vit, classes=3)
-    lora, melora = (choose_plan(s, backbone, METHODS[s.method]) for s in settings)
+    lora, melora = (choose_plan(s, backbone) for s in settings)
     assert lora is not None
     assert melora is not None
     assert {layer.rank for layer in melora.layers} == {2 * layer.rank for layer in lora.layers}

@@ -110,7 +110,7 @@ def test_both_doors_refuse(door: Any) -> None:
     ],
 )
 def test_values_that_mean_nothing(values: dict[str, Any], message: str) -> None:
-    from medlore.runs.settings import check_settings
+    from medlore.runs.settings_file import check_settings
 
     with pytest.raises(InputError, match=message):
         check_settings(FinetuneSettings, values, where="run.yaml")

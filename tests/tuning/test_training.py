@@ -11,18 +11,12 @@ import torch
 from torch import nn
 
 from medlore.errors import CheckpointError, StepError
-from medlore.layers.tuning.methods import Tuning
+from medlore.layers.tuning.interface import Tuning
 from medlore.training.accelerator import make_accelerator
-from medlore.tuning.training import (
-    Examples,
-    Schedule,
-    Trainer,
-    _seed_of,
-    learning_rate_at,
-    loss_of,
-    predict_logits,
-    read_checkpoint,
-)
+from medlore.training.checkpoint import read_checkpoint
+from medlore.training.task import seed_of
+from medlore.training.watching import Watcher
+from medlore.tuning.training import Examples, Schedule, Trainer, loss_of, predict_logits
 
 # sr-lora reference, section 10.5: base 1e-3, 100 steps
 GOLDEN_RATES = {
@@ -34,9 +28,9 @@ GOLDEN_RATES = {
 
 @pytest.mark.parametrize(("low", "warmup"), list(GOLDEN_RATES))
 def test_learning_rates_are_the_published_ones(low: float, warmup: float) -> None:
-    schedule = Schedule(learning_rate=1e-3, min_learning_rate=low, warmup_fraction=warmup)
+    schedule = Schedule(epochs=10, learning_rate=1e-3, min_learning_rate=low, warmup_fraction=warmup).in_steps(10)
     for step, rate in GOLDEN_RATES[low, warmup].items():
-        assert learning_rate_at(step, 100, schedule) == pytest.approx(rate, rel=1e-7)
+        assert schedule.rate(step, schedule.steps) == pytest.approx(rate, rel=1e-7)
 
 
 def test_losses() -> None:
@@ -47,7 +41,7 @@ def test_losses() -> None:
     assert float(loss_of(logits, targets, "multi")) == pytest.approx(each.mean())
 
 
-class Recorder:
+class Recorder(Watcher):
     """Remembers what a watcher is told; can pull the plug after an epoch."""
 
     def __init__(self, stop_after: int | None = None) -> None:
@@ -228,7 +222,7 @@ def test_clipping_and_decay_reach_the_optimizer() -> None:
 
 
 def test_every_epoch_and_process_has_its_own_draws() -> None:
-    assert len({_seed_of(0, epoch, rank) for epoch in range(5) for rank in range(3)}) == 15
+    assert len({seed_of(0, epoch, rank) for epoch in range(5) for rank in range(3)}) == 15
     orders: list[list[int]] = []
 
     def inputs(indices: np.ndarray, *, step: int | None) -> torch.Tensor:

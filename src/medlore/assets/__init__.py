@@ -16,7 +16,7 @@ def asset_path(name: str) -> Path:
     Raises:
         UnknownNameError: nothing of that name is shipped.
 
-    Example:
+    Examples:
         >>> asset_path("medlore:nothing-like-it")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         medlore.errors.UnknownNameError: ...

@@ -3,49 +3,57 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Literal
 
-import typer
+from medlore.commands.flags import Given, Output, command
+from medlore.runs.hardware import DeviceChoice
+from medlore.runs.settings import Settings, setting
 
-app = typer.Typer()
+_OVERRIDES, _SEGMENTERS, _RUN = "In place of the study's", "Studies of segmenters", "Run"
 
 
-@app.command()
-def decompose(
-    study: Path = typer.Argument(help="YAML file: tasks, teacher, student, ranks, losses; see docs/decompose.md."),
-    out: Path = typer.Option(..., "--out", help="Folder of the expert pack, the report and the checkpoints."),
-    steps: int | None = typer.Option(None, help="Optimiser steps of every student; overrides the study."),
-    seed: int | None = typer.Option(None, help="Overrides the study."),
-    device: str | None = typer.Option(None, help="auto, cpu, cuda or mps; overrides the study."),
-    only: str | None = typer.Option(
-        None, help="Of a segmenter's study: `teacher` trains the teacher alone; the same command without it goes on."
-    ),
-    add_expert: str | None = typer.Option(
-        None, "--add-expert", help="Of a segmenter's study: train an expert of this region and add it to --pack; all else stays as it is."
-    ),
-    pack: Path | None = typer.Option(None, "--pack", help="With --add-expert: the pack that gets the expert; default OUT/pack."),
-    dry_run: bool = typer.Option(False, "--dry-run", help="Read everything, print sizes, ranks and shares; train nothing."),
-    as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
-) -> None:
+class DecomposeCall(Settings):
+    """A study, and what of it is overridden."""
+
+    study: Path = setting(..., "YAML file: tasks, teacher, student, ranks, losses; see docs/decompose.md.", argument="STUDY")
+    out: Path = setting(..., "Folder of the expert pack, the report and the checkpoints.", group=_RUN)
+    steps: int | None = setting(None, "Optimiser steps of every student.", group=_OVERRIDES, ge=1)
+    seed: int | None = setting(None, "Of everything that is drawn.", group=_OVERRIDES, ge=0)
+    device: DeviceChoice | None = setting(None, "Where it runs.", group=_OVERRIDES)
+    only: Literal["teacher"] | None = setting(
+        None, "`teacher` trains the teacher alone; the same command without it goes on.", group=_SEGMENTERS
+    )
+    add_expert: str | None = setting(
+        None, "Train an expert of this region and add it to --pack; all else stays as it is.", group=_SEGMENTERS
+    )
+    pack: Path | None = setting(None, "With --add-expert: the pack that gets the expert; default OUT/pack.", group=_SEGMENTERS)
+    dry_run: bool = setting(False, "Read everything, print sizes, ranks and shares; train nothing.", group=_RUN)
+
+    def overrides(self) -> dict[str, Any]:
+        """What is said in place of the study's own settings."""
+        return {"steps": self.steps, "seed": self.seed, "device": self.device}
+
+
+def decompose(given: Given) -> None:
     """Split a model into one light shared backbone and a low-rank expert per task, beside the networks it has to beat."""
+    call, output = given.read(DecomposeCall, Output)
     from medlore.decomposing.kinds import is_segmentation_study
-    from medlore.errors import UnknownNameError
 
-    if is_segmentation_study(study):
-        from medlore.commands.screens import decomposing_segmenters as screen
+    how: dict[str, Any] = {"as_json": output.as_json, **call.overrides()}
+    if not is_segmentation_study(call.study):
+        _refuse({"--only": call.only, "--add-expert": call.add_expert, "--pack": call.pack}, "a segmenter's study (kind: segmenter)")
+        from medlore.commands.screens.decomposing_classifiers import run_on_screen
 
-        if only not in (None, "teacher"):
-            raise UnknownNameError("--only", only, ["teacher"], "leave it out for the whole study")
-        if add_expert is None:
-            _refuse({"--pack": pack}, "a run with --add-expert")
-            screen.run_on_screen(study, out, only=only, dry_run=dry_run, as_json=as_json, steps=steps, seed=seed, device=device)
-        else:
-            _refuse({"--only": only, "--dry-run": dry_run or None}, "a run without --add-expert")
-            screen.add_on_screen(study, out, region=add_expert, pack=pack, as_json=as_json, steps=steps, seed=seed, device=device)
+        run_on_screen(call.study, call.out, dry_run=call.dry_run, **how)
         return
-    _refuse({"--only": only, "--add-expert": add_expert, "--pack": pack}, "a segmenter's study (kind: segmenter)")
-    from medlore.commands.screens.decomposing_classifiers import run_on_screen
+    from medlore.commands.screens import decomposing_segmenters as screen
 
-    run_on_screen(study, out, dry_run=dry_run, as_json=as_json, steps=steps, seed=seed, device=device)
+    if call.add_expert is None:
+        _refuse({"--pack": call.pack}, "a run with --add-expert")
+        screen.run_on_screen(call.study, call.out, only=call.only, dry_run=call.dry_run, **how)
+    else:
+        _refuse({"--only": call.only, "--dry-run": call.dry_run or None}, "a run without --add-expert")
+        screen.add_on_screen(call.study, call.out, region=call.add_expert, pack=call.pack, **how)
 
 
 def _refuse(flags: dict[str, object], accepted: str) -> None:
@@ -55,3 +63,6 @@ def _refuse(flags: dict[str, object], accepted: str) -> None:
     given = [name for name, value in flags.items() if value is not None]
     if given:
         raise InputError(", ".join(given), "given here", accepted, "leave it out")
+
+
+app = command(decompose, DecomposeCall, Output)

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import typer
 
-app = typer.Typer()
+from medlore.commands.flags import Given, Output, command
+from medlore.runs.settings import Settings
 
 
-@app.command()
-def doctor(as_json: bool = typer.Option(False, "--json", help="Print one JSON object.")) -> None:
+def doctor(given: Given) -> None:
     """Check this machine: versions, devices, optional packages, a torchvision that does not fit, free disk."""
-    from medlore.inspecting.doctor import check_machine, print_findings
+    _, output = given.read(Settings, Output)
+    from medlore.commands.screens.doctor import print_findings
+    from medlore.inspecting.doctor import check_machine
 
     findings = check_machine()
-    print_findings(findings, as_json=as_json)
+    print_findings(findings, as_json=output.as_json)
     if any(f.state == "bad" for f in findings):
         raise typer.Exit(1)
+
+
+app = command(doctor, Output)

@@ -5,36 +5,47 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import typer
+from medlore.commands.flags import Given, Output, command
+from medlore.runs.settings import Settings, setting
 
-app = typer.Typer()
+_SEGMENTERS, _CLASSIFIERS = "Segmenters", "Classifiers"
 
 
-@app.command()
-def export(
-    source: Path = typer.Argument(help="Published file, pack, or text encoder.", show_default=False),
-    out: Path = typer.Option(..., "--out", help="Folder of the pack; for a text encoder the .safetensors file of the prompt table."),
-    expert: str | None = typer.Option(None, help="Write only this expert, merged: a plain network without factors."),
-    text: Path | None = typer.Option(None, help="Text encoder file that belongs to these weights; the whole vocabulary is embedded."),
-    tokenizer: Path | None = typer.Option(None, help="vocab.txt or tokenizer.json of BioLORD, MPNet or bert-base-uncased, or its folder."),
-    prompt_embeddings: Path | None = typer.Option(None, help="Ready table of prompts instead of a text encoder."),
-    lora_alpha: float | None = typer.Option(None, help="Alpha of a LoRKD file with equal ranks, which does not say it [16]."),
-    format: str | None = typer.Option(None, "--format", help="Of a classifier's expert: safetensors, onnx, torch-export or peft."),
-    as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
-) -> None:
+class ExportCall(Settings):
+    """What is written from what."""
+
+    source: Path = setting(..., "Published file, pack, or text encoder.", argument="SOURCE")
+    out: Path = setting(..., "Folder of the pack; for a text encoder the .safetensors file of the prompt table.")
+    expert: str | None = setting(None, "Write only this expert, merged: a plain network without factors.")
+    text: Path | None = setting(
+        None, "Text encoder file that belongs to these weights; the whole vocabulary is embedded.", group=_SEGMENTERS
+    )
+    tokenizer: Path | None = setting(
+        None, "vocab.txt or tokenizer.json of BioLORD, MPNet or bert-base-uncased, or its folder.", group=_SEGMENTERS
+    )
+    prompt_embeddings: Path | None = setting(None, "Ready table of prompts instead of a text encoder.", group=_SEGMENTERS)
+    lora_alpha: float | None = setting(
+        None, "Alpha of a LoRKD file with equal ranks, which does not say it; 16 unless given.", group=_SEGMENTERS
+    )
+    format: str | None = setting(None, "Of a classifier's expert: safetensors, onnx, torch-export or peft.", group=_CLASSIFIERS)
+
+
+def export(given: Given) -> None:
     """Write one merged expert of a pack as a plain network; convert a published SAT or LoRKD file into a pack with its prompts."""
-    from medlore.decomposing.classifiers.export import export_classifier, is_classifier_pack, print_classifier_export, required
+    call, output = given.read(ExportCall, Output)
+    from medlore.commands.screens import export as screen
+    from medlore.decomposing.classifiers.export import export_classifier, is_classifier_pack, required
     from medlore.segmenting.export import export as run
-    from medlore.segmenting.export import print_export
 
-    if is_classifier_pack(source):
-        flags = {"--text": text, "--tokenizer": tokenizer, "--prompt-embeddings": prompt_embeddings, "--lora-alpha": lora_alpha}
+    how = {name: getattr(call, name) for name in ("text", "tokenizer", "prompt_embeddings", "lora_alpha")}
+    if is_classifier_pack(call.source):
+        flags = {given.flags[name]: value for name, value in how.items()}
         _refuse(flags, "given for the pack of a classifier", "--expert and --format")
-        print_classifier_export(export_classifier(source, required(expert, "--expert"), format or "safetensors", out), as_json=as_json)
+        found = export_classifier(call.source, required(call.expert, "--expert"), call.format or "safetensors", call.out)
+        screen.print_classifier_export(found, as_json=output.as_json)
         return
-    _refuse({"--format": format}, "given for a segmenter", "no format: a segmenter is written as a pack of safetensors files")
-    summary = run(source, out, expert=expert, text=text, tokenizer=tokenizer, prompt_embeddings=prompt_embeddings, lora_alpha=lora_alpha)
-    print_export(summary, as_json=as_json)
+    _refuse({"--format": call.format}, "given for a segmenter", "no format: a segmenter is written as a pack of safetensors files")
+    screen.print_export(run(call.source, call.out, expert=call.expert, **how), as_json=output.as_json)
 
 
 def _refuse(flags: Mapping[str, object], came: str, accepted: str) -> None:
@@ -44,3 +55,6 @@ def _refuse(flags: Mapping[str, object], came: str, accepted: str) -> None:
     given = [name for name, value in flags.items() if value is not None]
     if given:
         raise InputError(", ".join(given), came, accepted, "leave it out")
+
+
+app = command(export, ExportCall, Output)

@@ -6,29 +6,39 @@ from pathlib import Path
 
 import typer
 
-app = typer.Typer()
+from medlore.commands.flags import Given, Output, command
+from medlore.runs.settings import Settings, setting
 
 
-@app.command()
-def info(
-    path: Path | None = typer.Argument(None, help="Weights (.pth, .safetensors), pack, plan, adapter, run, images.", show_default=False),
-    labels: bool = typer.Option(False, "--labels", help="List labels: of the vocabulary, or those that PATH has prompts for."),
-    modality: str | None = typer.Option(None, help="With --labels: ct, mri, us or pet."),
-    region: str | None = typer.Option(None, help="With --labels: abdomen, brain, 'head and neck', ..."),
-    lora_alpha: float | None = typer.Option(None, help="Alpha of a LoRKD file with equal ranks, which does not say it [16]."),
-    as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
-) -> None:
+class InfoCall(Settings):
+    """What is looked at."""
+
+    path: Path | None = setting(None, "Weights (.pth, .safetensors), pack, plan, adapter, run, images.", argument="PATH")
+    labels: bool = setting(False, "List labels: of the vocabulary, or those that PATH has prompts for.")
+    modality: str | None = setting(None, "With --labels: ct, mri, us or pet.")
+    region: str | None = setting(None, "With --labels: abdomen, brain, 'head and neck', ...")
+    lora_alpha: float | None = setting(None, "Alpha of a LoRKD file with equal ranks, which does not say it; 16 unless given.")
+
+
+def info(given: Given) -> None:
     """Say what a weights file, pack, plan, adapter, run or folder of images is; --labels lists what can be segmented."""
+    call, output = given.read(InfoCall, Output)
+    from medlore.commands.screens.info import print_facts
     from medlore.errors import InputError
-    from medlore.inspecting.files import count_faults, describe, describe_labels, print_facts
+    from medlore.inspecting.files import count_faults, describe, describe_labels
 
-    if not labels and (modality or region):
+    if not call.labels and (call.modality or call.region):
         raise InputError("--modality, --region", "given without --labels", "both choose among labels", "add --labels")
-    if not labels and path is None:
+    if not call.labels and call.path is None:
         raise InputError("PATH", "nothing given", "a file or folder, or --labels", "run `medlore info FILE` or `medlore info --labels`")
-    place = path or Path()
-    facts = describe_labels(modality=modality, region=region, pack=path) if labels else describe(place, lora_alpha=lora_alpha)
-    print_facts(facts, as_json=as_json)
+    if call.labels:
+        facts = describe_labels(modality=call.modality, region=call.region, pack=call.path)
+    else:
+        facts = describe(call.path or Path(), lora_alpha=call.lora_alpha)
+    print_facts(facts, as_json=output.as_json)
     if faults := count_faults(facts):
         typer.echo(f"{faults} of the above cannot be used as they are", err=True)
         raise typer.Exit(1)
+
+
+app = command(info, InfoCall, Output)

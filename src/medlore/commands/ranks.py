@@ -4,61 +4,69 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import typer
+from medlore.commands.flags import Given, Output, command
+from medlore.runs.settings import Settings, setting
 
-app = typer.Typer()
+_RULE, _WRITTEN = "Rule", "Written files"
 
 
-@app.command()
-def ranks(
-    source: str = typer.Argument(
-        help="A .safetensors, .bin, .pth, .pt or JAX .npz file, a transformers folder or hub name, or medlore:vit-mini."
-    ),
-    targets: str = typer.Option("attention", help="attention, attention+mlp, all-linear, conv, or a regular expression for module names."),
-    granularity: str = typer.Option("projection", help="projection: one stable rank for each of q, v, output; fused: one for q, k, v."),
-    rule: str = typer.Option("stable-rank", help="stable-rank, uniform:K, or given (with --ranks)."),
-    given: str | None = typer.Option(
-        None, "--ranks", help="Ranks from a file: nested (qkv, output) pairs, a plan, medlore:rank-lists/NAME."
-    ),
-    scale: float = typer.Option(1.0, help="Factor on the stable ranks."),
-    budget: str | None = typer.Option(None, help="Parameters for all factor pairs: 250000, 0.5M, 2% of the model, or uniform:8."),
-    alpha: str | None = typer.Option(None, help="rank*C (scaling C, the default with C 1), rslora*C, or a number C (scaling C / rank)."),
-    k: bool = typer.Option(False, "--k/--no-k", help="Adapt the key projections too."),
-    proof: bool = typer.Option(False, "--proof", help="Certify by proof in place of a failure probability below 1e-12."),
-    rounding: str = typer.Option("half-even", help="half-even, half-up, floor or ceil."),
-    min_rank: int = typer.Option(1, help="Smallest rank of a layer."),
-    max_rank: int | None = typer.Option(None, help="Largest rank of a layer."),
-    any_weights: bool = typer.Option(False, "--any-weights", help="Take a given plan although it was computed for other weights."),
-    out: Path | None = typer.Option(None, help="Write the plan: plan.json."),
-    plot: Path | None = typer.Option(None, help="Draw the ranks by depth: ranks.png."),
-    peft: Path | None = typer.Option(None, help="Write adapter_config.json for PEFT into this new folder."),
-    seed: int = typer.Option(0, help="Of the random start vectors; the ranks do not depend on it."),
-    as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
-) -> None:
+class RanksSettings(Settings):
+    """How ranks are chosen; the arguments of `plan_ranks`."""
+
+    source: str = setting(
+        ...,
+        "A .safetensors, .bin, .pth, .pt or JAX .npz file, a transformers folder or hub name, or medlore:vit-mini.",
+        argument="SOURCE",
+        path=True,
+    )
+    targets: str = setting(
+        "attention", "attention, attention+mlp, all-linear, conv, or a regular expression for module names.", group=_RULE
+    )
+    granularity: str = setting("projection", "projection: one stable rank for each of q, v, output; fused: one for q, k, v.", group=_RULE)
+    rule: str = setting("stable-rank", "stable-rank, uniform:K, or given (with --ranks).", group=_RULE)
+    ranks: str | None = setting(
+        None, "Ranks from a file: nested (qkv, output) pairs, a plan, medlore:rank-lists/NAME.", group=_RULE, path=True
+    )
+    scale: float = setting(1.0, "Factor on the stable ranks.", group=_RULE, allow_inf_nan=True)
+    budget: str | None = setting(None, "Parameters for all factor pairs: 250000, 0.5M, 2% of the model, or uniform:8.", group=_RULE)
+    alpha: str | None = setting(None, "rank*C (scaling C, the default with C 1), rslora*C, or a number C (scaling C / rank).", group=_RULE)
+    include_k: bool = setting(False, "Adapt the key projections too.", group=_RULE, flags=("--k",))
+    proof: bool = setting(False, "Certify by proof in place of a failure probability below 1e-12.", group=_RULE)
+    rounding: str = setting("half-even", "half-even, half-up, floor or ceil.", group=_RULE)
+    min_rank: int = setting(1, "Smallest rank of a layer.", group=_RULE)
+    max_rank: int | None = setting(None, "Largest rank of a layer.", group=_RULE)
+    any_weights: bool = setting(False, "Take a given plan although it was computed for other weights.", group=_RULE)
+    seed: int = setting(0, "Of the random start vectors; the ranks do not depend on it.", group=_RULE)
+
+
+class RanksOutput(Output):
+    """What is written."""
+
+    out: Path | None = setting(None, "Write the plan: plan.json.", group=_WRITTEN)
+    plot: Path | None = setting(None, "Draw the ranks by depth: ranks.png.", group=_WRITTEN)
+    peft: Path | None = setting(None, "Write adapter_config.json for PEFT into this new folder.", group=_WRITTEN)
+
+
+def ranks(given: Given) -> None:
     """Choose LoRA ranks for a model from its weights alone.
 
     A certified stable rank for every matrix, as a table, a plan file, a picture, a PEFT configuration.
     """
-    from medlore.inspecting.ranks import show_ranks
+    settings, output = given.read(RanksSettings, RanksOutput)
+    from medlore.commands.screens.answers import print_json
+    from medlore.commands.screens.ranks import print_plan, progress_bar
+    from medlore.inspecting.ranks import make_plan, summary
 
-    show_ranks(
-        source,
-        out=out,
-        plot=plot,
-        peft=peft,
-        as_json=as_json,
-        targets=targets,
-        granularity=granularity,
-        rule=rule,
-        ranks=given,
-        scale=scale,
-        budget=budget,
-        alpha=alpha,
-        include_k=k,
-        proof=proof,
-        rounding=rounding,
-        min_rank=min_rank,
-        max_rank=max_rank,
-        check=not any_weights,
-        seed=seed,
-    )
+    options = settings.flat()
+    check = not options.pop("any_weights")
+    with progress_bar() as advance:
+        plan, written = make_plan(
+            options.pop("source"), out=output.out, plot=output.plot, peft=output.peft, progress=advance, check=check, **options
+        )
+    if output.as_json:
+        print_json(summary(plan) | {"written": written})
+    else:
+        print_plan(plan, written)
+
+
+app = command(ranks, RanksSettings, RanksOutput)

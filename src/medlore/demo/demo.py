@@ -3,36 +3,22 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pydantic
-from rich.console import Console
-
 from medlore.data.images.digits import digits
-from medlore.demo.segmentation import SHIPPED, segment_template, why_left_out
+from medlore.demo.segmentation import segment_template, why_left_out
+from medlore.demo.settings import DemoSettings
 from medlore.demo.tuning import draw_scores, tune_contenders
 from medlore.inspecting.ranks import draw_profile
 from medlore.pages.view import view
 from medlore.ranks.allocate import plan_ranks
 from medlore.ranks.plan import RankPlan
-from medlore.runs.settings import Run, Settings, peak_memory_bytes
+from medlore.runs.report import Run, peak_memory_bytes
 from medlore.tuning.comparison import Cell, Standing, measure_of, standings
 from medlore.tuning.settings import FinetuneSettings
-
-
-class DemoSettings(Settings):
-    """What the demo does; the defaults take less than four minutes on two cores."""
-
-    model: str = "medlore:vit-mini"
-    segmenter: str = SHIPPED
-    shots: int = pydantic.Field(default=5, ge=1, le=50)
-    draws: int = pydantic.Field(default=3, ge=1)
-    epochs: int = pydantic.Field(default=12, ge=1)
-    batch_size: int = pydantic.Field(default=8, ge=1)
-    test_images: int = pydantic.Field(default=400, ge=50, le=1000)
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,30 +48,29 @@ class DemoResult:
     files: dict[str, Path] = field(default_factory=dict)
 
 
-def run_demo(settings: DemoSettings, out: str | Path, *, quiet: bool = False) -> DemoResult:
+def run_demo(settings: DemoSettings, out: str | Path, *, say: Callable[[str], None] = lambda _text: None) -> DemoResult:
     """Rank plan of the shipped model, three tuning methods on the same draws of digits, and the ICBM152 template by text prompts.
 
     Args:
         settings: draws, shots, length of training, and the segmenter. The default segmenter is left out where it is not
             installed, and the result says so.
         out: folder for `report.json`, `plan.json`, the pictures, the folder `template` with the masks, and `page.html`.
-        quiet: no progress on stderr.
+        say: hears of every step that is done.
 
     Raises:
         InputError: a segmenter was asked for that is not there.
         StepError: the folder cannot be written.
     """
     out, started = Path(out), time.perf_counter()
-    notes = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
     left_out = why_left_out(settings.segmenter)
     pool, test = digits(settings.test_images, seed=settings.seed)
     with Run("demo", out, settings=settings, seed=settings.seed, device="cpu") as run:
         plan = plan_ranks(settings.model)
         files = {"plan": plan.save(out / "plan.json"), "ranks": draw_profile(plan, out / "ranks.png")}
-        cells = tune_contenders(_tuning(settings), pool, test, shots=settings.shots, draws=settings.draws, notes=notes)
+        cells = tune_contenders(_tuning(settings), pool, test, shots=settings.shots, draws=settings.draws, say=say)
         table = standings(cells)
         files["digits"] = draw_scores(cells, table, out / "digits.png", measure=measure_of(test))
-        segmentation = {"left_out": left_out} if left_out else segment_template(settings.segmenter, out, notes=notes)
+        segmentation = {"left_out": left_out} if left_out else segment_template(settings.segmenter, out, say=say)
         if "folder" in segmentation:
             files["masks"] = out / segmentation["folder"]
         for name, path in files.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from medlore.assets import PREFIX, asset_path
 from medlore.data.volumes.geometry import Array
 from medlore.data.volumes.nifti import read_nifti
+from medlore.demo.settings import SHIPPED
 from medlore.demo.tissue_baseline import best_dice, kmeans_classes
 from medlore.errors import DataError, UnknownNameError
 from medlore.extras import require
@@ -19,11 +20,8 @@ from medlore.files import existing_file
 from medlore.metrics.masks import dice
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from medlore.segmenting.model import Segmentation, SegmentingModel
 
-SHIPPED = f"{PREFIX}seg-mini"
 FOLDER = "template"
 
 PROMPTS = (
@@ -67,14 +65,16 @@ def template_file(name: str = "MNI152_FILE_PATH") -> Path:
     return Path(path)
 
 
-def segment_template(segmenter: str, out: Path, *, prompts: tuple[str, ...] = PROMPTS, notes: Console) -> dict[str, Any]:
+def segment_template(
+    segmenter: str, out: Path, *, prompts: tuple[str, ...] = PROMPTS, say: Callable[[str], None] = lambda _text: None
+) -> dict[str, Any]:
     """Segment the template on its own grid, write the folder of the case, and measure what can be measured.
 
     Args:
         segmenter: a pack with prompts of the brain.
         out: the case is written to `out/template`.
         prompts: labels; those that the pack has no prompt for are left out and named.
-        notes: where progress is told.
+        say: hears of what begins and of what is done.
 
     Returns:
         For the report: pack, image, a row a label (volume, Dice against the tissue map, Dice of k-means), seconds.
@@ -91,13 +91,13 @@ def segment_template(segmenter: str, out: Path, *, prompts: tuple[str, ...] = PR
     model = load_model(SegmentSettings(model=segmenter, out=out, image=image, device="cpu"))
     labels, unknown = _known(model, prompts)
     volume = read_nifti(image)
-    notes.print(f"segmenting the ICBM152 template ({' x '.join(map(str, volume.shape))} voxels) by {len(labels)} prompts")
+    say(f"segmenting the ICBM152 template ({' x '.join(map(str, volume.shape))} voxels) by {len(labels)} prompts")
     result = model.segment(volume, labels, "mri")
     about = {"image": image.name, "model": {"name": model.bundle.name, "sha256": model.bundle.sha256}, "precision": model.precision}
     record = write_outputs(out / FOLDER, result, about=about)
     rows = _rows(record["labels"], result, volume.array)
     seconds = round(time.perf_counter() - started, 1)
-    notes.print(f"  {len(rows)} labels, {result.windows} windows  ({seconds:.0f} s)")
+    say(f"  {len(rows)} labels, {result.windows} windows  ({seconds:.0f} s)")
     return {
         "segmenter": segmenter,
         "model": about["model"],
@@ -127,10 +127,10 @@ def _known(model: SegmentingModel, prompts: tuple[str, ...]) -> tuple[list[str],
     return labels, [label for label in prompts if label not in labels]
 
 
-def _rows(told: list[Mapping[str, Any]], result: Segmentation, image: Array) -> list[dict[str, Any]]:
+def _rows(found: list[Mapping[str, Any]], result: Segmentation, image: Array) -> list[dict[str, Any]]:
     classes = kmeans_classes(image, image > 0)
     rows = []
-    for entry in told:
+    for entry in found:
         label, truth = str(entry["label"]), tissue_truth(str(entry["label"]))
         rows.append(
             {

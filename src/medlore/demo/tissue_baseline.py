@@ -30,7 +30,7 @@ def kmeans_classes(image: Array, inside: Array, *, classes: int = 3) -> Array:
     Raises:
         DataError: fewer different grey values than classes inside.
 
-    Example:
+    Examples:
         >>> image = np.array([0.0, 1.0, 1.1, 5.0, 5.2, 9.0])
         >>> kmeans_classes(image, image > 0).tolist()
         [0, 1, 1, 2, 2, 3]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-
-from rich.console import Console
 
 from medlore.data.images.imageset import ImageSet
 from medlore.extras import require
@@ -18,25 +16,27 @@ LABELS = {"sr-lora": "sr-lora", "lora": "lora, equal size", "linear-probe": "lin
 _COLOURS = {"sr-lora": "#d55e00", "lora": "#0072b2", "linear-probe": "#777777"}
 
 
-def tune_contenders(tuning: FinetuneSettings, pool: ImageSet, test: ImageSet, *, shots: int, draws: int, notes: Console) -> list[Cell]:
-    """All contenders on the same draws, with a line on `notes` for each.
+def tune_contenders(
+    tuning: FinetuneSettings, pool: ImageSet, test: ImageSet, *, shots: int, draws: int, say: Callable[[str], None]
+) -> list[Cell]:
+    """All contenders on the same draws, with a line for each.
 
     Args:
         tuning: model and training.
         pool: images to draw from.
         test: images that judge.
-        shots: labelled images a class.
+        shots: labelled images per class.
         draws: how many.
-        notes: where progress is told.
+        say: hears each line.
     """
     total = draws * len(CONTENDERS)
-    notes.print(f"tuning {len(CONTENDERS)} methods on {draws} draws of {shots} images a digit")
+    say(f"tuning {len(CONTENDERS)} methods on {draws} draws of {shots} images per digit")
     done: list[Cell] = []
 
     def watch(cell: Cell) -> None:
         done.append(cell)
         score = "not defined" if cell.score is None else f"{cell.score:.3f}"
-        notes.print(f"  {len(done)}/{total}  draw {cell.draw}  {cell.contender:<13} {score}  ({cell.seconds:.0f} s)")
+        say(f"  {len(done)}/{total}  draw {cell.draw}  {cell.contender:<13} {score}  ({cell.seconds:.0f} s)")
 
     return compare(CONTENDERS, tuning, pool=pool, test=test, shots=shots, draws=draws, watch=watch)
 

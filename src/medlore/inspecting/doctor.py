@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import platform
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
 from medlore.errors import InputError
 from medlore.extras import EXTRAS, is_installed
+from medlore.runs.hardware import cpu_has_bfloat16
 
 _MINIMUM = {"torch": (2, 8), "transformers": (5, 0), "peft": (0, 17), "numpy": (2, 0)}
 _FREE_DISK_GIB = 2.0
@@ -35,22 +35,6 @@ def check_machine() -> list[Finding]:
     """All findings, in reading order; imports torch, not torchvision."""
     checks: list[Callable[[], list[Finding]]] = [_python, _packages, _torchvision, _devices, _bfloat16, _extras, _disk]
     return [finding for check in checks for finding in check()]
-
-
-def print_findings(findings: list[Finding], *, as_json: bool) -> None:
-    """A table for people, or one JSON object `{"healthy": bool, "findings": [...]}`."""
-    if as_json:
-        healthy = all(f.state != "bad" for f in findings)
-        sys.stdout.write(json.dumps({"healthy": healthy, "findings": [asdict(f) for f in findings]}, indent=2) + "\n")
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    colours = {"ok": "green", "note": "yellow", "bad": "red"}
-    table = Table("check", "state", "seen", "what to do", box=None, pad_edge=False)
-    for f in findings:
-        table.add_row(f.name, f"[{colours[f.state]}]{f.state}[/]", f.seen, f.fix)
-    Console().print(table)
 
 
 def _python() -> list[Finding]:
@@ -100,15 +84,6 @@ def _bfloat16() -> list[Finding]:
     fast = cpu_has_bfloat16()
     seen = f"{torch.backends.cpu.get_cpu_capability()}: bf16 instructions {'found' if fast else 'not found'}"
     return [Finding("bf16 on CPU", "ok" if fast else "note", seen, "" if fast else "segment runs in fp32 on this processor")]
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 matrices in hardware (AVX512-BF16 or AMX; Arm: bf16)."""
-    flags = Path("/proc/cpuinfo")
-    if not flags.exists():
-        return False
-    words = set(flags.read_text(errors="replace").split())
-    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def _extras() -> list[Finding]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -86,47 +84,6 @@ def describe_labels(*, modality: str | None = None, region: str | None = None, p
         for (where, label), group in by_label.items()
     ]
     return {"kind": "labels", "count": len(rows), "pairs_with_modality": len(entries), "labels": rows}
-
-
-def print_facts(facts: Facts, *, as_json: bool) -> None:
-    """One JSON object, or lines and tables for people with notes on stderr."""
-    if as_json:
-        sys.stdout.write(json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
-        return
-    for note in facts.get("notes", ()):
-        sys.stderr.write(f"note: {note}\n")
-    for name, value in facts.items():
-        if name != "notes" and value not in (None, [], {}, ""):
-            _print_fact(name.replace("_", " "), value)
-
-
-def _print_fact(name: str, value: Any, *, indent: str = "") -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 200)
-    if isinstance(value, list) and value and isinstance(value[0], Mapping):
-        table = Table(*(str(column).replace("_", " ") for column in value[0]), box=None, pad_edge=False)
-        for row in value:
-            table.add_row(*(_plain(cell) for cell in row.values()))
-        console.print(table)
-    elif isinstance(value, Mapping):
-        console.print(f"{indent}{name}:", markup=False)
-        for key, item in value.items():
-            # Below the first level keys may be data (layer names, labels, files): they are shown as they are.
-            _print_fact(str(key), item, indent=indent + "  ")
-    else:
-        console.print(f"{indent}{name}: {_plain(value)}", markup=False)
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, list):
-        return ", ".join(_plain(v) for v in value)
-    return "" if value is None else str(value)
 
 
 def _describe_pack(path: Path, lora_alpha: float | None) -> Facts | None:

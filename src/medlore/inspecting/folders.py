@@ -10,7 +10,7 @@ from typing import Any
 from medlore.errors import CheckpointError, InputError, MedloreError
 from medlore.files import read_json, sha256_of
 from medlore.models.statefile import State
-from medlore.runs.settings import REPORT_SCHEMA
+from medlore.runs.report import REPORT_SCHEMA
 
 Facts = dict[str, Any]
 CONFIG_FILE = "config.json"
@@ -18,7 +18,6 @@ _SHOWN = (
     "hidden_size", "embed_dim", "num_hidden_layers", "depths", "num_attention_heads", "num_heads", "image_size", "patch_size",
     "num_channels", "window_size",
 )  # fmt: skip
-_FAMILIES = {"vit": "ViT", "dinov2": "DINOv2", "swin": "Swin"}
 
 
 def describe_network_folder(path: Path) -> Facts | None:
@@ -38,6 +37,7 @@ def describe_network_folder(path: Path) -> Facts | None:
 
 def describe_network_file(path: Path, state: State) -> Facts:
     """Weights that are no segmenter: the family of networks by their names, else what can be counted."""
+    from medlore.models.backbones.families import FAMILIES
     from medlore.models.backbones.keymaps import convert_state_dict, read_weights
 
     counted: Facts = {"parameters": sum(w.numel() for w in state.values()), "tensors": len(state)}
@@ -49,7 +49,7 @@ def describe_network_file(path: Path, state: State) -> Facts:
     else:
         try:
             found = convert_state_dict(read_weights(path), where=str(path))
-            family = _FAMILIES[found.model_type]
+            family = FAMILIES[found.model_type].caption
             told = {"kind": "image network", "architecture": family, "naming": found.naming, **_sizes(found.config), "notes": found.notes}
         except CheckpointError:  # no network can be built from it; its attention blocks may still be told
             if attention := _attention(shapes):

@@ -1,23 +1,16 @@
-"""`medlore ranks`: a rank plan as a table, a plot, a file, a PEFT configuration."""
+"""`medlore ranks`: a rank plan as a plot, a file, a PEFT configuration."""
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.measure import Measurement
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-
 from medlore.extras import require
-from medlore.files import atomic_path, json_text
+from medlore.files import atomic_path
 from medlore.ranks.allocate import plan_ranks
 from medlore.ranks.export import refuse_a_trained_adapter, write_peft_config
 from medlore.ranks.plan import PLAN_SCHEMA, RankPlan
@@ -27,23 +20,33 @@ _PART_NAMES = {"q": "query", "k": "key", "v": "value", "o": "output projection",
 _PART_COLOURS = {"q": "#0072b2", "k": "#999999", "v": "#d55e00", "o": "#009e73", "mlp": "#cc79a7", "conv": "#e69f00", "linear": "#56b4e9"}
 
 
-def show_ranks(source: str, *, out: Path | None, plot: Path | None, peft: Path | None, as_json: bool, **options: Any) -> RankPlan:
-    """Compute a plan, write what was asked for, and print it.
+def make_plan(
+    source: str,
+    *,
+    out: Path | None = None,
+    plot: Path | None = None,
+    peft: Path | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+    **options: Any,
+) -> tuple[RankPlan, dict[str, str]]:
+    """Compute a plan and write what was asked for.
 
     Args:
         source: what `plan_ranks` accepts.
         out: where the plan goes.
         plot: where the picture goes (`.png`, `.pdf`, `.svg`).
         peft: new folder for `adapter_config.json`.
-        as_json: print one JSON object in place of the table.
+        progress: hears of every matrix that is measured: how many are done, of how many, its name.
         options: further arguments of `plan_ranks`.
+
+    Returns:
+        The plan, and the written files by name.
     """
     if peft is not None:
         refuse_a_trained_adapter(peft)
-    with _progress() as advance:
-        plan = plan_ranks(source, progress=advance, **options)
+    plan = plan_ranks(source, progress=progress, **options)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what PEFT does to fused matrices is told below, in our own words
+        warnings.simplefilter("ignore")  # what PEFT does to fused matrices is said by the command in our own words
         config = None if peft is None else plan.to_lora_config()  # a fault shows before anything is written
     written: dict[str, str] = {}
     if out is not None:
@@ -52,11 +55,7 @@ def show_ranks(source: str, *, out: Path | None, plot: Path | None, peft: Path |
         written["plot"] = str(draw_profile(plan, plot))
     if peft is not None and config is not None:
         written["peft"] = str(write_peft_config(config, peft))
-    if as_json:
-        sys.stdout.write(json_text(summary(plan) | {"written": written}) + "\n")
-    else:
-        print_plan(plan, written)
-    return plan
+    return plan, written
 
 
 def summary(plan: RankPlan) -> dict[str, Any]:
@@ -87,46 +86,6 @@ def cut_layers(plan: RankPlan) -> list[str]:
         return 0.0 if layer.stable_rank is None or plan.max_rank is not None else plan.scale * layer.stable_rank
 
     return [layer.name for layer in plan.layers if wished(layer) >= min(layer.shape) + 1]
-
-
-def print_plan(plan: RankPlan, written: dict[str, str]) -> None:
-    """The table to stdout; notes and written files to stderr."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("layer", "part", "shape", "measured", "stable rank", "rank", "alpha", "parameters", "decided by"):
-        table.add_column(title, justify="left" if title in ("layer", "part", "decided by") else "right", no_wrap=True)
-    for x in plan.layers:
-        measured = "" if x.measured_shape is None or x.measured_shape == x.shape else f"{x.measured_shape[0]}x{x.measured_shape[1]}"
-        value = "" if x.stable_rank is None else f"{x.stable_rank:.3f}"
-        shape = f"{x.shape[0]}x{x.shape[1]}"
-        table.add_row(x.name, x.part, shape, measured, value, str(x.rank), f"{x.alpha:g}", f"{x.parameters:,}", x.decided_by)
-    console = Console(soft_wrap=True)
-    console.width = max(console.width, Measurement.get(console, console.options.update_width(1000), table).maximum)
-    console.print(table)
-    console.print()
-    for line in _totals(plan):
-        console.print(line, highlight=False)
-    notes = Console(stderr=True, soft_wrap=True, highlight=False)
-    if cut := cut_layers(plan):
-        notes.print(f"note: {len(cut)} of {len(plan.layers)} layers have the smaller side of their matrix as rank: the rule asked for more")
-    for kind, path in written.items():
-        notes.print(f"{kind} written to {path}", markup=False)
-    if "peft" in written and any(layer.rows is not None for layer in plan.layers):
-        notes.print("q, k and v are one matrix here: with this file PEFT trains one factor pair over all three. To train q and v apart,")
-        notes.print("write the plan with --out and use medlore.get_peft_model(model, plan).")
-
-
-def _totals(plan: RankPlan) -> Iterator[str]:
-    share = f", {100 * plan.parameters / plan.model_parameters:.2f} % of {plan.model_parameters:,}" if plan.model_parameters else ""
-    yield f"{len(plan.layers)} factor pairs, {plan.parameters:,} parameters{share}"
-    yield f"the same parameters at one rank for all: {plan.uniform_rank:.1f}"
-    ways = ", ".join(f"{count} {how}" for how, count in Counter(x.decided_by for x in plan.layers).items())
-    chance = (
-        ""
-        if plan.proof or not {"lanczos", "cholesky"} & {x.decided_by for x in plan.layers}
-        else " (chance of a wrong integer below 1e-12 each; --proof for none)"
-    )
-    yield f"rule {plan.rule}, granularity {plan.granularity}, alpha {plan.alpha_rule}; decided: {ways}{chance}"
-    yield f"weights {(plan.sha256 or 'without values')[:16]} ({plan.layout} names)"
 
 
 def draw_profile(plan: RankPlan, path: str | Path) -> Path:
@@ -184,20 +143,3 @@ def _lines(plan: RankPlan, *, in_blocks: bool) -> list[_Line]:
         several = (part, number + 1) in points or number
         merged.setdefault((tuple(line), number + 1 if several else 0), []).append(part)
     return [_Line(line, tuple(parts), number) for (line, number), parts in merged.items()]
-
-
-@contextmanager
-def _progress() -> Iterator[Any]:
-    """A bar on stderr, where someone watches."""
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-        disable=not sys.stderr.isatty(),
-    )
-    with bar:
-        task = bar.add_task("measuring", total=None)
-        yield lambda done, of, _name: bar.update(task, completed=done, total=of)

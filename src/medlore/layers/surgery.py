@@ -39,9 +39,10 @@ def thaw_biases(model: nn.Module) -> None:
 def blocks_of(model: nn.Module) -> list[str]:
     """Names of the repeated blocks in depth order: members of a ModuleList that hold no longer ModuleList themselves.
 
-    Works for ViT, DINOv2, CLIP (layers), Swin (blocks of all stages) and ResNet (stages), whatever they are called.
+    Works for ViT, DINOv2, CLIP (layers), Swin, ConvNeXt (blocks of all stages) and ResNet (stages), whatever they are called. A list
+    of single layers (the norm and the convolution between two stages) is no list of blocks where there are larger ones.
 
-    Example:
+    Examples:
         >>> blocks_of(nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])}))
         ['layers.0', 'layers.1']
     """
@@ -52,7 +53,8 @@ def blocks_of(model: nn.Module) -> list[str]:
         for index, member in enumerate(module):
             if not any(isinstance(inner, nn.ModuleList) and len(inner) for inner in member.modules()):
                 names.append(f"{name}.{index}" if name else str(index))
-    return names
+    composed = [name for name in names if any(True for _ in model.get_submodule(name).children())]
+    return composed or names
 
 
 def thaw_last_blocks(model: nn.Module, count: int) -> list[str]:

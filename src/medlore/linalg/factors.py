@@ -29,7 +29,7 @@ def factor_shapes(weight_shape: Sequence[int], rank: int, layout: Layout = "chan
         The two shapes. Channel: (rank, in / groups, *kernel) and (out, rank, 1, ...). Interleaved, with k the first kernel side:
         (rank * k, in / groups * prod(kernel) / k) and (out * k, rank * k).
 
-    Example:
+    Examples:
         >>> factor_shapes((32, 16, 3, 3), 4)
         ((4, 16, 3, 3), (32, 4, 1, 1))
         >>> factor_shapes((32, 16, 3, 3, 3), 4, "interleaved")
@@ -64,7 +64,7 @@ def delta_weight(
     Raises:
         InputError: the factors do not multiply to that weight.
 
-    Example:
+    Examples:
         >>> import torch
         >>> A, B = torch.ones(2, 4, 3, 3), torch.ones(8, 2, 1, 1)
         >>> tuple(delta_weight(A, B, weight_shape=(8, 4, 3, 3), scaling=0.5).shape)
@@ -143,7 +143,7 @@ def truncate(lora_A: Tensor, lora_B: Tensor, *, rank: int | None = None) -> tupl
     Raises:
         InputError: the rank is below 1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> A, B, error = truncate(torch.ones(3, 4), torch.ones(5, 3))
         >>> tuple(A.shape), tuple(B.shape), error < 1e-9

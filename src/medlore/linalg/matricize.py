@@ -53,7 +53,7 @@ def as_matrix(weight: Tensor) -> Tensor:
     Raises:
         InputError: the weight has fewer than two axes (biases and norm weights are no matrices).
 
-    Example:
+    Examples:
         >>> import torch
         >>> tuple(as_matrix(torch.zeros(8, 4, 3, 3)).shape)
         (8, 36)

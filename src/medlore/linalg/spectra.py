@@ -97,7 +97,7 @@ def stable_rank(
         TargetError: empty, not two-dimensional, all-zero, or holding NaN or infinity.
         InputError: `scale`, `rounding` or `tolerance` outside what is accepted.
 
-    Example:
+    Examples:
         >>> stable_rank(np.diag([4.0, 3.0, 2.0, 1.0])).value
         1.875
     """
@@ -106,6 +106,17 @@ def stable_rank(
     question = _Question(min(A.shape), rounding, scale, tolerance)
     with one_thread():
         return _answer(A, question, frobenius2, proof=proof, rng=np.random.default_rng(seed))
+
+
+def rounded_rank(value: float, *, most: int, rounding: Rounding = "half-even", scale: float = 1.0) -> int:
+    """The integer that a stable rank becomes, from 1 to `most`.
+
+    Examples:
+        >>> rounded_rank(2.5, most=8), rounded_rank(2.5, most=8, rounding="half-up")
+        (2, 3)
+    """
+    _check_options(rounding, scale, None)
+    return _Question(most, rounding, scale, None).rank(value)
 
 
 def spectral_norm(W: torch.Tensor | Array, *, tolerance: float = 1e-4, proof: bool = False, seed: int = 0) -> SpectralNorm:
@@ -123,7 +134,7 @@ def spectral_norm(W: torch.Tensor | Array, *, tolerance: float = 1e-4, proof: bo
     Raises:
         TargetError, InputError: as `stable_rank`.
 
-    Example:
+    Examples:
         >>> spectral_norm(np.diag([3.0, 1.0])).value
         3.0
     """
@@ -140,7 +151,7 @@ def effective_rank(W: torch.Tensor | Array) -> float:
 
     Source: Roy and Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007.
 
-    Example:
+    Examples:
         >>> round(effective_rank(np.eye(3)), 6)
         3.0
     """

@@ -62,7 +62,7 @@ def classification_report(
         InputError: shapes that do not fit, or an unknown task.
         DataError: targets out of range, or scores that are not finite.
 
-    Example:
+    Examples:
         >>> report = classification_report([0, 0, 1], [[0.9, 0.1], [0.4, 0.6], [0.2, 0.8]], classes=("a", "b"), task="single")
         >>> round(report["metrics"]["accuracy"]["value"], 3), report["majority"]["class"]
         (0.667, 'a')

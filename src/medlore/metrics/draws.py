@@ -47,7 +47,7 @@ def mean_of_draws(values: Sequence[float]) -> DrawMean:
     Raises:
         InputError: no value, or values that are not finite.
 
-    Example:
+    Examples:
         >>> print(mean_of_draws([0.5, 0.6, 0.7]))
         0.600 (0.352 to 0.848)
     """
@@ -69,7 +69,7 @@ def mean_difference(values: Sequence[float], others: Sequence[float]) -> DrawMea
     Raises:
         InputError: different numbers of draws.
 
-    Example:
+    Examples:
         >>> print(mean_difference([0.50, 0.62, 0.70], [0.40, 0.50, 0.61]))
         0.103 (0.065 to 0.141)
     """

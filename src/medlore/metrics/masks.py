@@ -37,7 +37,7 @@ def dice(pred: Array, truth: Array) -> float:
     Raises:
         InputError: shapes that differ.
 
-    Example:
+    Examples:
         >>> a = np.zeros((20, 20, 10), bool); a[:10] = True
         >>> dice(a, np.roll(a, 1, axis=0))
         0.9

@@ -38,7 +38,7 @@ def mean_ranks(scores: Sequence[Sequence[float]]) -> MeanRanks:
     Raises:
         InputError: fewer than two blocks or two methods, or a score that is not finite.
 
-    Example:
+    Examples:
         >>> found = mean_ranks([[0.9, 0.5, 0.7], [0.8, 0.4, 0.6], [0.7, 0.6, 0.5]])
         >>> [round(rank, 3) for rank in found.ranks], round(found.critical_difference, 3)
         ([1.0, 2.667, 2.333], 1.914)

@@ -32,6 +32,7 @@ from medlore.models.statefile import read_state
 
 KIND = "classifier"
 _FILE = "experts/{}.safetensors"
+_LARGEST_IMAGE = 2048  # pixels a side, as in the settings of a study
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -165,10 +166,11 @@ def load_classifier_pack(path: str | Path) -> ClassifierPack:
     folder = asset_path(str(path)) if str(path).startswith(PREFIX) else Path(path)
     manifest = read_classifier_manifest(folder)
     experts = {name: _entry_from(name, values) for name, values in manifest["experts"].items()}
-    network = _rebuild(manifest, experts)
     state: dict[str, Tensor] = {}
     for file in manifest["files"]:
         state.update({k: v.float() if v.dtype == torch.float16 else v for k, v in read_state(folder / file).items()})
+    _refuse_sizes(experts, state, str(folder / packs.MANIFEST))
+    network = _rebuild(manifest, experts)
     _load_strictly(network, state, str(folder))
     return ClassifierPack(manifest, network.eval(), experts)
 
@@ -208,7 +210,7 @@ def _student_faults(student: Mapping[str, Any]) -> list[str]:
 
 def _preprocessing_faults(values: Mapping[str, Any]) -> list[str]:
     size = values.get("image_size")
-    faults = [] if type(size) is int and size >= 1 else [f"preprocessing.image_size: {size!r}"]
+    faults = [] if type(size) is int and 1 <= size <= _LARGEST_IMAGE else [f"preprocessing.image_size: {size!r}"]
     for name in ("mean", "std"):
         found = values.get(name)
         if not isinstance(found, list) or len(found) != 3 or not all(isinstance(v, int | float) for v in found):
@@ -232,6 +234,17 @@ def _expert_faults(name: str, entry: Any) -> list[str]:
     faults += [] if isinstance(entry.get("metrics"), dict) else [f"experts.{name}.metrics: not a mapping"]
     faults += [] if isinstance(entry.get("licence"), str) else [f"experts.{name}.licence: {entry.get('licence')!r}"]
     return faults
+
+
+def _refuse_sizes(experts: Mapping[str, ExpertEntry], state: Mapping[str, Tensor], where: str) -> None:
+    """Ranks and classes beyond the number of values are known to be wrong before anything of their size is made."""
+    values = sum(tensor.numel() for tensor in state.values())
+    faults = [f"experts.{e.name}.ranks.{layer}: {rank}" for e in experts.values() for layer, rank in e.ranks.items() if rank > values]
+    faults += [f"experts.{e.name}.classes: {len(e.classes)}" for e in experts.values() if len(e.classes) > values]
+    faults += [f"{name}: not finite" for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
+    if faults:
+        came = f"{len(faults)} entries that {values} values cannot have, or values that are not finite"
+        raise CheckpointError(where, came, "what `medlore decompose` writes", "fetch the pack anew", faults=faults)
 
 
 def _rebuild(manifest: Mapping[str, Any], experts: Mapping[str, ExpertEntry]) -> MultiTaskNetwork:

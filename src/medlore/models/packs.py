@@ -22,14 +22,14 @@ from torch import Tensor
 
 from medlore.errors import CheckpointError, DataError, UnknownNameError
 from medlore.files import atomic_folder, read_json, sha256_of, write_json
+from medlore.models import pack_names
 from medlore.models.segmenter.manifest import segmenter_faults
 from medlore.models.statefile import State, read_state
 
-MANIFEST = "manifest.json"
+MANIFEST, BASE = pack_names.MANIFEST, pack_names.BASE
 _FAMILY = "medlore/expert-pack/"
 OLDEST, FORMAT = 1, 2
 SCHEMA = f"{_FAMILY}{FORMAT}"
-BASE = "base.safetensors"
 OLDER_FIX = "make it again with the study (`medlore decompose`), or export the published file again"
 
 _NEEDED: dict[str, dict[str, type]] = {

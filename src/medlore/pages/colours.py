@@ -8,7 +8,7 @@ import colorsys
 def label_colour(index: int) -> tuple[int, int, int]:
     """A colour for the label with value `index + 1`; neighbours differ.
 
-    Example:
+    Examples:
         >>> label_colour(0)
         (242, 61, 61)
     """

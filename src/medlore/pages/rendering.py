@@ -37,13 +37,14 @@ def page_html(page: Page) -> str:
     sections = [section for section in page.sections if section.pieces]
     viewer = any(isinstance(piece, Slices) for section in sections for piece in section.pieces)
     style, scripts = _part("page.css"), [_part("tables.js"), *([_part("slices.js")] if viewer else [])]
-    return _template().render(
+    text: str = _template().render(
         page=page,
         sections=sections,
         style=style,
         scripts=scripts,
         policy=_policy(style, scripts),
     )
+    return text
 
 
 def _policy(style: str, scripts: Sequence[str]) -> str:
@@ -95,7 +96,7 @@ def _json_inside(value: Any) -> str:
 def words(name: str) -> str:
     """A name of code as words.
 
-    Example:
+    Examples:
         >>> words("balanced_accuracy")
         'balanced accuracy'
     """
@@ -111,7 +112,7 @@ def anchor(section: Section, number: int) -> str:
 def cell_text(value: Cell, *, places: int | None = None) -> str:
     """A value as a reader sees it.
 
-    Example:
+    Examples:
         >>> cell_text(131072), cell_text(0.87654321), cell_text(Interval(0.5, 0.4, 0.61)), cell_text(None)
         ('131,072', '0.8765', '0.500 (0.400 to 0.610)', '–')
     """

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from medlore.errors import CheckpointError, InputError, MedloreError, TargetError
-from medlore.linalg.spectra import Rounding, StableRank, stable_rank
-from medlore.ranks.plan import Granularity, RankPlan, is_plan_file, plan_digest
+from medlore.errors import InputError, MedloreError, TargetError
+from medlore.linalg.spectra import Rounding
+from medlore.ranks.measure import Granularity, Measured, Options, Progress, measure
+from medlore.ranks.model_folders import meta_model
+from medlore.ranks.places import Target, Tower
+from medlore.ranks.plan import RankPlan, found_in, is_plan_file, plan_digest
 from medlore.ranks.planned import PlannedLayer, digest, matrix_of
-from medlore.ranks.rules import alpha_rule, given_ranks, rank_bounds, read_budget, share_budget
+from medlore.ranks.rule_table import GivenRanks, LayerDemand, layer_rule
+from medlore.ranks.rules import alpha_rule
 from medlore.ranks.sources import ModuleSource, WeightSource, open_source
-from medlore.ranks.targets import Attention, Found, Target, find_targets
-
-Progress = Callable[[int, int, str], None]
-
-_BUDGET_TOLERANCE = 1e-6
 
 
 def plan_ranks(  # noqa: PLR0913 - every option is one decision that the plan records
@@ -30,7 +27,7 @@ def plan_ranks(  # noqa: PLR0913 - every option is one decision that the plan re
     targets: str = "attention",
     granularity: Granularity = "projection",
     rule: str = "stable-rank",
-    ranks: str | Path | Sequence[Any] | Mapping[str, int] | None = None,
+    ranks: GivenRanks | None = None,
     scale: float = 1.0,
     budget: str | float | None = None,
     alpha: str | float | None = None,
@@ -41,6 +38,7 @@ def plan_ranks(  # noqa: PLR0913 - every option is one decision that the plan re
     proof: bool = False,
     seed: int = 0,
     check: bool = True,
+    tower: Tower = "auto",
     progress: Progress | None = None,
 ) -> RankPlan:
     """Ranks for the low-rank updates of a model, from its weights alone: no data, no search.
@@ -52,7 +50,7 @@ def plan_ranks(  # noqa: PLR0913 - every option is one decision that the plan re
             matches whole module names.
         granularity: `projection` measures each of q, v and o; `fused` measures the stacked q, k, v matrix and gives its rank to
             q and to v, as the released code of the paper does.
-        rule: `stable-rank`, `uniform:K`, or `given` (with `ranks`).
+        rule: `stable-rank`, `uniform:K`, or `given` (with `ranks`); the table is `medlore.ranks.rule_table.RULES`.
         ranks: ranks that are given: a nested list of pairs, a mapping of names, a file with either, `medlore:rank-lists/NAME`, or
             a plan file, whose targets and alphas are taken over too.
         scale: factor on the stable rank before rounding.
@@ -67,6 +65,7 @@ def plan_ranks(  # noqa: PLR0913 - every option is one decision that the plan re
         proof: certify by a proof in place of a failure probability below 1e-12.
         seed: of the random start vectors; the ranks do not depend on it.
         check: refuse a given plan that was computed for other weights.
+        tower: which half of an image-text model counts: `vision`, `text`, `both`; `auto` takes the image half where there are two.
         progress: called as `progress(done, of, name)` after each matrix.
 
     Returns:
@@ -98,25 +97,28 @@ def plan_ranks(  # noqa: PLR0913 - every option is one decision that the plan re
         _refuse_beside_a_plan(str(ranks), asked)
         return _with_module_names(_taken_over(given, opened, alpha), opened)
     alpha = "rank" if alpha is None else alpha
-    options = _Options(granularity, _checked_rule(rule, ranks, budget), scale, alpha, include_k, min_rank, max_rank, rounding, proof, seed)
+    text, chosen_rule, number = layer_rule(rule, given=ranks is not None, budget=budget is not None)
+    options = Options(granularity, chosen_rule.measures, scale, alpha, min_rank, max_rank, rounding, proof, seed)
     try:
-        found = find_targets(opened.shapes, targets, include_k=include_k, kinds=opened.kinds)
+        found = found_in(opened, targets, include_k=include_k, tower=tower)
     except MedloreError as error:
         raise error.at(opened.label) from None
-    measured = _measure(opened, found, options, exact_values=budget is not None, progress=progress)
-    chosen, decided, budget_text = _choose(found.targets, measured, options, ranks=ranks, budget=budget, parameters=opened.parameters)
+    measured = measure(opened, found, options, exact_values=budget is not None, progress=progress)
+    results = [m.result for m in measured if m.result is not None]
+    assert chosen_rule.layers is not None  # noqa: S101 - layer_rule gives no other
+    shared = chosen_rule.layers(LayerDemand(found.targets, results, number, ranks, budget, opened.parameters, min_rank, max_rank))
     plan = RankPlan(
         source=opened.label,
         layout=found.layout,
         targets=targets,
         granularity=granularity,
-        rule=options.rule,
-        layers=tuple(_planned(t, m, r, d, options.alpha) for t, m, r, d in zip(found.targets, measured, chosen, decided, strict=True)),
+        rule=text,
+        layers=tuple(_planned(*one, alpha) for one in zip(found.targets, measured, shared.ranks, shared.decided_by, strict=True)),
         sha256=plan_digest(m.sha256 for m in measured),
         include_k=include_k,
         rounding=rounding,
         scale=scale,
-        budget=budget_text,
+        budget=shared.budget,
         alpha_rule=str(alpha_rule(alpha)),
         min_rank=min_rank,
         max_rank=max_rank,
@@ -124,6 +126,8 @@ def plan_ranks(  # noqa: PLR0913 - every option is one decision that the plan re
         seed=seed,
         model_parameters=opened.parameters,
         blocks=len(found.attentions),
+        tower=tower,
+        coverage=found.coverage,
     )
     return _with_module_names(plan, opened)
 
@@ -140,74 +144,6 @@ def uniform_plan(plan: RankPlan, rank: int | None = None) -> RankPlan:
     return plan.with_ranks([min(wanted, *layer.shape) for layer in plan.layers], rule=f"uniform:{wanted}", decided_by="uniform")
 
 
-@dataclass(frozen=True)
-class _Options:
-    granularity: Granularity
-    rule: str
-    scale: float
-    alpha: str | float
-    include_k: bool
-    min_rank: int
-    max_rank: int | None
-    rounding: Rounding
-    proof: bool
-    seed: int
-
-    def __post_init__(self) -> None:
-        if self.granularity not in ("projection", "fused"):
-            raise InputError("--granularity", f"{self.granularity!r}", "projection or fused", "take projection, as in the paper")
-        if self.min_rank < 1 or (self.max_rank is not None and self.max_rank < self.min_rank):
-            raise InputError(
-                "--min-rank and --max-rank", f"{self.min_rank} and {self.max_rank}", "1 <= minimum <= maximum", "correct the bounds"
-            )
-        alpha_rule(self.alpha)
-
-    @property
-    def uniform(self) -> int | None:
-        return int(self.rule.partition(":")[2]) if self.rule.startswith("uniform:") else None
-
-    def measures(self) -> bool:
-        return self.rule == "stable-rank"
-
-
-@dataclass(frozen=True)
-class _Measured:
-    sha256: str | None
-    shape: tuple[int, int] | None = None
-    result: StableRank | None = None
-
-
-def _checked_rule(rule: str, ranks: object, budget: object) -> str:
-    if ranks is not None and rule == "stable-rank":
-        rule = "given"
-    accepted = "stable-rank, uniform:K with K from 1, or given"
-    kind, _, number = rule.partition(":")
-    if not (rule in ("stable-rank", "given") or (kind == "uniform" and number.isdigit() and int(number) >= 1)):
-        raise InputError("--rule", f"{rule!r}", accepted, "take stable-rank, or for example uniform:8")
-    if (rule == "given") != (ranks is not None):
-        raise InputError("--rule", f"{rule!r} {'without' if ranks is None else 'with'} --ranks", accepted, "give --ranks with --rule given")
-    if budget is not None and rule != "stable-rank":
-        raise InputError("--budget", f"with --rule {rule}", "a budget for --rule stable-rank", "leave one of the two out")
-    return rule
-
-
-class _Reader:
-    """Matrices of targets; the tensor read last is kept, so a fused matrix is read once for all of its parts."""
-
-    def __init__(self, source: WeightSource) -> None:
-        self.source = source
-        self._key = ""
-        self._tensor: Tensor | None = None
-
-    def matrix(self, target: Target) -> Tensor:
-        if self._key != target.key or self._tensor is None:
-            self._key, self._tensor = target.key, self.source.read(target.key)
-        return matrix_of(target, self._tensor)
-
-    def stacked(self, attention: Attention) -> Tensor:
-        return torch.cat([self.matrix(attention.parts[part]) for part in ("q", "k", "v") if part in attention.parts])
-
-
 def _taken_over(given: RankPlan, source: WeightSource, alpha: str | float | None) -> RankPlan:
     """A plan that was read from a file, for these weights."""
     digests = [digest(matrix_of(layer, source.read(layer.key))) for layer in given.layers]
@@ -219,89 +155,9 @@ def _taken_over(given: RankPlan, source: WeightSource, alpha: str | float | None
     return plan.with_ranks([layer.rank for layer in layers], rule="given", decided_by="given")
 
 
-def _measure(source: WeightSource, found: Found, options: _Options, *, exact_values: bool, progress: Progress | None) -> list[_Measured]:
-    """Hash and, where the rule needs it, stable rank of every target; all unusable weights are reported at once."""
-    reader = _Reader(source)
-    attentions = {a.path: a for a in found.attentions}
-    fused: dict[str, _Measured] = {}
-    measured: list[_Measured] = []
-    faults: list[str] = []
-    for number, target in enumerate(found.targets, start=1):
-        try:
-            matrix = reader.matrix(target)
-            if matrix.is_meta and options.measures():
-                raise CheckpointError(source.label, "weights without values (meta device)", "loaded weights", "load the model first")
-            if not options.measures():
-                measured.append(_Measured(_checked_digest(matrix, target)))
-            elif options.granularity == "fused" and target.part in ("q", "k", "v"):
-                if target.group not in fused:
-                    fused[target.group] = _stable(reader.stacked(attentions[target.group]), target, options, exact_values=exact_values)
-                measured.append(replace(fused[target.group], sha256=digest(reader.matrix(target))))
-            else:
-                measured.append(_stable(matrix, target, options, exact_values=exact_values))
-        except TargetError as error:
-            faults.append(f"{target.key} ({target.part}): {error.came}")
-        if progress is not None:
-            progress(number, len(found.targets), target.name)
-    if faults:
-        raise TargetError(
-            source.label,
-            f"{len(faults)} weights cannot be used",
-            "finite weights that are not all zero",
-            "load another checkpoint",
-            faults=faults,
-        )
-    return measured
-
-
-def _stable(matrix: Tensor, target: Target, options: _Options, *, exact_values: bool) -> _Measured:
-    result = stable_rank(
-        matrix,
-        proof=options.proof,
-        rounding=options.rounding,
-        scale=options.scale,
-        seed=options.seed,
-        tolerance=_BUDGET_TOLERANCE if exact_values else None,
-    )
-    return _Measured(digest(matrix), (matrix.shape[0], matrix.shape[1]), result)
-
-
-def _checked_digest(matrix: Tensor, target: Target) -> str | None:
-    if not matrix.is_meta and not bool(torch.isfinite(matrix).all()):
-        raise TargetError(target.key, "NaN or infinity in it", "finite numbers", "load another checkpoint")
-    return digest(matrix)
-
-
-def _choose(
-    targets: Sequence[Target],
-    measured: Sequence[_Measured],
-    options: _Options,
-    *,
-    ranks: str | Path | Sequence[Any] | Mapping[str, int] | None,
-    budget: str | float | None,
-    parameters: int,
-) -> tuple[list[int], list[str], str | None]:
-    """Ranks, how each was decided, and the budget as it was asked for."""
-    if ranks is not None:
-        return given_ranks(ranks, targets), ["given"] * len(targets), None
-    if options.uniform is not None:
-        return [min(options.uniform, *t.shape) for t in targets], ["uniform"] * len(targets), None
-    results = [m.result for m in measured if m.result is not None]
-    if budget is not None:
-        wanted = read_budget(budget, targets, model_parameters=parameters)
-        values = [r.value for r in results]
-        shared = share_budget(values, targets, wanted, min_rank=options.min_rank, max_rank=options.max_rank)
-        return shared, ["budget"] * len(targets), wanted.text
-    chosen = []
-    for target, result in zip(targets, results, strict=True):
-        low, high = rank_bounds(target, options.min_rank, options.max_rank)
-        chosen.append(min(max(result.rank, low), high))
-    return chosen, [r.decided_by for r in results], None
-
-
-def _planned(target: Target, measured: _Measured, rank: int, decided_by: str, alpha: str | float) -> PlannedLayer:
+def _planned(target: Target, measured: Measured, rank: int, decided_by: str, alpha: str | float) -> PlannedLayer:
     result = measured.result
-    tensor: Literal["weight", "in_proj_weight"] = "in_proj_weight" if target.tensor == "in_proj_weight" else "weight"
+    tensor: Any = target.tensor
     return PlannedLayer(
         name=target.name,
         part=target.part,
@@ -312,6 +168,8 @@ def _planned(target: Target, measured: _Measured, rank: int, decided_by: str, al
         tensor=tensor,
         group=target.group,
         block=target.block,
+        period=target.period,
+        experts=target.experts,
         measured_shape=measured.shape,
         stable_rank=None if result is None else result.value,
         lower=None if result is None else result.lower,
@@ -334,25 +192,10 @@ def _with_module_names(plan: RankPlan, source: WeightSource) -> RankPlan:
     """Names of the modules of the installed transformers, for a transformers folder: files keep the names of older versions."""
     if isinstance(source, ModuleSource) or source.folder is None:
         return plan
-    model = _meta_model(source.folder)
+    model = meta_model(source.folder)
     if model is None:
         return plan
     try:
         return plan.for_model(model, check=False)
     except TargetError:
         return plan
-
-
-def _meta_model(folder: Path) -> nn.Module | None:
-    """The model of a transformers folder without values, or None for a kind that transformers does not know."""
-    import transformers
-
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder)
-        kind = getattr(transformers, (config.architectures or [""])[0], None)
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = transformers.AutoModel.from_config(config) if kind is None else kind(config)
-    except (ValueError, KeyError, OSError, TypeError, AttributeError):
-        return None
-    return model if isinstance(model, nn.Module) else None

@@ -17,7 +17,8 @@ from medlore.ranks.rules import AlphaRule
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-_DECIDED_BY_PLAN = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora")
+_WIDE = ("fused", "attention")  # kinds that hold several factor pairs
+_DECIDED_BY_PLAN = ("r", "lora_alpha", "target_modules", "target_parameters", "rank_pattern", "alpha_pattern", "use_rslora")
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,14 @@ class PeftModule:
     Args:
         name: path of the module that PEFT wraps.
         kind: `single` has one factor pair of our own; `fused` holds several parts in the rows of one matrix; `attention` is an
-            `nn.MultiheadAttention`, whose input and output projections PEFT adapts at one common rank.
+            `nn.MultiheadAttention`, whose input and output projections PEFT adapts at one common rank; `parameter` is no module but
+            the stacked weights of experts.
         parts: its planned factor pairs.
         rank: rank that PEFT gives the module, wide enough for all parts side by side.
     """
 
     name: str
-    kind: Literal["single", "fused", "attention"]
+    kind: Literal["single", "fused", "attention", "parameter"]
     parts: tuple[PlannedLayer, ...]
     rank: int
 
@@ -78,7 +80,11 @@ def lora_config(
             "pass the model: plan.to_lora_config(model=model)",
         )
     modules = peft_modules(layers)
-    if not folded and any(m.kind != "single" for m in modules):
+    parameters = [m.name for m in modules if m.kind == "parameter"]
+    if parameters and options.get("lora_dropout"):
+        came = f"{options['lora_dropout']} beside experts whose weights are stacked in one parameter ({parameters[0]})"
+        raise InputError("lora_dropout", came, "0: PEFT has no dropout there", "leave it out, or plan --targets attention")
+    if not folded and any(m.kind in _WIDE for m in modules):
         warnings.warn(
             "PEFT trains one factor pair over q, k and v of a fused matrix; medlore.get_peft_model(model, plan) trains q and v apart",
             stacklevel=4,
@@ -88,7 +94,8 @@ def lora_config(
     return LoraConfig(
         r=next(iter(ranks.values())),
         lora_alpha=next(iter(alphas.values())),
-        target_modules="|".join(re.escape(m.name) for m in modules),
+        target_modules="|".join(re.escape(m.name) for m in modules if m.kind != "parameter") or [],
+        target_parameters=parameters or None,
         rank_pattern=ranks,
         alpha_pattern=alphas,
         use_rslora=rule.kind == "rslora" and not folded,
@@ -119,11 +126,13 @@ def _module_of(name: str, parts: tuple[PlannedLayer, ...], *, is_attention: bool
     rank = sum(p.rank for p in inside) if inside else parts[0].rank
     if is_attention:
         return PeftModule(name, "attention", parts, max([rank, *(p.rank for p in parts if p.rows is None)]))
+    if not parts[0].tensor:
+        return PeftModule(name, "parameter", parts, rank)
     return PeftModule(name, "fused" if inside else "single", parts, rank)
 
 
 def _alpha(rule: AlphaRule, module: PeftModule, *, folded: bool) -> float:
-    if module.kind != "single":
+    if module.kind in _WIDE:
         return _tidy(float(module.rank) if folded else rule.alpha(module.rank))
     layer = module.parts[0]
     return _tidy(rule.scaling(layer.alpha, layer.rank) * layer.rank if folded else layer.alpha)

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import pydantic
 from torch import nn
@@ -17,21 +17,27 @@ from torch import nn
 from medlore.errors import DataError, TargetError
 from medlore.files import read_json, write_json
 from medlore.ranks.export import lora_config
-from medlore.ranks.planned import STRICT, PlannedLayer, digest, matrix_of
+from medlore.ranks.measure import Granularity
+from medlore.ranks.places import STRICT, Found, Layout, Seen, Target, Tower
+from medlore.ranks.planned import PlannedLayer, digest, matrix_of, row_indices
 from medlore.ranks.rules import AlphaRule, alpha_rule
 from medlore.ranks.sources import ModuleSource, WeightSource
-from medlore.ranks.targets import Layout, Target, find_targets
+from medlore.ranks.summary import coverage_lines, short_table, totals_line
+from medlore.ranks.targets import find_targets
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-PLAN_SCHEMA = "medlore/rank-plan/1"
-Granularity = Literal["projection", "fused"]
+_FAMILY = "medlore/rank-plan/"
+PLAN_SCHEMA = f"{_FAMILY}2"
+_READ = (f"{_FAMILY}1", PLAN_SCHEMA)  # 1 had no coverage, towers, interleaved rows and stacked experts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RankPlan:
     """Ranks and alphas for the layers of one model, with everything that led to them.
+
+    `coverage` tells which attention modules were seen, which of them were taken, and why the others were not.
 
     `sha256` is taken over the planned matrices in depth order, each as little-endian float32, whatever the container, the
     naming and the storage (fused or separate) were. It is therefore the same for one set of weights in all of them.
@@ -57,6 +63,12 @@ class RankPlan:
     seed: int = 0
     model_parameters: int = 0
     blocks: int = 0
+    tower: Tower = "auto"
+    coverage: tuple[Seen, ...] = ()
+
+    def __repr__(self) -> str:
+        notes = coverage_lines(self.coverage)
+        return "\n".join([f"RankPlan of {self.source} ({self.rule}, {self.targets})", short_table(self), totals_line(self), *notes])
 
     @property
     def parameters(self) -> int:
@@ -110,9 +122,11 @@ class RankPlan:
             DataError: not a plan, or wrong values in it; all of them are listed.
         """
         content = read_json(path)
-        if not isinstance(content, dict) or content.get("schema") != PLAN_SCHEMA:
+        if not isinstance(content, dict) or content.get("schema") not in _READ:
             came = f"schema {content.get('schema')!r}" if isinstance(content, dict) else f"a {type(content).__name__}"
-            raise DataError(str(path), came, f"a plan of schema {PLAN_SCHEMA!r}", "write one with `medlore ranks SOURCE --out plan.json`")
+            raise DataError(
+                str(path), came, f"a plan of schema {' or '.join(_READ)}", "write one with `medlore ranks SOURCE --out plan.json`"
+            )
         values = {k: v for k, v in content.items() if k != "schema"}
         try:
             plan = pydantic.TypeAdapter(RankPlan).validate_python(values)
@@ -169,7 +183,7 @@ class RankPlan:
         if self.targets not in ("attention", "attention+mlp"):
             return self._suffix_renamed(source)
         try:
-            found = find_targets(source.shapes, self.targets, include_k=self.include_k, kinds=source.kinds)
+            found = found_in(source, self.targets, include_k=self.include_k, tower=self.tower)
         except TargetError as error:
             raise error.at(f"plan of {self.source} for {source.label}") from None
         if len(found.attentions) != self.blocks:
@@ -228,13 +242,20 @@ class RankPlan:
         )
 
 
+def found_in(source: WeightSource, targets: str, *, include_k: bool, tower: Tower) -> Found:
+    """The targets of an opened source; rows of fused matrices are tried out where there is something to try."""
+    return find_targets(
+        source.shapes, targets, include_k=include_k, kinds=source.kinds, tower=tower, orders=source.orders(), tied=source.tied
+    )
+
+
 def is_plan_file(path: str | Path) -> bool:
     """Whether a file says that it is a plan, right or wrong."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(content, dict) and str(content.get("schema", "")).startswith(PLAN_SCHEMA.rpartition("/")[0])
+    return isinstance(content, dict) and str(content.get("schema", "")).startswith(_FAMILY)
 
 
 def plan_digest(digests: Iterable[str | None]) -> str | None:
@@ -249,13 +270,18 @@ def _fits(layer: PlannedLayer, source: WeightSource) -> bool:
     shape = source.shapes.get(layer.key)
     if shape is None:
         return False
+    if layer.experts > 1:
+        return shape == (layer.experts, *layer.shape)
     height, width = shape[0], math.prod(shape[1:])
+    if layer.period is not None:
+        fitting = height % layer.period == 0 and layer.rows is not None and layer.rows[1] <= layer.period
+        return layer.shape[1] == width and fitting and layer.shape[0] == len(row_indices(layer, height))
     return layer.shape[1] == width and (layer.shape[0] == height if layer.rows is None else layer.rows[1] <= height)
 
 
 def _placed(layer: PlannedLayer, target: Target) -> PlannedLayer:
     tensor: Any = target.tensor
-    return replace(layer, name=target.name, rows=target.rows, tensor=tensor, group=target.group)
+    return replace(layer, name=target.name, rows=target.rows, period=target.period, tensor=tensor, group=target.group)
 
 
 _Place = TypeVar("_Place", bound=PlannedLayer | Target)
@@ -270,12 +296,22 @@ def _places(items: Iterable[_Place]) -> Iterable[tuple[_Place, tuple[int, str, i
         seen[place] += 1
 
 
+def _rows_fit_the_shape(layer: PlannedLayer) -> bool:
+    if layer.rows is None:
+        return layer.period is None
+    count = layer.rows[1] - layer.rows[0]
+    if layer.period is None:
+        return count == layer.shape[0]
+    return 0 <= layer.rows[0] < layer.rows[1] <= layer.period and layer.shape[0] % count == 0
+
+
 def _faults_of(plan: RankPlan) -> Iterable[str]:
     checks: list[tuple[Callable[[PlannedLayer], bool], str]] = [
         (lambda x: min(x.shape) >= 1, "shape: both sides must be at least 1"),
         (lambda x: 1 <= x.rank <= max(1, min(x.shape)), "rank: from 1 to the smaller side of the matrix; take the layer out for none"),
         (lambda x: math.isfinite(x.alpha) and x.alpha > 0, "alpha: a positive number"),
-        (lambda x: x.rows is None or x.rows[1] - x.rows[0] == x.shape[0], "rows: as many as the shape has"),
+        (_rows_fit_the_shape, "rows: as many as the shape has"),
+        (lambda x: x.experts == 1 or (x.experts > 1 and x.rows is None and not x.tensor), "experts: a whole parameter, from 1"),
     ]
     if not plan.layers:
         yield "layers: none"

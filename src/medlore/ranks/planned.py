@@ -10,9 +10,7 @@ import numpy as np
 import pydantic
 from torch import Tensor
 
-from medlore.ranks.targets import Part, Target
-
-STRICT = pydantic.ConfigDict(extra="forbid")
+from medlore.ranks.places import STRICT, Part, Rows, Target
 
 
 @dataclass(frozen=True)
@@ -25,8 +23,10 @@ class PlannedLayer:
         shape: its rows and columns; a convolution counts as out x (in · k^d).
         rank: rank of the factor pair.
         alpha: its alpha.
-        rows: first and last-plus-one row inside a fused matrix; None when the whole matrix is meant.
-        tensor: parameter inside the module, `weight` or `in_proj_weight`.
+        rows: first and last-plus-one row inside a fused matrix (inside one period); None when the whole matrix is meant.
+        period: rows after which the pattern of a fused matrix repeats, head after head; None when the parts lie one after the other.
+        tensor: parameter inside the module, `weight` or `in_proj_weight`; empty where `name` is the parameter itself.
+        experts: matrices of this shape that are stacked in the tensor and have one rank; 1 for an ordinary one.
         group: path of the attention module that it belongs to.
         block: number of that attention module in depth order; -1 outside attention blocks.
         measured_shape: matrix whose stable rank was measured; differs from `shape` for fused granularity.
@@ -45,9 +45,11 @@ class PlannedLayer:
     rank: int
     alpha: float
     rows: tuple[int, int] | None = None
-    tensor: Literal["weight", "in_proj_weight"] = "weight"
+    tensor: Literal["weight", "in_proj_weight", ""] = "weight"
     group: str = ""
     block: int = -1
+    period: int | None = None
+    experts: int = 1
     measured_shape: tuple[int, int] | None = None
     stable_rank: float | None = None
     lower: float | None = None
@@ -57,13 +59,13 @@ class PlannedLayer:
 
     @property
     def parameters(self) -> int:
-        """Parameters of the factor pair: rank · (rows + columns)."""
-        return self.rank * sum(self.shape)
+        """Parameters of the factor pair: rank · (rows + columns), for each of stacked experts."""
+        return self.experts * self.rank * sum(self.shape)
 
     @property
     def key(self) -> str:
         """Name of the tensor in a state dict."""
-        return f"{self.name}.{self.tensor}" if self.name else self.tensor
+        return ".".join(piece for piece in (self.name, self.tensor) if piece)
 
     @property
     def label(self) -> str:
@@ -72,9 +74,32 @@ class PlannedLayer:
 
 
 def matrix_of(place: PlannedLayer | Target, tensor: Tensor) -> Tensor:
-    """The matrix of one target inside its tensor: rows of a fused matrix, a convolution flattened to out x (in · k^d)."""
+    """The matrix of one target inside its tensor: rows of a fused matrix, a convolution flattened to out x (in · k^d).
+
+    The matrices of stacked experts stay apart: (experts, rows, columns).
+    """
+    if place.experts > 1 or not place.tensor:
+        return tensor
     matrix = tensor.flatten(1)
-    return matrix if place.rows is None else matrix[place.rows[0] : place.rows[1]]
+    if place.rows is None:
+        return matrix
+    first, last = place.rows
+    if place.period is None:
+        return matrix[first:last]
+    rows: Tensor = matrix.unflatten(0, (-1, place.period))[:, first:last].flatten(0, 1)
+    return rows
+
+
+def row_indices(place: PlannedLayer | Target, height: int) -> list[int]:
+    """Rows of a fused matrix of `height` rows that belong to one part, in their order.
+
+    Examples:
+        >>> row_indices(PlannedLayer("attn.qkv", "k", (4, 8), 1, 1.0, rows=(2, 4), period=6), 12)
+        [2, 3, 8, 9]
+    """
+    rows = Rows(*(place.rows or (0, height)), place.period)
+    period = rows.period or height
+    return [start + row for start in range(0, height, period) for row in range(rows.first, rows.last)]
 
 
 def digest(matrix: Tensor) -> str | None:

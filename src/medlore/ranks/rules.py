@@ -14,7 +14,7 @@ from typing import Any, Literal
 from medlore.assets import asset_path
 from medlore.errors import DataError, InputError, TargetError, UnknownNameError
 from medlore.files import existing_file
-from medlore.ranks.targets import Target
+from medlore.ranks.places import Target
 
 LIST_SCHEMA = "medlore/rank-list/1"
 LISTS_PREFIX = "medlore:rank-lists/"
@@ -53,7 +53,7 @@ class AlphaRule:
 def alpha_rule(text: str | float) -> AlphaRule:
     """Read `rank`, `rank*2`, `rslora`, `rslora*16`, or a number.
 
-    Example:
+    Examples:
         >>> alpha_rule("rank*2").alpha(8), alpha_rule(1).scaling(1.0, 4)
         (16.0, 0.25)
     """
@@ -164,7 +164,7 @@ def shipped_rank_lists() -> list[str]:
 
 
 def _cost(target: Target) -> int:
-    return sum(target.shape)
+    return target.experts * sum(target.shape)
 
 
 def _scaled_to(values: Sequence[float], costs: Sequence[int], bounds: Sequence[tuple[int, int]], parameters: int) -> list[float]:

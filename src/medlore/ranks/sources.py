@@ -21,10 +21,14 @@ from torch import Tensor, nn
 from medlore.assets import PREFIX, asset_path
 from medlore.errors import CheckpointError, InputError
 from medlore.files import existing_file, read_json
-from medlore.weightfiles import TORCH_SUFFIXES, broken_file, load_torch_file, unwrapped
+from medlore.ranks.model_folders import check_counts, read_config
+from medlore.ranks.quantised import dequantised, is_quantised
+from medlore.ranks.roles import split_name
+from medlore.weightfiles import TORCH_SUFFIXES, broken_file, check_header, load_torch_file, unwrapped
 
 if TYPE_CHECKING:
-    from medlore.ranks.targets import Kind
+    from medlore.ranks.fused_rows import Orders
+    from medlore.ranks.places import Kind
 
 _PREFIXES = ("module.", "backbone.", "encoder.", "model.", "base_encoder.", "_orig_mod.")
 _FOLDER_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -36,9 +40,11 @@ class WeightSource(ABC):
 
     Attributes:
         label: how messages and plans call the source.
-        shapes: tensor name -> shape; names are those of the model, wrappers and prefixes taken off.
+        shapes: tensor name -> shape as rows (out) and columns (in); names are those of the model, wrappers and prefixes taken off.
         kinds: tensor name -> what its module is; None for files, which do not say.
         folder: the transformers folder, when the source is one.
+        tied: tensor name -> the tensor whose values it shares.
+        transposed: tensors that are stored in x out (GPT-2's `Conv1D`); they are read as out x in.
     """
 
     kinds: Mapping[str, Kind] | None = None
@@ -47,7 +53,10 @@ class WeightSource(ABC):
     def __init__(self, label: str, shapes: Mapping[str, tuple[int, ...]], *, is_file: bool = True) -> None:
         self.label = label
         self._raw_names = _without_prefixes(shapes) if is_file else {name: name for name in shapes}
-        self.shapes = {name: shapes[raw] for name, raw in self._raw_names.items()}
+        self.tied: Mapping[str, str] = {}
+        stored = {name: shapes[raw] for name, raw in self._raw_names.items()}
+        self.transposed = self._stored_the_other_way(stored)
+        self.shapes = {name: shape[::-1] if name in self.transposed else shape for name, shape in stored.items()}
 
     @property
     def parameters(self) -> int:
@@ -55,16 +64,36 @@ class WeightSource(ABC):
         return sum(int(np.prod(shape, dtype=np.int64)) for shape in self.shapes.values())
 
     def read(self, name: str) -> Tensor:
-        """One tensor as it is stored (float16, bfloat16, float32 or float64), on the CPU."""
+        """One tensor as it is stored (float16, bfloat16, float32 or float64; 8-bit weights times their scales), on the CPU."""
+        tensor = self._stored(name)
+        if is_quantised(tensor) and not tensor.is_meta:
+            tensor = dequantised(self.label, name, tensor, self._raw_names, self._stored)
+        return tensor.T if name in self.transposed else tensor
+
+    def orders(self) -> Orders | None:
+        """Tells the rows of fused matrices by trying them out; None where there is nothing to try."""
+        if self.folder is None or not any(
+            len(s) == 2 and len(split_name(n.removesuffix(".weight"))[2]) > 1 for n, s in self.shapes.items()
+        ):
+            return None
+        from medlore.ranks.probing import short_probe
+
+        return short_probe(self.folder)
+
+    def _stored(self, name: str) -> Tensor:
         tensor = self._read(self._raw_names[name]).detach()
-        if not tensor.dtype.is_floating_point:
-            raise CheckpointError(
-                f"{self.label}, tensor {name}",
-                f"numbers of type {tensor.dtype}",
-                "floating-point weights",
-                "give the unquantised checkpoint",
-            )
         return tensor if tensor.is_meta else tensor.cpu()
+
+    def _stored_the_other_way(self, shapes: Mapping[str, tuple[int, ...]]) -> frozenset[str]:
+        """GPT-2's files: `c_attn` of width x 3·width gives away that every `c_` matrix is in x out."""
+        fused = [shape for name, shape in shapes.items() if name.endswith("attn.c_attn.weight") and len(shape) == 2]
+        if not fused or any(shape[1] != 3 * shape[0] for shape in fused):
+            return frozenset()
+        return frozenset(n for n, s in shapes.items() if len(s) == 2 and re.search(r"\.(c_attn|q_attn|c_proj|c_fc)\.weight$", n))
+
+    def holds(self, raw_name: str) -> bool:
+        """Whether a tensor is there under the name that it has in the file."""
+        return raw_name in self._raw_names.values()
 
     @abstractmethod
     def _read(self, raw_name: str) -> Tensor: ...
@@ -74,13 +103,36 @@ class ModuleSource(WeightSource):
     """The parameters of a module in memory."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._tensors = dict(model.named_parameters())
+        self.model = model
+        self._tensors: dict[str, Tensor] = dict(model.named_parameters())
+        self._scales = {n: b for n, b in model.named_buffers() if b is not None and n.endswith(("_scale", "_scale_inv", "SCB"))}
         super().__init__(type(model).__name__, {k: tuple(p.shape) for k, p in self._tensors.items()}, is_file=False)
         self.kinds = _module_kinds(model)
+        first = {id(tensor): name for name, tensor in reversed(self._tensors.items())}
+        every = model.named_parameters(remove_duplicate=False)
+        self.tied = {name: first[id(tensor)] for name, tensor in every if name not in self._tensors}
         self.is_meta = any(p.is_meta for p in self._tensors.values())
+        self._raw_names |= {name: name for name in self._scales}
+
+    def orders(self) -> Orders | None:
+        """By calling the attention modules; see `probing`."""
+        from medlore.ranks.probing import Probe
+
+        return None if self.is_meta else Probe(self.model)
 
     def _read(self, raw_name: str) -> Tensor:
-        return self._tensors[raw_name]
+        return self._scales[raw_name] if raw_name in self._scales else self._tensors[raw_name]
+
+    def _stored(self, name: str) -> Tensor:
+        tensor = super()._stored(name)
+        state = getattr(self._tensors.get(name), "SCB", None)  # bitsandbytes keeps the scales of a row on the parameter
+        if isinstance(state, Tensor) and tensor.dtype == torch.int8:
+            return tensor.float() * state.detach().cpu().float().reshape(-1, 1) / 127
+        return tensor
+
+    def _stored_the_other_way(self, shapes: Mapping[str, tuple[int, ...]]) -> frozenset[str]:
+        names = {f"{path}.weight" for path, module in self.model.named_modules() if _is_conv1d(module)}
+        return frozenset(names & set(shapes))
 
 
 class SafetensorsSource(WeightSource):
@@ -92,6 +144,7 @@ class SafetensorsSource(WeightSource):
         self._files: dict[str, Path] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         for path in files:
+            check_header(path)
             try:
                 with safe_open(path, framework="pt") as opened:
                     for name in opened.keys():  # noqa: SIM118 - not a mapping
@@ -116,6 +169,16 @@ class TorchFileSource(WeightSource):
         for path in files:
             self._tensors |= unwrapped(load_torch_file(path), path)
         super().__init__(label, {k: tuple(t.shape) for k, t in self._tensors.items()})
+        places: dict[tuple[Any, ...], str] = {}
+        self.tied = {}
+        for name, raw in self._raw_names.items():
+            tensor = self._tensors[raw]
+            if tensor.ndim > 1 and tensor.numel():
+                first = places.setdefault(
+                    (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride()), name
+                )
+                if first != name:
+                    self.tied[name] = first
 
     def _read(self, raw_name: str) -> Tensor:
         return self._tensors[raw_name]
@@ -194,7 +257,9 @@ def _open_folder(label: str, folder: Path) -> WeightSource:
     if not present:
         raise InputError(label, "a folder without weights", f"a folder with {' or '.join(_FOLDER_FILES)}", "name the weights file instead")
     source = _open_shards(label, present[0]) if present[0].suffix == ".json" else _open_file(label, present[0])
-    if (folder / "config.json").is_file():
+    config = read_config(folder)
+    if config is not None:
+        check_counts(config, tensors=len(source.shapes), values=source.parameters, where=label)
         source.folder = folder
     return source
 
@@ -212,7 +277,11 @@ def _open_shards(label: str, index: Path) -> WeightSource:
     missing = [f.name for f in files if not f.is_file()]
     if missing:
         raise CheckpointError(str(index), f"{len(missing)} shards are missing", "all files that it lists", "fetch them", faults=missing)
-    return SafetensorsSource(label, files) if files[0].suffix == ".safetensors" else TorchFileSource(label, files)
+    source: WeightSource = SafetensorsSource(label, files) if files[0].suffix == ".safetensors" else TorchFileSource(label, files)
+    if absent := sorted(str(name) for name in mapping if not source.holds(str(name))):
+        came = f"{len(absent)} of {len(mapping)} tensors that it lists are in no shard"
+        raise CheckpointError(str(index), came, "shards that hold every tensor of the index", "fetch the folder again", faults=absent)
+    return source
 
 
 def _from_hub(name: str) -> Path:
@@ -285,10 +354,15 @@ def _module_kinds(model: nn.Module) -> dict[str, Kind]:
     kinds: dict[str, Kind] = {}
     for path, module in model.named_modules():
         stem = f"{path}." if path else ""
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) or _is_conv1d(module):
             kinds[f"{stem}weight"] = "linear"
         elif isinstance(module, nn.MultiheadAttention):
             kinds[f"{stem}in_proj_weight"] = "linear"
         elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1:
             kinds[f"{stem}weight"] = "conv"
     return kinds
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Transformers' linear layer with weights in x out; told by name, so that transformers need not be there."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")

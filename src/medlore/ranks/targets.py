@@ -1,101 +1,61 @@
 """Which weights of a module or checkpoint are adapted: found by structure, so every family's names lead to the same parts.
 
-An attention module is whatever holds a fused `qkv` / `in_proj_weight` matrix, or sibling `query, key, value` (`q_proj, ...`)
-matrices; its output projection is the matrix beside or above them. That covers timm, transformers 4 and 5, mmpretrain,
-open_clip / `nn.MultiheadAttention` and JAX ViT names without a table of models.
+`attention` and `feedforward` find the parts; here a set of targets, or a regular expression, chooses among them. That covers timm,
+transformers 4 and 5, mmpretrain, open_clip / `nn.MultiheadAttention` and JAX ViT names without a table of models.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from dataclasses import replace
 
 from medlore.errors import InputError, TargetError, UnknownNameError
-
-Part = Literal["q", "k", "v", "o", "qkv", "mlp", "conv", "linear"]
-Layout = Literal["timm", "transformers", "mmpretrain", "open_clip", "jax", "plain"]
-TargetSet = Literal["attention", "attention+mlp", "all-linear", "conv"]
-Kind = Literal["linear", "conv", "other"]
-
-PARTS: tuple[Part, ...] = get_args(Part)
-LAYOUTS: tuple[Layout, ...] = get_args(Layout)
-TARGET_SETS: tuple[TargetSet, ...] = get_args(TargetSet)
-
-_SEPARATE = (
-    ("query", "key", "value"),
-    ("q_proj", "k_proj", "v_proj"),
-    ("q", "k", "v"),
-    ("to_q", "to_k", "to_v"),
+from medlore.ranks.attention import HEADS, find_attentions, is_auxiliary
+from medlore.ranks.feedforward import depth_in_mlp, feedforward_of, is_expert_stack, stack_target
+from medlore.ranks.fused_rows import Orders
+from medlore.ranks.places import (
+    LAYOUTS,
+    PARTS,
+    TARGET_SETS,
+    Attention,
+    Found,
+    Kind,
+    Layout,
+    Part,
+    Seen,
+    Shapes,
+    Target,
+    TargetSet,
+    Tower,
+    natural_key,
 )
-_FUSED = ("qkv.weight", "in_proj_weight", "Wqkv.weight")
-_OUT_BESIDE = ("proj", "out_proj", "o_proj", "o", "out", "to_out.0")
-_OUT_ABOVE = ("output.dense",)
-_MLP = (
-    "mlp.fc1", "mlp.fc2", "mlp.fc1_g", "mlp.fc1_x", "mlp.w12", "mlp.w3", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
-    "mlp.weights_in", "mlp.weights_out", "mlp.c_fc", "mlp.c_proj", "mlp.linear1", "mlp.linear2", "mlp.linear_1", "mlp.linear_2",
-    "mlp.0", "mlp.3", "ffn.layers.0.0", "ffn.layers.1", "intermediate.dense", "output.dense", "linear1", "linear2",
-    "MlpBlock_3.Dense_0", "MlpBlock_3.Dense_1",
-)  # fmt: skip
-_HEADS = frozenset(
-    {"head", "heads", "head_dist", "classifier", "cls_classifier", "distillation_classifier", "fc", "score", "lm_head", "cls_head"}
-)
-_AUXILIARY = ("decoder", "momentum", "teacher")
-_IMAGE_TOWERS = ("visual", "vision_model", "vision_tower", "image_encoder")
 
-
-@dataclass(frozen=True)
-class Target:
-    """One matrix that may receive a factor pair.
-
-    Args:
-        name: module path, without `.weight`; for `in_proj_weight` the path of the attention module.
-        tensor: name of the parameter inside that module, `weight` or `in_proj_weight`.
-        part: what the matrix does.
-        rows: first and last-plus-one row inside a fused matrix; None when the whole matrix is meant.
-        shape: rows and columns of the part as a matrix; a convolution counts as out x (in · k^d).
-        group: path of the attention module of the block that the part belongs to.
-        block: number of that attention module in depth order, from 0; -1 outside attention blocks.
-    """
-
-    name: str
-    part: Part
-    shape: tuple[int, int]
-    rows: tuple[int, int] | None = None
-    tensor: str = "weight"
-    group: str = ""
-    block: int = -1
-
-    @property
-    def key(self) -> str:
-        """Name of the tensor in a state dict."""
-        return f"{self.name}.{self.tensor}" if self.name else self.tensor
-
-
-@dataclass(frozen=True)
-class Attention:
-    """The four projections of one attention module (any of k, o may be missing)."""
-
-    path: str
-    parts: Mapping[Part, Target]
-
-
-@dataclass(frozen=True)
-class Found:
-    """What `find_targets` returns: targets in depth order, all attention modules, and the naming that was met."""
-
-    targets: tuple[Target, ...]
-    attentions: tuple[Attention, ...]
-    layout: Layout
+__all__ = [
+    "LAYOUTS",
+    "PARTS",
+    "TARGET_SETS",
+    "Attention",
+    "Found",
+    "Kind",
+    "Layout",
+    "Part",
+    "Target",
+    "TargetSet",
+    "find_targets",
+    "natural_key",
+]
 
 
 def find_targets(
-    shapes: Mapping[str, tuple[int, ...]],
+    shapes: Shapes,
     wanted: str = "attention",
     *,
     include_k: bool = False,
     kinds: Mapping[str, Kind] | None = None,
+    tower: Tower = "auto",
+    orders: Orders | None = None,
+    tied: Mapping[str, str] | None = None,
 ) -> Found:
     """The targets among the tensors of a model or file, in depth order, q before k, v, o and the MLP of the same block.
 
@@ -105,25 +65,31 @@ def find_targets(
             match a whole module name (as in PEFT).
         include_k: adapt the key projection too.
         kinds: tensor name -> what its module is, where the modules are known; a file has names and shapes only.
+        tower: which half of an image-text model counts; `auto` takes the image half where there is one.
+        orders: tells the rows of a fused matrix by trying the module out; None for names alone.
+        tied: tensor name -> the tensor in `shapes` that holds its values too.
 
-    Decoder, momentum and teacher blocks do not count while other blocks are there, nor does the text tower of an image-text
-    model (name it with a regular expression); classification heads and embeddings never do.
+    Decoder, momentum and teacher blocks do not count while other blocks are there; classification heads and embeddings never do.
+    Whatever was left out, and why, stands in `coverage`.
 
     Raises:
         TargetError: nothing answers, or a matrix that does has no values.
-        UnknownNameError: `wanted` is a plain word that is neither a set nor a match.
+        UnknownNameError: `wanted` is a plain word that is neither a set nor a match, or there is no such tower.
         InputError: the regular expression is broken.
     """
-    matrices = {k: s for k, s in shapes.items() if len(s) == 2 and (kinds is None or kinds.get(k) == "linear")}
-    attentions = _attentions(matrices)
-    known = _known_parts(attentions, matrices)
+    tied = tied or {}
+    matrices = {k: s for k, s in shapes.items() if len(s) == 2 and (kinds is None or kinds.get(k) == "linear") and k not in tied}
+    attentions, coverage = find_attentions(shapes, matrices, tower=tower, orders=orders, tied=tied)
+    mlps, mlp_coverage = feedforward_of(attentions, shapes, matrices)
+    known = _known_parts(attentions, mlps)
     layout = _layout_of(attentions)
     if wanted == "attention":
         found = [t for many in known.values() for t in many if t.part != "mlp"]
     elif wanted == "attention+mlp":
         found = [t for many in known.values() for t in many]
+        _refuse_without_mlp(found, mlp_coverage)
     elif wanted == "all-linear":
-        found = _all_linear(matrices, known)
+        found = _all_linear(shapes, matrices, known)
     elif wanted == "conv":
         found = _convolutions(shapes, kinds)
     else:
@@ -131,7 +97,7 @@ def find_targets(
     if not include_k:
         found = [t for t in found if t.part != "k" or (wanted not in TARGET_SETS and t.rows is None)]
     if not found:
-        raise _nothing_found(wanted, shapes)
+        raise _nothing_found(wanted, shapes, matrices, coverage)
     empty = [f"{t.key} ({t.part}): {t.shape[0]} x {t.shape[1]}" for t in found if min(t.shape) == 0]
     if empty:
         raise TargetError(
@@ -143,97 +109,44 @@ def find_targets(
         )
     number = {a.path: i for i, a in enumerate(attentions)}
     placed = (replace(t, block=number.get(t.group, -1)) for t in sorted(found, key=_depth_order))
-    return Found(tuple(placed), tuple(attentions), layout)
+    return Found(tuple(placed), tuple(attentions), layout, _coverage(wanted, coverage, mlp_coverage, include_k=include_k))
 
 
-def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
-    """Sort key under which `blocks.10` follows `blocks.9`.
-
-    Example:
-        >>> sorted(["blocks.10.attn", "blocks.9.attn"], key=natural_key)
-        ['blocks.9.attn', 'blocks.10.attn']
-    """
-    pieces = re.split(r"(\d+)", name)
-    return tuple((0, int(p), "") if p.isdigit() else (1, 0, p) for p in pieces)
+def _coverage(wanted: str, attentions: Iterable[Seen], mlps: Iterable[Seen], *, include_k: bool) -> tuple[Seen, ...]:
+    """What is said of each module, for the sets that speak of attention; k is not taken unless it was asked for."""
+    if wanted not in ("attention", "attention+mlp"):
+        return ()
+    told = [s if include_k else replace(s, parts=s.parts.replace("k ", "")) for s in attentions]
+    return (*told, *(mlps if wanted == "attention+mlp" else ()))
 
 
 def _depth_order(target: Target) -> tuple[object, ...]:
-    mlp_rank = next((i for i, leaf in enumerate(_MLP) if target.name.endswith("." + leaf)), 0) if target.part == "mlp" else 0
+    mlp_rank = depth_in_mlp(target.name) if target.part == "mlp" else 0
     return (natural_key(target.group or target.name), PARTS.index(target.part), mlp_rank, natural_key(target.name))
 
 
-def _attentions(matrices: Mapping[str, tuple[int, ...]]) -> list[Attention]:
-    found: dict[str, Attention] = {}
-    for key in matrices:
-        for leaf in _FUSED:
-            if key == leaf or key.endswith("." + leaf):
-                path = key[: -len(leaf)].rstrip(".")
-                found.setdefault(path, _fused_attention(path, leaf, matrices))
-        for names in _SEPARATE:
-            if key.endswith(f".{names[0]}.weight"):
-                path = key.removesuffix(f".{names[0]}.weight")
-                if f"{path}.{names[2]}.weight" in matrices:
-                    found.setdefault(path, _separate_attention(path, names, matrices))
-    kept = [a for a in found.values() if a.parts and a.path.split(".")[0] not in _HEADS]
-    main = [a for a in kept if not _is_auxiliary(a.path)] or kept
-    image = [a for a in main if any(piece in _IMAGE_TOWERS for piece in a.path.split("."))]
-    return sorted(image or main, key=lambda a: natural_key(a.path))
-
-
-def _fused_attention(path: str, leaf: str, matrices: Mapping[str, tuple[int, ...]]) -> Attention:
-    key = f"{path}.{leaf}" if path else leaf
-    height, width = matrices[key]
-    third, rest = divmod(height, 3)
-    if rest:  # multi-query and other unequal splits: not a q, k, v of one size
-        return Attention(path, {})
-    name, tensor = (path, leaf) if leaf == "in_proj_weight" else (key.removesuffix(".weight"), "weight")
-    parts: dict[Part, Target] = {}
-    for index, part in enumerate(("q", "k", "v")):
-        rows = (index * third, (index + 1) * third)
-        parts[part] = Target(name, part, (third, width), rows, tensor, path)  # type: ignore[index, arg-type]
-    return Attention(path, parts | _output(path, matrices))
-
-
-def _separate_attention(path: str, names: tuple[str, str, str], matrices: Mapping[str, tuple[int, ...]]) -> Attention:
-    parts: dict[Part, Target] = {}
-    for part, leaf in zip(("q", "k", "v"), names, strict=True):
-        if (shape := matrices.get(f"{path}.{leaf}.weight")) is not None:
-            parts[part] = Target(f"{path}.{leaf}", part, (shape[0], shape[1]), group=path)  # type: ignore[index, arg-type]
-    return Attention(path, parts | _output(path, matrices))
-
-
-def _output(path: str, matrices: Mapping[str, tuple[int, ...]]) -> dict[Part, Target]:
-    above = path.rpartition(".")[0]
-    candidates = [f"{path}.{leaf}" if path else leaf for leaf in _OUT_BESIDE] + [f"{above}.{leaf}" for leaf in _OUT_ABOVE if above]
-    for name in candidates:
-        if (shape := matrices.get(f"{name}.weight")) is not None:
-            return {"o": Target(name, "o", (shape[0], shape[1]), group=path)}
-    return {}
-
-
-def _known_parts(attentions: Iterable[Attention], matrices: Mapping[str, tuple[int, ...]]) -> dict[str, list[Target]]:
+def _known_parts(attentions: Iterable[Attention], mlps: Mapping[str, list[Target]]) -> dict[str, list[Target]]:
     """Tensor name -> its targets, for attention and the MLP of the same block."""
     known: dict[str, list[Target]] = {}
     for attention in attentions:
-        for target in attention.parts.values():
-            known.setdefault(target.key, []).append(target)
-        for target in _mlp_of(attention, matrices, set(known)):
+        for target in [*attention.parts.values(), *mlps.get(attention.path, ())]:
             known.setdefault(target.key, []).append(target)
     return known
 
 
-def _mlp_of(attention: Attention, matrices: Mapping[str, tuple[int, ...]], taken: set[str]) -> list[Target]:
-    block = attention.path
-    while block:
-        block = block.rpartition(".")[0]
-        names = [f"{block}.{leaf}" if block else leaf for leaf in _MLP]
-        here = [n for n in names if f"{n}.weight" in matrices and f"{n}.weight" not in taken]
-        if here:
-            return [Target(n, "mlp", (matrices[f"{n}.weight"][0], matrices[f"{n}.weight"][1]), group=attention.path) for n in here]
-    return []
+def _refuse_without_mlp(found: list[Target], coverage: Iterable[Seen]) -> None:
+    """An MLP that was asked for and is nowhere is not passed over."""
+    if found and not any(t.part == "mlp" for t in found):
+        raise TargetError(
+            "--targets attention+mlp",
+            "no MLP was found in any block",
+            "blocks with an MLP of linear layers, or with experts",
+            "take --targets attention, all-linear, or a regular expression that matches the modules",
+            faults=[f"{seen.path}: {seen.why}" for seen in coverage if seen.why],
+        )
 
 
-def _all_linear(matrices: Mapping[str, tuple[int, ...]], known: Mapping[str, list[Target]]) -> list[Target]:
+def _all_linear(shapes: Shapes, matrices: Shapes, known: Mapping[str, list[Target]]) -> list[Target]:
     found = [t for many in known.values() for t in many]
     rest = []
     for key, (height, width) in matrices.items():
@@ -241,18 +154,19 @@ def _all_linear(matrices: Mapping[str, tuple[int, ...]], known: Mapping[str, lis
         if key in known or name == key or _is_head_or_embedding(name):
             continue
         rest.append(Target(name, "linear", (height, width)))
-    main = [t for t in rest if not _is_auxiliary(t.name)]
+    rest += [stack_target(k, s) for k, s in shapes.items() if k not in known and is_expert_stack(k, s)]
+    main = [t for t in rest if not is_auxiliary(t.name)]
     return found + (main if found or main else rest)
 
 
-def _convolutions(shapes: Mapping[str, tuple[int, ...]], kinds: Mapping[str, Kind] | None) -> list[Target]:
+def _convolutions(shapes: Shapes, kinds: Mapping[str, Kind] | None) -> list[Target]:
     found = []
     for key, shape in shapes.items():
         depthwise = len(shape) > 2 and shape[1] == 1 and shape[0] > 1  # a file does not tell groups; one input channel does
         is_conv = kinds.get(key) == "conv" if kinds is not None else key.endswith(".weight") and 3 <= len(shape) <= 5 and not depthwise
         if is_conv:
             found.append(_conv_target(key.removesuffix(".weight"), shape))
-    main = [t for t in found if not _is_auxiliary(t.name)]
+    main = [t for t in found if not is_auxiliary(t.name)]
     return main or found
 
 
@@ -263,9 +177,7 @@ def _conv_target(name: str, shape: tuple[int, ...]) -> Target:
     return Target(name, "conv", (shape[0], width))
 
 
-def _by_regex(
-    shapes: Mapping[str, tuple[int, ...]], kinds: Mapping[str, Kind] | None, known: Mapping[str, list[Target]], pattern: str
-) -> list[Target]:
+def _by_regex(shapes: Shapes, kinds: Mapping[str, Kind] | None, known: Mapping[str, list[Target]], pattern: str) -> list[Target]:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
@@ -273,6 +185,9 @@ def _by_regex(
     found = []
     for key, shape in shapes.items():
         name = key.removesuffix(".weight").removesuffix(".in_proj_weight")
+        if is_expert_stack(key, shape) and compiled.fullmatch(key):
+            found.append(next(iter(known.get(key, ())), stack_target(key, shape)))
+            continue
         usable = kinds is None or kinds.get(key) in ("linear", "conv")
         if name == key or len(shape) < 2 or not usable or not compiled.fullmatch(name):
             continue
@@ -298,20 +213,16 @@ def _layout_of(attentions: list[Attention]) -> Layout:
     return "mmpretrain" if first.path.endswith("w_msa") or blocks_free else "timm"
 
 
-def _is_auxiliary(path: str) -> bool:
-    return any(piece.startswith(_AUXILIARY) for piece in path.split("."))
-
-
 def _is_head_or_embedding(name: str) -> bool:
     pieces = name.split(".")
-    return pieces[0] in _HEADS or pieces[-1] in _HEADS or any("embed" in p or "bias" in p for p in pieces)
+    return pieces[0] in HEADS or pieces[-1] in HEADS or any("embed" in p or "bias" in p for p in pieces)
 
 
 def _accepted_sets() -> str:
     return f"{', '.join(TARGET_SETS)}, or a regular expression for whole module names"
 
 
-def _nothing_found(wanted: str, shapes: Mapping[str, tuple[int, ...]]) -> InputError:
+def _nothing_found(wanted: str, shapes: Shapes, matrices: Shapes, coverage: Iterable[Seen]) -> InputError:
     if wanted not in TARGET_SETS and re.fullmatch(r"[\w+-]+", wanted):
         return UnknownNameError("--targets", wanted, TARGET_SETS, "take one of them, or a regular expression that matches module names")
     names = sorted({k for k, s in shapes.items() if len(s) >= 2}, key=natural_key)
@@ -320,5 +231,20 @@ def _nothing_found(wanted: str, shapes: Mapping[str, tuple[int, ...]]) -> InputE
         f"--targets {wanted}",
         f"no weight answers; the {len(names)} matrices here start with {shown}",
         _accepted_sets(),
-        "choose other targets, or another file",
+        _what_would_match(shapes, matrices) if wanted in TARGET_SETS else "choose other targets, or another file",
+        faults=[f"{seen.path}: {seen.why}" for seen in coverage if seen.why],
     )
+
+
+def _what_would_match(shapes: Shapes, matrices: Shapes) -> str:
+    """The `--targets` that meet something here."""
+    linear = [k.removesuffix(".weight") for k in matrices if k.endswith(".weight") and not _is_head_or_embedding(k.removesuffix(".weight"))]
+    leaves = sorted({name.rpartition(".")[2] for name in linear if not name.rpartition(".")[2].isdigit()})
+    choices = []
+    if linear:
+        choices.append("--targets all-linear")
+    if leaves:
+        choices.append(f"--targets '.*\\.({'|'.join(re.escape(leaf) for leaf in leaves[:6])})'")
+    if any(len(s) >= 3 and k.endswith(".weight") for k, s in shapes.items()):
+        choices.append("--targets conv")
+    return f"take {' or '.join(choices)}" if choices else "choose other targets, or another file"

@@ -17,7 +17,7 @@ from medlore.extras import require
 
 Entry = dict[str, Any]
 Job = tuple[Any, ...]
-_KILLED = "its process died; as a rule it was killed for its memory: give fewer --workers, or a smaller --memory"
+_KILLED = "its process died; as a rule it was killed for its memory: give fewer --workers"
 
 
 def spread(
@@ -34,7 +34,7 @@ def spread(
     Args:
         work: a function of a module, so that other processes find it.
         jobs: its arguments.
-        lost: what is told of a job whose process died.
+        lost: the result of a job whose process died.
         engine: processes of this machine, or Ray.
         workers: how many at a time.
         gpus_each: GPUs that Ray keeps for a job.

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -22,12 +22,14 @@ from medlore.data.volumes.geometry import check_orientation
 from medlore.errors import DataError, InputError, MedloreError
 from medlore.files import read_json, sha256_of
 from medlore.models.segmenter.vocabulary import canonical_modality, default_vocabulary
+from medlore.runs.hardware import Hardware, Work, decide_hardware
 from medlore.runs.output_lock import OutputLock
-from medlore.runs.settings import Run, choose_device
+from medlore.runs.report import Run
 from medlore.runs.workers import spread
-from medlore.segmenting.labels import ModelFacts, Routes, facts_of_bundle, facts_of_pack, route_labels, tissues_of, with_tissues
-from medlore.segmenting.plan import CasePlan, available_memory, plan_case, read_bytes
-from medlore.segmenting.settings import DECISIVE, RULES_VERSION, SegmentSettings
+from medlore.segmenting.labels import ModelFacts, Routes, facts_of_bundle, facts_of_pack, route_labels
+from medlore.segmenting.plan import CasePlan
+from medlore.segmenting.planner import Choices, Planner
+from medlore.segmenting.settings import RULES_VERSION, SegmentSettings
 
 if TYPE_CHECKING:
     from medlore.data.volumes.nifti_affine import AffineChoice
@@ -96,16 +98,17 @@ def segment_cases(settings: SegmentSettings, *, watcher: Watcher | None = None) 
     watcher = watcher or Silence()
     cases = collect_cases(settings)
     names = folder_names(cases)
-    loaded = load_model(settings)  # a fault of the model ends the run before it starts
-    _check_flags(settings, loaded.facts, cases)
-    told, notes, device = _told_of(loaded)
+    hardware = hardware_of(settings)
+    loaded = load_model(settings, hardware)  # a fault of the model ends the run before it starts
+    _check_flags(loaded.planner, settings, cases)
+    told, notes = _told_of(loaded)
     alone = settings.engine == "local" and settings.workers == 1
     model: SegmentingModel | None = loaded if alone else None  # each worker loads its own; this process keeps none
     del loaded
-    with OutputLock(settings.out), Run("segment", settings.out, settings=settings, device=device) as run:
-        run.results = {"model": told, "cases": [], "notes": notes}
+    with OutputLock(settings.out), Run("segment", settings.out, settings=settings, device=hardware.device) as run:
+        run.results = {"model": told, "hardware": hardware.record(), "cases": [], "notes": notes}
         entries: list[dict[str, Any]] = run.results["cases"]
-        with closing(_entries(settings, model, cases, names, watcher)) as finished:  # Ctrl-C stops the workers here and now
+        with closing(_entries(settings, hardware, model, cases, names, watcher)) as finished:  # Ctrl-C stops the workers here and now
             for entry in finished:
                 entries.append(entry)
                 watcher.case(len(entries), len(cases), entry)
@@ -115,29 +118,28 @@ def segment_cases(settings: SegmentSettings, *, watcher: Watcher | None = None) 
     return run.results
 
 
-def _check_flags(settings: SegmentSettings, facts: ModelFacts, cases: Sequence[Case]) -> None:
+def _check_flags(planner: Planner, settings: SegmentSettings, cases: Sequence[Case]) -> None:
     """What was asked for by flags holds for every case: a fault in it is wrong use, not the fault of a case."""
-    from medlore.segmenting.rules import window_rules
-
+    facts = planner.facts
     modalities = dict.fromkeys(case.modality for case in cases)
     if settings.orientation_code is not None:
         check_orientation(settings.orientation_code)
     for modality in modalities if settings.modality is not None or settings.image is not None else ():
         if settings.labels:
             route_labels(facts, settings.labels, modality, region=settings.region, allow_unknown=settings.allow_unknown)
-        window_rules(facts, canonical_modality(modality), roi_size=settings.roi_size, overlap=settings.overlap)
+        planner.rules(canonical_modality(modality))
     if settings.region is not None and settings.region not in facts.experts:
         default_vocabulary().checked_region(settings.region)
 
 
-def _told_of(model: SegmentingModel) -> tuple[dict[str, Any], list[str], str]:
-    """What the report says of a model, its notes, and its device."""
+def _told_of(model: SegmentingModel) -> tuple[dict[str, Any], list[str]]:
+    """What the report says of a model, and its notes."""
     bundle = model.bundle
-    return {"name": bundle.name, "sha256": bundle.sha256, "precision": model.precision}, list(bundle.notes), model.device
+    return {"name": bundle.name, "sha256": bundle.sha256, "precision": model.precision}, list(bundle.notes)
 
 
 def plan_cases(settings: SegmentSettings) -> dict[str, Any]:
-    """What a run would do, from headers and the pack's manifest; loads no network unless the model is no pack.
+    """What a run would do here and now, from headers and the pack's manifest; loads no network unless the model is no pack.
 
     Raises:
         InputError: wrong use.
@@ -145,35 +147,46 @@ def plan_cases(settings: SegmentSettings) -> dict[str, Any]:
     facts = None if settings.text or settings.prompt_embeddings else facts_of_pack(settings.model)
     if facts is None:
         facts = facts_of_bundle(_load_bundle(settings))
-    device = choose_device("cuda") if settings.device == "cuda" else "cpu"  # nothing else is asked of torch
+    planner = Planner(facts, hardware_of(settings), _choices(settings))
     cases = collect_cases(settings)
-    _check_flags(settings, facts, cases)
+    _check_flags(planner, settings, cases)
     plans: list[dict[str, Any]] = []
     for case, name in zip(cases, folder_names(cases), strict=True):
         try:
-            plan = _plan(settings, facts, case, device=device)
+            shape, affine = _grid_of(case, settings.affine_from)
+            routes = _routes(settings, facts, case)
+            plan = planner.plan(shape, affine, routes, where=str(case.image), **_asked_of(settings, case))
             plans.append({"name": name, "image": str(case.image), "plan": plan.record(), "in_words": plan.in_words()})
         except MedloreError as error:
             plans.append({"name": name, "image": str(case.image), "error": str(error)})
-    return {"model": facts.name, "settings": settings.model_dump(mode="json"), "cases": plans}
+    return {"model": facts.name, "hardware": planner.hardware.record(), "settings": settings.model_dump(mode="json"), "cases": plans}
 
 
-def load_model(settings: SegmentSettings) -> SegmentingModel:
-    """The model that the settings name, on the device that they name."""
+def hardware_of(settings: SegmentSettings) -> Hardware:
+    """Device, precision and memory of one worker of a run; on Ray each worker has a GPU of its own.
+
+    Raises:
+        InputError: the device is not on this machine, or no size of memory.
+    """
+    work: Work = "published" if settings.published else "inference"
+    hardware = decide_hardware(settings.device, settings.precision, work=work, memory=settings.memory)
+    return hardware.shared_by(settings.workers, device_too=settings.engine == "local")
+
+
+def load_model(settings: SegmentSettings, hardware: Hardware | None = None) -> SegmentingModel:
+    """The model that the settings name, on the hardware that was decided for the run."""
     from medlore.segmenting.model import SegmentingModel
 
-    return SegmentingModel(
-        _load_bundle(settings),
-        device=choose_device(settings.device),
-        precision=settings.precision,
-        roi_size=settings.roi_size,
-        overlap=settings.overlap,
-        sw_batch_size=settings.sw_batch_size,
-        max_queries=settings.max_queries,
-        memory_bytes=None if settings.memory is None and settings.workers == 1 else _memory_of(settings),
-        published=settings.published,
-        redraw_tissues=settings.redraw_tissues,
-    )
+    return SegmentingModel(_load_bundle(settings), hardware or hardware_of(settings), _choices(settings))
+
+
+def _choices(settings: SegmentSettings) -> Choices:
+    return Choices(**{field.name: getattr(settings, field.name) for field in fields(Choices)})
+
+
+def _asked_of(settings: SegmentSettings, case: Case) -> dict[str, Any]:
+    """What a plan must know of a case beside its image and labels."""
+    return {"orientation_code": case.orientation_code or settings.orientation_code, "grid": settings.grid}
 
 
 def segment_case(settings: SegmentSettings, model: SegmentingModel, case: Case, name: str, watcher: Watcher) -> dict[str, Any]:
@@ -203,22 +216,17 @@ def _segment_case(settings: SegmentSettings, model: SegmentingModel, case: Case,
     if settings.resume and _is_finished(folder, fingerprint, settings):
         return {"state": "skipped", "folder": name}
     start = time.perf_counter()
-    most = _memory_of(settings)
+    shape, affine = _grid_of(case, settings.affine_from)
+    model.planner.plan(shape, affine, routes, where=str(case.image), **_asked_of(settings, case))  # too large is said before it is read
+    most = model.planner.hardware.memory_bytes
     volume = read_volume(case.image, affine_from=settings.affine_from, frame=case.frame, series=case.series, most_bytes=most)
     read = time.perf_counter() - start
     if settings.dicom_seg and not volume.slices:  # before hours of work, not after them
         raise InputError(f"--dicom-seg: {case.image}", "an image that is not DICOM", "a DICOM series", "leave --dicom-seg out")
-    grid = (volume.shape, volume.affine)
-    watcher.plan(name, _plan(settings, model.facts, case, routes=routes, volume=grid, device=model.device))
-    result = model.segment(
-        volume,
-        case.labels,
-        case.modality,
-        routes=routes,
-        orientation_code=case.orientation_code or settings.orientation_code,
-        grid=settings.grid,
-        resample=settings.resample,
-        on_window=lambda done, total: watcher.window(name, done, total),
+    plan = model.plan(volume, routes, **_asked_of(settings, case))
+    watcher.plan(name, plan)
+    result = model.execute(
+        plan, volume, routes, resample=settings.resample, on_window=lambda done, total: watcher.window(name, done, total)
     )
     result.seconds = {"read": read, **result.seconds}
     about = {
@@ -250,50 +258,48 @@ def _segment_case(settings: SegmentSettings, model: SegmentingModel, case: Case,
     }
 
 
-def _memory_of(settings: SegmentSettings) -> int:
-    """Bytes for one case: what may be used in all, shared by the workers."""
-    total = available_memory() if settings.memory is None else read_bytes(settings.memory)
-    return total // settings.workers
-
-
 def _entries(
-    settings: SegmentSettings, model: SegmentingModel | None, cases: Sequence[Case], names: Sequence[str], watcher: Watcher
+    settings: SegmentSettings,
+    hardware: Hardware,
+    model: SegmentingModel | None,
+    cases: Sequence[Case],
+    names: Sequence[str],
+    watcher: Watcher,
 ) -> Generator[dict[str, Any], None, None]:
     """Entries of the report as cases finish."""
     if model is not None:
         for index, (case, name) in enumerate(zip(cases, names, strict=True)):
             yield {"index": index, **segment_case(settings, model, case, name, watcher)}
         return
-    if settings.memory is None:  # measured once, before the workers take their share
-        settings = settings.model_copy(update={"memory": f"{available_memory()}B"})
-    jobs = [(settings, index, case, name) for index, (case, name) in enumerate(zip(cases, names, strict=True))]
-    yield from spread(_work, jobs, lost=_lost, engine=settings.engine, workers=settings.workers, gpus_each=int(settings.device == "cuda"))
+    jobs = [(settings, hardware, index, case, name) for index, (case, name) in enumerate(zip(cases, names, strict=True))]
+    gpus = int(hardware.device == "cuda")
+    yield from spread(_work, jobs, lost=_lost, engine=settings.engine, workers=settings.workers, gpus_each=gpus)
 
 
 _models: dict[str, SegmentingModel] = {}
 
 
-def _work(settings: SegmentSettings, index: int, case: Case, name: str) -> dict[str, Any]:
+def _work(settings: SegmentSettings, hardware: Hardware, index: int, case: Case, name: str) -> dict[str, Any]:
     """One case in a worker process; the model stays loaded between its cases."""
-    key = settings.model_dump_json()
+    key = f"{settings.model_dump_json()} {hardware}"
     if key not in _models:
         import torch
 
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // settings.workers))
         _models.clear()
-        _models[key] = load_model(settings)
+        _models[key] = load_model(settings, hardware)
     return {"index": index, **segment_case(settings, _models[key], case, name, Silence())}
 
 
 def _lost(job: tuple[Any, ...], reason: str) -> dict[str, Any]:
-    _, index, case, name = job
+    _, _, index, case, name = job
     return {
         "index": index,
         "name": name,
         "image": str(case.image),
         "line": case.line or None,
         "state": "failed",
-        "error": reason,
+        "error": f"{reason}, or a smaller --memory",
         "seconds": None,
     }
 
@@ -315,55 +321,12 @@ def _routes(settings: SegmentSettings, facts: ModelFacts, case: Case) -> Routes:
     return route_labels(facts, case.labels, case.modality, region=settings.region, dataset=dataset, allow_unknown=settings.allow_unknown)
 
 
-def _plan(
-    settings: SegmentSettings,
-    facts: ModelFacts,
-    case: Case,
-    *,
-    routes: Routes | None = None,
-    volume: tuple[Any, Any] | None = None,
-    device: str = "cpu",
-) -> CasePlan:
-    from medlore.segmenting.rules import is_half, window_rules
-
-    routes = routes or _routes(settings, facts, case)
-    rules = window_rules(
-        facts,
-        routes.modality,
-        roi_size=settings.roi_size,
-        overlap=settings.overlap,
-        sw_batch_size=settings.sw_batch_size,
-        orientation_code=case.orientation_code or settings.orientation_code,
-        half=is_half(settings.precision, settings.device, published=settings.published),
-        published=settings.published,
-    )
-    shape, affine = volume or _grid_of(case, settings.affine_from)
-    on_device = None
-    if device.startswith("cuda"):
-        from medlore.segmenting.model import device_memory
-
-        on_device = device_memory(device)
-    tissues = tissues_of(facts, routes) if settings.redraw_tissues and not settings.published else ()
-    return plan_case(
-        shape,
-        affine,
-        with_tissues(routes, tissues),
-        facts.size,
-        rules,
-        memory_bytes=_memory_of(settings),
-        where=str(case.image),
-        device_memory_bytes=on_device,
-        tissues=len(tissues),
-    )
-
-
 def _grid_of(case: Case, affine_from: AffineChoice) -> tuple[Any, Any]:
     return read_grid(case.image, ReadOptions(affine_from, frame=case.frame, series=case.series))
 
 
 def _fingerprint(settings: SegmentSettings, model: SegmentingModel, case: Case, routes: Routes, digest: str) -> str:
-    values = settings.model_dump(mode="json")
-    decisive = {name: values[name] for name in DECISIVE} | {"precision": model.precision}
+    decisive = settings.decisive() | {"precision": model.precision}
     orientation = case.orientation_code or settings.orientation_code
     part = [case.frame, case.series]
     prompts = [sha256_of(file) for file in (settings.prompt_embeddings, settings.text, settings.tokenizer) if file is not None]

@@ -11,8 +11,7 @@ data sets for a label, over labels for a region.
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +23,30 @@ from medlore.data.volumes.geometry import spacing_of
 from medlore.data.volumes.masks import check_mask_grid, read_masks
 from medlore.data.volumes.preparation import read_volume
 from medlore.errors import DataError, InputError, MedloreError, StepError
-from medlore.files import json_text, read_json
+from medlore.files import read_json
 from medlore.metrics.masks import EMPTY_RULE, dice, surface_dice
 from medlore.models.segmenter.vocabulary import canonical_modality, default_vocabulary
-from medlore.runs.settings import Run
+from medlore.runs.report import Run
 from medlore.segmenting.evaluation_tables import summarise, write_tables
 from medlore.segmenting.outputs import file_names
 
 
 def evaluate_masks(
-    pred: str | Path, truth: str | Path, *, out: str | Path | None = None, as_json: bool = False, tolerance_mm: float = 1.0
+    pred: str | Path,
+    truth: str | Path,
+    *,
+    out: str | Path | None = None,
+    tolerance_mm: float = 1.0,
+    show: Callable[[dict[str, Any]], None] = lambda _results: None,
 ) -> dict[str, Any]:
-    """Measure, write tables and box plots, and print the means.
+    """Measure, and write tables and box plots.
 
     Args:
         pred: folder of `medlore segment`.
         truth: jsonl whose cases have a `mask`.
         out: folder of the results; `PRED/evaluation` unless given.
-        as_json: print one JSON object instead of a table.
         tolerance_mm: of the surface Dice.
+        show: is given the results, before cases that could not be measured are refused.
 
     Raises:
         InputError: no such folder, or no case has a mask.
@@ -64,7 +68,7 @@ def evaluate_masks(
             run.results |= summarise(rows)
             for path in write_tables(out, rows, run.results):
                 run.add_output(path.name, path)
-    _print(run.results, as_json=as_json)
+    show(run.results)
     if faults:
         accepted, fix = "a mask and a prediction on one grid for every case", "see the list; the other cases are written"
         raise StepError(str(truth), f"{len(faults)} case(s) could not be measured", accepted, fix, faults=faults)
@@ -174,20 +178,3 @@ def _predicted_files(folder: Path, labels: Sequence[str], record: Any | None) ->
             known = default_vocabulary().lookup(label, modality, allow_unknown=True).label
             names[label] = written.get(label) or written.get(known) or names[label]
     return names
-
-
-def _print(results: dict[str, Any], *, as_json: bool) -> None:
-    if as_json:
-        sys.stdout.write(json_text(results) + "\n")
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("label", "modality", "region", "Dice", "surface Dice", box=None, pad_edge=False)
-    for row in results.get("by_label", []):
-        table.add_row(row["label"], row["modality"], row["region"], f"{row['dice']:.4f}", f"{row['surface_dice']:.4f}")
-    if "mean" in results:
-        table.add_row("mean", "", "", f"{results['mean']['dice']:.4f}", f"{results['mean']['surface_dice']:.4f}")
-    console = Console()
-    console.print(table)
-    console.print(f"empty masks: {results['empty_masks']}; surface tolerance {results['tolerance_mm']:g} mm; {results['cases']} case(s)")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from medlore.errors import InputError, UnknownNameError
-from medlore.files import json_text, sha256_of
+from medlore.files import sha256_of
 from medlore.models import packs
 from medlore.models.segmenter.bundle import SegmenterBundle, UnboundPairWarning, load_segmenter, write_segmenter_pack
 from medlore.models.segmenter.checkpoints import recognise
@@ -79,17 +78,6 @@ def embed_vocabulary(encoder: TextEncoder, vocabulary: Vocabulary | None = None)
         entries = words.entries(modality=modality)
         rows += list(zip((e.key for e in entries), encoder.embed([e.label for e in entries], modality), strict=True))
     return table_of(rows, text_sha256=encoder.sha256)
-
-
-def print_export(summary: dict[str, Any], *, as_json: bool) -> None:
-    """The summary for people on stdout and the notes on stderr, or one JSON object."""
-    if as_json:
-        sys.stdout.write(json_text(summary) + "\n")
-        return
-    for note in summary["notes"]:
-        sys.stderr.write(f"note: {note}\n")
-    what = f"{summary['name']}, {summary['parameters']:,} parameters" if "parameters" in summary else summary["name"]
-    sys.stdout.write(f"{summary['out']}: {what}, {summary['prompts']} prompts\n")
 
 
 def _export_table(source: Path, out: Path, tokenizer: str | Path | None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from medlore.assets import PREFIX, asset_path
 from medlore.errors import InputError, UnknownNameError
 from medlore.files import read_json
+from medlore.models.pack_names import BASE, MANIFEST
+from medlore.models.segmenter.encoders import UNET
 from medlore.models.segmenter.vocabulary import REGIONS, WHOLE_BODY, Vocabulary, canonical_modality, default_vocabulary
 from medlore.segmenting.plan import NetworkSize
 
@@ -50,7 +53,8 @@ def facts_of_bundle(bundle: SegmenterBundle) -> ModelFacts:
     weights = bundle.weights
     adapted = {target for expert in weights.experts.values() for target in expert.pairs}
     merged = sum(weights.base[f"{target}.weight"].numel() for target in adapted)
-    size = NetworkSize(bundle.config.features[0], sum(t.numel() for t in weights.base.values()), merged)
+    parameters = sum(t.numel() for t in weights.base.values())
+    size = NetworkSize(bundle.config.features[0], parameters, merged, bundle.config.encoder)
     keys = None if bundle.text is not None or bundle.prompts is None else frozenset(bundle.prompts.keys)
     own = bundle.preprocessing.get("label_regions", {})
     return ModelFacts(bundle.name, tuple(weights.experts), bundle.region, size, bundle.preprocessing, keys, own, bundle.config.patch)
@@ -59,27 +63,38 @@ def facts_of_bundle(bundle: SegmenterBundle) -> ModelFacts:
 def facts_of_pack(path: str | Path) -> ModelFacts | None:
     """The facts of a pack from its manifest alone; None where `path` is no pack of a segmenter, or one that only a full load can judge."""
     path = asset_path(str(path)) if str(path).startswith(PREFIX) else Path(path)
-    manifest_path = path / "manifest.json"
+    manifest_path = path / MANIFEST
     if not manifest_path.is_file():
         return None
     manifest = read_json(manifest_path)
     if not isinstance(manifest, dict) or manifest.get("kind") != "segmenter":
         return None
     try:
-        return _facts_of_manifest(manifest)
+        return _facts_of_manifest(manifest, path)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError):  # the loader names what is wrong with it
         return None
 
 
-def _facts_of_manifest(manifest: Mapping[str, Any]) -> ModelFacts:
-    told = manifest.get("prompts")
+def _facts_of_manifest(manifest: Mapping[str, Any], folder: Path) -> ModelFacts:
+    told, sizes, rules = manifest.get("prompts"), manifest["config"], manifest["preprocessing"]
     keys = None if told is None else frozenset(told["keys"])
-    count = int(manifest["parameters"])
-    size = NetworkSize(manifest["config"]["features"][0], count, count if manifest["experts"] else 0)
-    rules = manifest["preprocessing"]
-    region = manifest.get("region")
-    own, patch = rules.get("label_regions", {}), int(manifest["config"].get("patch", 32))
-    return ModelFacts(manifest["name"], tuple(manifest["experts"]), region, size, rules, keys, own, patch)
+    counts = _counts_of(folder / BASE)
+    adapted = {target for expert in manifest["experts"].values() for target in expert["scaling"]}
+    merged = sum(counts[f"{target}.weight"] for target in adapted)
+    size = NetworkSize(sizes["features"][0], sum(counts.values()), merged, sizes.get("encoder", UNET))
+    own, patch = rules.get("label_regions", {}), int(sizes.get("patch", 32))
+    return ModelFacts(manifest["name"], tuple(manifest["experts"]), manifest.get("region"), size, rules, keys, own, patch)
+
+
+def _counts_of(file: Path) -> dict[str, int]:
+    """Number of values of each tensor, from the header of a safetensors file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="np") as opened:
+            return {name: math.prod(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError) as error:
+        raise ValueError(str(error)) from error
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from medlore.data.volumes.geometry import Array, Crop, GridPath, Reorientation, Resampling
+from medlore.data.volumes.geometry import Array, Crop, GridPath, Reorientation, Resampling, Shape
 from medlore.data.volumes.intensity import rule_of
 from medlore.data.volumes.nifti import Volume
 from medlore.data.volumes.preparation import MaskRestorer, PackedMasks, Prepared, Resample, prepare
@@ -22,14 +22,14 @@ from medlore.models.segmenter.bundle import SegmenterBundle
 from medlore.models.segmenter.network import Segmenter
 from medlore.models.segmenter.unet3d_inference import ready_for_cpu
 from medlore.models.segmenter.vocabulary import WHOLE_BODY
-from medlore.segmenting.labels import ModelFacts, Routes, facts_of_bundle, route_labels, tissues_of, with_tissues
+from medlore.runs.hardware import FixedPrecision, Hardware
+from medlore.segmenting.labels import Routes, facts_of_bundle, route_labels
 from medlore.segmenting.parts import without_stray_parts
-from medlore.segmenting.plan import CasePlan, WindowRules, available_memory, plan_case, usable
-from medlore.segmenting.rules import window_rules
+from medlore.segmenting.plan import CasePlan, Grid
+from medlore.segmenting.planner import Choices, Planner
+from medlore.segmenting.sweep import axis_order, path_in_order, prepared_in_order
 from medlore.segmenting.tissues import TissuePass
 
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
-Grid = Literal["original", "processed"]
 _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _EMPTY_SHARE = 1e-4  # a window with fewer voxels of body than this share is skipped
 
@@ -90,50 +90,46 @@ class SegmentingModel:
 
     Args:
         bundle: from `load_segmenter`.
-        device: cpu, cuda or mps.
-        precision: of the network; `auto` is bf16 on a CPU with bf16 instructions and on a GPU, else fp32.
-        roi_size: windows of another size than the model's own.
-        overlap: of the windows; the model's own unless given.
-        sw_batch_size: windows at a time.
-        max_queries: prompts decoded at a time.
-        memory_bytes: what may be used; four fifths of what is free unless given.
-        published: the published rules throughout.
-        redraw_tissues: redraw the borders of tissues by grey values where the model's preprocessing names tissues.
+        hardware: device, precision and memory, decided for the run.
+        choices: windows and rules.
     """
 
-    def __init__(  # noqa: PLR0913 - each is a flag of the command
-        self,
-        bundle: SegmenterBundle,
-        *,
-        device: str = "cpu",
-        precision: Precision = "auto",
-        roi_size: Sequence[int] | None = None,
-        overlap: float | None = None,
-        sw_batch_size: int = 1,
-        max_queries: int = 256,
-        memory_bytes: int | None = None,
-        published: bool = False,
-        redraw_tissues: bool = True,
-    ) -> None:
-        self.redraw_tissues = redraw_tissues and not published
-        self.bundle, self.device, self.published = bundle, device, published
-        self.facts: ModelFacts = facts_of_bundle(bundle)
-        self.precision = choose_precision(precision, device, published=published)
-        self.max_queries, self.memory_bytes = max_queries, memory_bytes
-        self._batch, self._roi, self._overlap = sw_batch_size, roi_size, overlap
+    def __init__(self, bundle: SegmenterBundle, hardware: Hardware, choices: Choices | None = None) -> None:
+        self.bundle, self.hardware = bundle, hardware
+        self.facts = facts_of_bundle(bundle)
+        self.planner = Planner(self.facts, hardware, choices or Choices())
         self._placed: tuple[str, Segmenter] | None = None
 
-    def rules(self, modality: str, orientation_code: str | None = None) -> WindowRules:
-        """Windows and grid of this model for a modality."""
-        return window_rules(
-            self.facts,
-            modality,
-            roi_size=self._roi,
-            overlap=self._overlap,
-            sw_batch_size=self._batch,
+    @property
+    def device(self) -> str:
+        """Where the network runs."""
+        return self.hardware.device
+
+    @property
+    def precision(self) -> FixedPrecision:
+        """Of the network."""
+        return self.hardware.precision
+
+    @property
+    def published(self) -> bool:
+        """Whether the published rules hold throughout."""
+        return self.planner.choices.published
+
+    @property
+    def memory_bytes(self) -> int:
+        """What may be used of the host's memory."""
+        return self.hardware.memory_bytes
+
+    def plan(self, volume: Volume, routes: Routes, *, orientation_code: str | None = None, grid: Grid = "original") -> CasePlan:
+        """What `segment` will do with a volume: see `Planner.plan`."""
+        return self.planner.plan(
+            volume.shape,
+            volume.affine,
+            routes,
+            where=str(volume.path),
             orientation_code=orientation_code,
-            half=self.precision != "fp32",
-            published=self.published,
+            grid=grid,
+            voxel_bytes=volume.array.itemsize,
         )
 
     def segment(
@@ -148,7 +144,7 @@ class SegmentingModel:
         resample: Resample = "probability",
         on_window: Callable[[int, int], None] | None = None,
     ) -> Segmentation:
-        """Segment one volume.
+        """Segment one volume: plan it and execute the plan.
 
         Args:
             volume: from `read_volume`.
@@ -165,36 +161,49 @@ class SegmentingModel:
             DataError: nothing in the volume.
         """
         routes = routes or route_labels(self.facts, labels, modality)
-        rules = self.rules(routes.modality, orientation_code)
-        tissues = tissues_of(self.facts, routes) if self.redraw_tissues else ()
-        plan = plan_case(
-            volume.shape,
-            volume.affine,
-            with_tissues(routes, tissues),
-            self.facts.size,
-            rules,
-            memory_bytes=self.memory_bytes or available_memory(),
-            where=str(volume.path),
-            device_memory_bytes=device_memory(self.device),
-            tissues=len(tissues),
-        )
+        plan = self.plan(volume, routes, orientation_code=orientation_code, grid=grid)
+        return self.execute(plan, volume, routes, resample=resample, on_window=on_window)
+
+    def execute(
+        self,
+        plan: CasePlan,
+        volume: Volume,
+        routes: Routes,
+        *,
+        resample: Resample = "probability",
+        on_window: Callable[[int, int], None] | None = None,
+    ) -> Segmentation:
+        """Do what a plan says, as it stands.
+
+        Args:
+            plan: from `plan`, for this volume and these routes.
+            volume: from `read_volume`.
+            routes: who answers for which label.
+            resample: how masks return to the original grid.
+            on_window: called with windows done and windows in all.
+
+        Raises:
+            DataError: nothing in the volume.
+        """
         start = time.perf_counter()
         prepared = prepare(
             volume,
             routes.modality,  # type: ignore[arg-type]
-            orientation_code=rules.orientation_code,
-            spacing_mm=rules.spacing_mm,
+            orientation_code=plan.rules.orientation_code,
+            spacing_mm=plan.rules.spacing_mm,
             rule=rule_of(self.facts.preprocessing),
             published=self.published,
         )
-        path = prepared.path if grid == "original" else _network_grid(prepared.path)
-        affine = None if grid == "original" else path.affine
+        path = prepared.path if plan.grid == "original" else _network_grid(prepared.path)
+        affine = None if plan.grid == "original" else path.affine
+        order = axis_order(plan.axis)
+        path, swept = path_in_order(path, order), prepared_in_order(prepared, order)
         result = Segmentation(volume, routes, plan, prepared, path.reorientation, affine)
         result.seconds["prepare"] = time.perf_counter() - start
-        kept = TissuePass(tissues, path.crop.new_shape)
-        self._run(result, rules, path, resample, on_window, kept)
-        if tissues:
-            _redraw(result, kept, path)
+        kept = TissuePass(plan.tissues, path.crop.new_shape)
+        self._run(result, swept, path, resample, on_window, kept)
+        if plan.tissues:
+            _redraw(result, kept, swept, path)
         parts = {} if self.published else self.facts.preprocessing.get("parts", {}).get(routes.modality, {})
         result.masks |= {label: without_stray_parts(*result.masks[label], parts[label]) for label in result.masks if label in parts}
         return result
@@ -202,18 +211,19 @@ class SegmentingModel:
     def _run(
         self,
         result: Segmentation,
-        rules: WindowRules,
+        prepared: Prepared,
         path: GridPath,
         resample: Resample,
         on_window: Callable[[int, int], None] | None,
         kept: TissuePass,
     ) -> None:
-        prepared, plan = result.prepared, result.plan
-        shape = prepared.path.crop.new_shape
-        windows = WindowGrid(shape, rules.roi_size, rules.overlap)
+        plan, rules = result.plan, result.plan.rules
+        order = axis_order(plan.axis)
+        x, y, z = (rules.roi_size[axis] for axis in order)
+        windows = WindowGrid(prepared.path.crop.new_shape, (x, y, z), rules.overlap)
         count = len(windows.windows())
         total, done = count * plan.passes, 0
-        skip = _Emptiness(prepared, rules)
+        skip = _Emptiness(prepared, windows.roi_size)
         clock = _Clock()
         started = time.perf_counter()
         threshold = float(self.facts.preprocessing.get("threshold", 0.5))
@@ -225,7 +235,7 @@ class SegmentingModel:
                 before = done
                 slabs = sliding_windows(
                     prepared.pixels,
-                    clock.timed("network", self._predictor(network, queries)),
+                    clock.timed("network", self._predictor(network, queries, order)),
                     windows,
                     labels=len(group),
                     sw_batch_size=rules.sw_batch_size,
@@ -258,14 +268,16 @@ class SegmentingModel:
             self._placed = (region, network)
         return self._placed[1]
 
-    def _predictor(self, network: Segmenter, queries: Tensor) -> Callable[[Tensor], Rows]:
+    def _predictor(self, network: Segmenter, queries: Tensor, order: Shape) -> Callable[[Tensor], Rows]:
+        """Windows whose axes lie in `order` -> rows of logits in that order; the network sees them as it was trained."""
         channels = network.config.image_channels
+        there, back = ((0, 1, *(2 + axis for axis in axes)) for axes in (order, np.argsort(order).tolist()))
 
         def predict(windows: Tensor) -> Rows:
             with torch.no_grad(), self._autocast():
-                features = network.encode(windows.expand(-1, channels, -1, -1, -1))
-                parts = [network.mask_embeddings(features, part) for part in queries.split(self.max_queries)]
-            embeddings, pixels = torch.cat(parts, dim=1), features.pixels  # b n c, b c x y z
+                features = network.encode(windows.permute(back).contiguous().expand(-1, channels, -1, -1, -1))
+                parts = [network.mask_embeddings(features, part) for part in queries.split(self.planner.choices.max_queries)]
+            embeddings, pixels = torch.cat(parts, dim=1), features.pixels.permute(there)  # b n c, b c x y z
 
             def rows(index: int, first: int, last: int) -> Tensor:
                 block = pixels[index, :, first:last]
@@ -283,10 +295,10 @@ class SegmentingModel:
         return nullcontext() if self.precision == "fp32" else torch.autocast(self.device, dtype=_TYPES[self.precision])
 
 
-def _redraw(result: Segmentation, kept: TissuePass, path: GridPath) -> None:
+def _redraw(result: Segmentation, kept: TissuePass, prepared: Prepared, path: GridPath) -> None:
     """Put the redrawn tissues into the result; those that nobody asked for leave it."""
     started = time.perf_counter()
-    redrawn = kept.masks(result.prepared, path, result.volume.array if result.affine is None else None)
+    redrawn = kept.masks(prepared, path, result.volume.array if result.affine is None else None)
     result.tissues = redrawn.record
     for index, label in enumerate(kept.tissues):
         own = result.masks.pop(label)
@@ -295,28 +307,12 @@ def _redraw(result: Segmentation, kept: TissuePass, path: GridPath) -> None:
     result.seconds["tissues"] = time.perf_counter() - started
 
 
-def choose_precision(precision: Precision, device: str, *, published: bool = False) -> Literal["fp32", "bf16", "fp16"]:
-    """What `auto` means here: fp16 on CUDA for the published rules, bf16 where the hardware multiplies it, else fp32."""
-    if precision != "auto":
-        return precision
-    if device == "cuda":
-        return "fp16" if published or not torch.cuda.is_bf16_supported() else "bf16"
-    from medlore.inspecting.doctor import cpu_has_bfloat16
-
-    return "bf16" if device == "cpu" and not published and cpu_has_bfloat16() else "fp32"
-
-
-def device_memory(device: str) -> int | None:
-    """Bytes that may be used on a GPU of its own memory; None for the processor and for MPS, which shares the host's."""
-    return usable(torch.cuda.mem_get_info()[0]) if device.startswith("cuda") else None
-
-
 class _Emptiness:
     """Whether a window holds no body; counts those that do not."""
 
-    def __init__(self, prepared: Prepared, rules: WindowRules) -> None:
+    def __init__(self, prepared: Prepared, roi_size: Shape) -> None:
         self.count = 0
-        self._body, self._roi = prepared.body, rules.roi_size
+        self._body, self._roi = prepared.body, roi_size
 
     def __call__(self, start: Start) -> bool:
         if self._body is None:

@@ -29,7 +29,7 @@ from medlore.data.volumes.nifti import copy_image, label_table
 from medlore.extras import is_installed
 from medlore.files import atomic_folder, write_json, write_text
 from medlore.pages.colours import label_colour
-from medlore.runs.settings import peak_memory_bytes
+from medlore.runs.report import peak_memory_bytes
 from medlore.segmenting.model import Segmentation
 from medlore.segmenting.quality_control import write_quality_control
 
@@ -140,7 +140,7 @@ def case_record(result: Segmentation, files: Mapping[str, str]) -> dict[str, Any
 def file_names(labels: Sequence[str]) -> dict[str, str]:
     """A file name for each label: the label itself, with characters that a file system refuses replaced.
 
-    Example:
+    Examples:
         >>> file_names(["left kidney", "T1/T2"])
         {'left kidney': 'left kidney.nii.gz', 'T1/T2': 'T1_T2.nii.gz'}
     """
@@ -160,7 +160,7 @@ def file_names(labels: Sequence[str]) -> dict[str, str]:
 def output_names(masks: Sequence[str], *, image: bool, picture: bool) -> list[str]:
     """What the folder of a finished case holds, DICOM-SEG apart.
 
-    Example:
+    Examples:
         >>> output_names(["liver.nii.gz"], image=False, picture=False)
         ['liver.nii.gz', 'prediction.nii.gz', 'labels.json', 'labels_itksnap.txt', 'case.json']
     """

@@ -31,7 +31,7 @@ def without_stray_parts(masks: PackedMasks, index: int, share: float) -> tuple[P
 def large_parts(mask: Array, share: float) -> Array:
     """Connected parts (26 neighbours) that have at least `share` of the voxels of the largest.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> large_parts(np.array([[[1, 1, 1, 0, 1, 0, 1, 1]]], bool), 0.5).astype(int).tolist()
         [[[1, 1, 1, 0, 0, 0, 1, 1]]]

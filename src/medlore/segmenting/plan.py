@@ -6,28 +6,29 @@ The sizes are upper bounds: the crop to the body, known only once the voxels are
 from __future__ import annotations
 
 import math
-import os
 import platform
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from medlore.data.volumes.geometry import Array, Shape, reorientation_to, resampling_to
 from medlore.data.volumes.window_grid import WindowGrid
 from medlore.errors import InputError
+from medlore.models.segmenter.encoders import ENCODERS, UNET
+from medlore.segmenting.sweep import axis_order, open_rows, sweep_axis
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-_INTERPRETER_BYTES = 350 << 20  # Python, torch, NumPy and the rest, before any weight
-_AVAILABLE_SHARE = 0.8
+_INTERPRETER_BYTES = 400 << 20  # Python, torch, NumPy and what they keep once a network has run, before any weight
+_WINDOW_CHANNELS = 6  # a window of three channels, and its copy in the network's layout
+_PICTURE_BYTES = 90 << 20  # what draws `quality_control.png`, with the slices it draws
 _DEVICE_BYTES = 500 << 20  # a CUDA context and the work space of its libraries
-# Full-resolution maps that are alive at the widest point of the U-Net (skip, upsampled, both concatenated, convolved,
-# normalised, and the convolution's own copy), counted in the channels of the first stage; measured, see docs/segment.md.
-_LIVE_MAPS = {4: 8.0, 2: 11.0}  # by bytes per number; half precision holds converted weights too
-_LIVE_MAPS_READY = 6.5  # of `models.unet3d_inference`, which runs on a processor with oneDNN
+_FILE_BYTES = 4  # a voxel of the image as it was read; float64 takes eight
+_NETWORK_BYTES = 5  # a voxel of the network's grid: its grey value, and whether it is body
+_PREPARING = {"ct": 6, "other": 9}  # the same while grey values are chosen; percentiles sort a copy
+_WRITING_BYTES = 2  # a voxel of the canvas of masks, or of the label map
+_RESTORING_BYTES = 200  # a voxel of one plane of the image: sixteen planes at a time, in the steps of an interpolation
 _TISSUE_WORK = 9  # bytes per voxel of the network's grid: the sum of the tissues, where it is enough, and those places
 _ONEDNN_MACHINES = ("x86_64", "amd64")
+Grid = Literal["original", "processed"]
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,13 @@ class NetworkSize:
         channels: of the full-resolution maps.
         parameters: of one merged network.
         merged_parameters: of those that an expert has for itself.
+        encoder: which one, a key of `ENCODERS`.
     """
 
     channels: int
     parameters: int
     merged_parameters: int
+    encoder: str = UNET
 
 
 @dataclass(frozen=True)
@@ -88,24 +91,66 @@ class DeviceShare:
 
 
 @dataclass(frozen=True)
+class HostShare:
+    """What a case takes of the host's memory, step by step; the steps do not overlap, so the largest counts.
+
+    Args:
+        resting_bytes: what is there all the time: programs, weights, the image, and the masks of every label, finished or not.
+        volume_bytes: the image on the network's grid, from its preparation on.
+        maps_bytes: the network's maps; 0 where a GPU holds them.
+        band_bytes: the open rows of one label. A pass ends with as many finished rows beside them, when the maps are gone.
+        preparing_bytes: most that is needed before the first window, beyond what rests.
+        writing_bytes: most that is needed after the last, beyond what rests and the volume.
+        restoring_bytes: for the way of finished rows back to the grid of the image.
+    """
+
+    resting_bytes: int
+    volume_bytes: int
+    maps_bytes: int
+    band_bytes: int
+    preparing_bytes: int
+    writing_bytes: int
+    restoring_bytes: int
+
+    def needed(self, labels: int) -> int:
+        """Bytes for so many labels at a time."""
+        finishing = 2 * labels * self.band_bytes + self.restoring_bytes
+        running = self.volume_bytes + max(self.maps_bytes + labels * self.band_bytes, finishing, self.writing_bytes)
+        return self.resting_bytes + max(self.preparing_bytes, running)
+
+    def fitting(self, memory_bytes: int) -> int:
+        """How many labels fit at a time; 0 where not one does."""
+        if self.needed(0) > memory_bytes:
+            return 0
+        left = memory_bytes - self.resting_bytes - self.volume_bytes
+        return max(0, min((left - self.maps_bytes) // self.band_bytes, (left - self.restoring_bytes) // (2 * self.band_bytes)))
+
+
+@dataclass(frozen=True)
 class CasePlan:
-    """What one case will cost.
+    """What one case will do and cost.
 
     Args:
         shape: on the network's grid before the crop.
+        rules: windows and grid.
+        tissues: labels whose probabilities are kept on the network's grid, so that their borders can be redrawn.
+        grid: on which the masks are wanted.
+        axis: of the network's grid along which the windows go; only the rows of a window along it are open at a time.
         windows: how many, at most, for each pass.
         groups: for each region its labels, in groups that fit the memory; each group is one pass over the windows.
-        fixed_bytes: weights, volume and the network's maps.
-        bytes_per_label: band and masks of one label.
-        memory_bytes: what may be used.
-        device: the same three numbers for a GPU, which holds weights, maps and bands; the host then holds the rest.
+        host: what is needed of the host's memory.
+        memory_bytes: what may be used of it.
+        device: the same for a GPU, which holds weights, maps and bands.
     """
 
     shape: Shape
+    rules: WindowRules
+    tissues: tuple[str, ...]
+    grid: Grid
+    axis: int
     windows: int
     groups: dict[str, list[list[str]]]
-    fixed_bytes: int
-    bytes_per_label: int
+    host: HostShare
     memory_bytes: int
     device: DeviceShare | None = None
 
@@ -115,21 +160,35 @@ class CasePlan:
         return sum(len(group) for groups in self.groups.values() for group in groups)
 
     @property
+    def largest(self) -> int:
+        """Labels of the largest group."""
+        return max((len(group) for groups in self.groups.values() for group in groups), default=0)
+
+    @property
     def passes(self) -> int:
         """How often the windows are gone through."""
         return sum(len(groups) for groups in self.groups.values())
 
     @property
+    def fixed_bytes(self) -> int:
+        """What is needed whatever the number of labels at a time."""
+        return self.host.needed(0)
+
+    @property
+    def bytes_per_label(self) -> int:
+        """What each label at a time adds."""
+        return self.host.band_bytes
+
+    @property
     def peak_bytes(self) -> int:
         """Expected peak memory."""
-        largest = max((len(group) for groups in self.groups.values() for group in groups), default=0)
-        finished = self.labels - largest
-        return self.fixed_bytes + largest * self.bytes_per_label + finished * self.bytes_per_label // 8
+        return self.host.needed(self.largest)
 
     def record(self) -> dict[str, Any]:
         """Plain JSON."""
         return {
             "network_shape_before_crop": list(self.shape),
+            "axis": self.axis,
             "windows_at_most": self.windows,
             "passes": self.passes,
             "experts": {region: [len(group) for group in groups] for region, groups in self.groups.items()},
@@ -145,9 +204,8 @@ class CasePlan:
         """One line for people."""
         experts = ", ".join(f"{region} ({sum(map(len, groups))})" for region, groups in self.groups.items())
         size = " x ".join(map(str, self.shape))
-        largest = max((len(group) for groups in self.groups.values() for group in groups), default=0)
         device = self.device
-        on_device = "" if device is None else f", and {gib(device.needed(largest))} of {gib(device.memory_bytes)} on the device"
+        on_device = "" if device is None else f", and {gib(device.needed(self.largest))} of {gib(device.memory_bytes)} on the device"
         return (
             f"{size} on the network's grid, at most {self.windows} windows x {self.passes} pass(es); labels by expert: {experts}; "
             f"about {gib(self.peak_bytes)} of {gib(self.memory_bytes)}{on_device}"
@@ -164,7 +222,10 @@ def plan_case(  # noqa: PLR0913 - each is a fact of the case or of the machine
     memory_bytes: int,
     where: str,
     device_memory_bytes: int | None = None,
-    tissues: int = 0,
+    tissues: Sequence[str] = (),
+    grid: Grid = "original",
+    modality: str = "ct",
+    voxel_bytes: int = _FILE_BYTES,
 ) -> CasePlan:
     """The plan of one case.
 
@@ -177,106 +238,72 @@ def plan_case(  # noqa: PLR0913 - each is a fact of the case or of the machine
         memory_bytes: what may be used.
         where: name of the image, for the error.
         device_memory_bytes: what may be used on the GPU that runs the network; None where the processor does.
-        tissues: how many labels' probabilities are kept on the network's grid (`segment_tissues`).
+        tissues: labels whose probabilities are kept on the network's grid.
+        grid: on which the masks are wanted.
+        modality: chooses the intensity rule.
+        voxel_bytes: of a voxel as it was read.
 
     Raises:
         InputError: not even one label fits; the message says what would.
     """
     turn = reorientation_to(rules.orientation_code, affine, shape)
     change = resampling_to(rules.spacing_mm, turn.apply_to_affine(affine), turn.new_shape)
-    grid = WindowGrid(change.new_shape, rules.roi_size, rules.overlap)
+    windows = WindowGrid(change.new_shape, rules.roi_size, rules.overlap)
     voxels, processed = math.prod(shape), math.prod(change.new_shape)
-    network = (
-        rules.sw_batch_size
-        * math.prod(rules.roi_size)
-        * rules.bytes_per_number
-        * (_live_maps(rules, on_device=device_memory_bytes is not None) * size.channels)
-    )
+    maps = _live_maps(size, rules, on_device=device_memory_bytes is not None) * size.channels + _WINDOW_CHANNELS
+    network = int(rules.sw_batch_size * math.prod(rules.roi_size) * rules.bytes_per_number * maps)
     weights = 4 * (size.parameters + size.merged_parameters * max(len(routes), 1))
     ready = rules.bytes_per_number * size.parameters  # the network in the layout or on the device that runs it
-    band = min(rules.roi_size[0], change.new_shape[0]) * change.new_shape[1] * change.new_shape[2]
-    sums, bits = int(band * (8 if rules.published else 2) * 1.5), voxels // 8
-    host = int(_INTERPRETER_BYTES + weights + voxels * 4 + processed * 6 + 2 * voxels)
-    host += processed * (2 * tissues + _TISSUE_WORK) if tissues else 0
+    axis = sweep_axis(change.new_shape, rules.roi_size)
+    band = open_rows(change.new_shape, rules.roi_size, axis) * (8 if rules.published else 2)
+    mask_grid = turn.new_shape if grid == "original" else change.new_shape
+    last = mask_grid[axis_order(axis)[2]]  # whose rows of bits are filled up to whole bytes
+    bits = math.prod(mask_grid) // last * -(-last // 8) * sum(map(len, routes.values()))
+    host = HostShare(
+        resting_bytes=_INTERPRETER_BYTES + weights + bits + voxels * voxel_bytes + (ready if device_memory_bytes is None else 0),
+        volume_bytes=processed * (_NETWORK_BYTES + (2 * len(tissues) + _TISSUE_WORK if tissues else 0)),
+        maps_bytes=network if device_memory_bytes is None else 0,
+        band_bytes=band,
+        preparing_bytes=processed * _PREPARING.get(modality, _PREPARING["other"]),
+        writing_bytes=math.prod(mask_grid) * _WRITING_BYTES + _PICTURE_BYTES,
+        restoring_bytes=math.prod(mask_grid) // mask_grid[axis] * _RESTORING_BYTES,
+    )
+    fitting = host.fitting(memory_bytes)
+    if fitting < 1:
+        raise _too_large(f"{where}: --memory", memory_bytes, host.needed(1), "--memory {least} or more, or smaller windows")
     device = None
-    if device_memory_bytes is None:
-        fixed, per_label = host + int(network) + ready, sums + bits
-    else:
-        fixed, per_label = host, sums + bits  # finished rows come back to the host
-        device = DeviceShare(_DEVICE_BYTES + int(network) + ready, sums, device_memory_bytes)
-        _fitting(device.memory_bytes, device.fixed_bytes, device.bytes_per_label, f"{where}: memory of the device", "smaller windows")
-    fitting = _fitting(memory_bytes, fixed, per_label, f"{where}: --memory", "--memory {least} or more, or smaller windows")
-    if device is not None:
-        fitting = min(fitting, (device.memory_bytes - device.fixed_bytes) // device.bytes_per_label)
+    if device_memory_bytes is not None:
+        device = DeviceShare(_DEVICE_BYTES + network + ready, int(1.5 * band), device_memory_bytes)
+        on_device = (device.memory_bytes - device.fixed_bytes) // device.bytes_per_label
+        if on_device < 1:
+            raise _too_large(f"{where}: memory of the device", device.memory_bytes, device.needed(1), "smaller windows")
+        fitting = min(fitting, on_device)
     groups = {region: _split(list(labels), fitting) for region, labels in routes.items()}
-    return CasePlan(change.new_shape, len(grid.windows()), groups, fixed, per_label, memory_bytes, device)
+    return CasePlan(change.new_shape, rules, tuple(tissues), grid, axis, len(windows.windows()), groups, host, memory_bytes, device)
 
 
-def _live_maps(rules: WindowRules, *, on_device: bool) -> float:
-    ready = not rules.published and not on_device and platform.machine().lower() in _ONEDNN_MACHINES
-    return _LIVE_MAPS_READY if ready else _LIVE_MAPS[rules.bytes_per_number]
+def _live_maps(size: NetworkSize, rules: WindowRules, *, on_device: bool) -> float:
+    encoder = ENCODERS[size.encoder]
+    here = not rules.published and not on_device and platform.machine().lower() in _ONEDNN_MACHINES
+    if here and encoder.ready is not None:
+        return encoder.live_maps.ready
+    return encoder.live_maps.full if rules.bytes_per_number == 4 else encoder.live_maps.half
 
 
-def _fitting(memory_bytes: int, fixed: int, per_label: int, where: str, fix: str) -> int:
-    """How many labels fit at a time."""
-    count = (memory_bytes - fixed) // per_label
-    if count < 1:
-        least = gib(math.ceil((fixed + per_label) * 1.05))
-        fix = f"give {fix.format(least=least.replace(' ', ''))} (--roi-size, --sw-batch-size)"
-        raise InputError(where, f"{gib(memory_bytes)}", f"at least {least} for one label at a time", fix)
-    return count
-
-
-def read_bytes(text: str, *, where: str = "--memory") -> int:
-    """Bytes of a size such as `6GiB`, `500MB` or `2e9`.
-
-    Raises:
-        InputError: not a size.
-
-    Example:
-        >>> read_bytes("6GiB") == 6 * 2**30
-        True
-    """
-    found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kmgt]i?)?b?\s*", text, flags=re.IGNORECASE)
-    value = float(found[1]) * _UNITS[(found[2] or "").lower()] if found and found[1].count(".") < 2 else 0
-    if value < 1:
-        raise InputError(where, f"got {text!r}", "a size such as 6GiB or 500MB", "write a number and a unit")
-    return int(value)
-
-
-def available_memory() -> int:
-    """Bytes that may be used by default: four fifths of what is free, or of what the container may still take."""
-    free = _meminfo() or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
-        try:
-            left = int(Path("/sys/fs/cgroup", limit).read_text()) - int(Path("/sys/fs/cgroup", used).read_text())
-        except (OSError, ValueError):  # no such group, or the word "max"
-            continue
-        free = min(free, max(left, 0)) if left < free else free
-    return usable(free)
-
-
-def usable(free: int) -> int:
-    """What is taken of free bytes by default."""
-    return int(free * _AVAILABLE_SHARE)
+def _too_large(where: str, memory_bytes: int, needed: int, fix: str) -> InputError:
+    least = gib(math.ceil(needed * 1.05))
+    fix = f"give {fix.format(least=least.replace(' ', ''))} (--roi-size, --sw-batch-size)"
+    return InputError(where, f"{gib(memory_bytes)}", f"at least {least} for one label at a time", fix)
 
 
 def gib(size: int) -> str:
     """Bytes for people.
 
-    Example:
+    Examples:
         >>> gib(3 << 30), gib(1500)
         ('3.0 GiB', '1 MiB')
     """
     return f"{size / 2**30:.1f} GiB" if size >= 1 << 30 else f"{max(round(size / 2**20), 1)} MiB"
-
-
-def _meminfo() -> int | None:
-    try:
-        found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), flags=re.MULTILINE)
-    except OSError:
-        return None
-    return int(found[1]) * 1024 if found else None
 
 
 def _split(labels: list[str], most: int) -> list[list[str]]:

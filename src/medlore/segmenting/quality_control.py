@@ -29,19 +29,21 @@ def write_quality_control(path: str | Path, result: Segmentation, title: str) ->
     from matplotlib.figure import Figure
 
     grey, affine = _shown(result)
-    boxes = {label: found for label in result.routes.labels if (found := result.boxed(label)) is not None}
-    centre = _centre(grey.shape, boxes)
+    centre = _centre(grey.shape, result)
+    views = _views(orientation_of(affine))
+    cuts = {label: found for label in result.routes.labels if (found := _cuts(result, label, views, centre)) is not None}
     window = _window(grey, result.routes.modality)
     figure = Figure(figsize=(13, 5.2), facecolor="black", layout="constrained")
     FigureCanvasAgg(figure)
-    for plot, view in zip(figure.subplots(1, 3), _views(orientation_of(affine)), strict=True):
+    for plot, view in zip(figure.subplots(1, 3), views, strict=True):
         _draw_plane(plot, grey, view, centre[view.axis], spacing_of(affine), window)
-        for label, (crop, mask) in boxes.items():
-            _outline(plot, crop, mask, view, centre[view.axis], label_colour(result.routes.labels.index(label)))
+        for label, (crop, planes) in cuts.items():
+            if view.axis in planes:
+                _outline(plot, crop, planes[view.axis], view, label_colour(result.routes.labels.index(label)))
         plot.set_xlim(-0.5, grey.shape[view.across] - 0.5)
         plot.set_ylim(-0.5, grey.shape[view.up] - 0.5)
         _letters(plot, view)
-    _legend(figure, result, boxes)
+    _legend(figure, result, set(cuts))
     figure.suptitle(title, color="white", fontsize=11)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110, facecolor="black", format="png")
@@ -50,18 +52,32 @@ def write_quality_control(path: str | Path, result: Segmentation, title: str) ->
 
 def _shown(result: Segmentation) -> tuple[Array, Array]:
     """Grey values and affine in the frame in which the masks are held."""
-    if result.affine is not None:
-        return result.prepared.pixels[0].numpy(), np.asarray(result.affine)
     turn = result.reorientation
+    if result.affine is not None:
+        return turn.apply(result.prepared.pixels[0].numpy()), turn.apply_to_affine(result.affine)
     return turn.apply(result.volume.array), turn.apply_to_affine(result.volume.affine)
 
 
-def _centre(shape: tuple[int, ...], boxes: dict[str, Any]) -> list[int]:
-    if not boxes:
-        return [size // 2 for size in shape]
-    sums = [(np.array([mask.any(axis=tuple(b for b in range(3) if b != a)).nonzero()[0].mean() for a in range(3)]) + crop.start)
-            for crop, mask in boxes.values()]  # fmt: skip
-    return [int(v) for v in np.mean(sums, axis=0)]
+def _centre(shape: tuple[int, ...], result: Segmentation) -> list[int]:
+    """The mean centre of the masks, of which one is unpacked at a time."""
+    sums = [
+        np.array([mask.any(axis=tuple(b for b in range(3) if b != a)).nonzero()[0].mean() for a in range(3)]) + crop.start
+        for label in result.routes.labels
+        if (found := result.boxed(label)) is not None
+        for crop, mask in (found,)
+    ]
+    return [int(v) for v in np.mean(sums, axis=0)] if sums else [size // 2 for size in shape]
+
+
+def _cuts(result: Segmentation, label: str, views: list[_View], centre: list[int]) -> tuple[Crop, dict[int, Array]] | None:
+    """The box of a label and, by axis, the planes of it that are shown, where it has voxels in them; None where it is empty."""
+    found = result.boxed(label)
+    if found is None:
+        return None
+    crop, mask = found
+    planes = {v.axis: _plane(mask, v, centre[v.axis] - crop.start[v.axis]) for v in views
+              if crop.start[v.axis] <= centre[v.axis] < crop.stop[v.axis]}  # fmt: skip
+    return crop, {axis: plane.copy() for axis, plane in planes.items() if plane.any()}
 
 
 def _window(grey: Array, modality: str) -> tuple[float, float]:
@@ -105,10 +121,7 @@ def _draw_plane(plot: Any, grey: Array, view: _View, index: int, edges: Array, w
     plot.imshow(picture, cmap="gray", origin="lower", aspect=aspect, vmin=window[0], vmax=window[1], interpolation="bilinear")
 
 
-def _outline(plot: Any, crop: Crop, mask: Array, view: _View, index: int, colour: tuple[int, int, int]) -> None:
-    inside = index - crop.start[view.axis]
-    if not 0 <= inside < mask.shape[view.axis] or not (picture := _plane(mask, view, inside)).any():
-        return
+def _outline(plot: Any, crop: Crop, picture: Array, view: _View, colour: tuple[int, int, int]) -> None:
     padded = np.pad(picture.astype(np.float32), 1)  # so that a mask that touches its box is closed
     across = np.arange(padded.shape[1]) + crop.start[view.across] - 1
     up = np.arange(padded.shape[0]) + crop.start[view.up] - 1
@@ -126,13 +139,13 @@ def _letters(plot: Any, view: _View) -> None:
     plot.text(0.5, 0.99, top, va="top", ha="center", **style)
 
 
-def _legend(figure: Any, result: Segmentation, boxes: dict[str, Any]) -> None:
+def _legend(figure: Any, result: Segmentation, found: set[str]) -> None:
     from matplotlib.lines import Line2D
 
     handles, names = [], []
     for index, label in enumerate(result.routes.labels[:_NAMED]):
         handles.append(Line2D([], [], color=tuple(c / 255 for c in label_colour(index)), linewidth=3))
-        names.append(f"{label} {result.voxels(label) * result.voxel_ml():.1f} ml" if label in boxes else f"{label}: not found")
+        names.append(f"{label} {result.voxels(label) * result.voxel_ml():.1f} ml" if label in found else f"{label}: not found")
     hidden = len(result.routes.labels) - _NAMED
     if hidden > 0:
         names[-1] += f"  (and {hidden} more)"

@@ -41,12 +41,3 @@ def window_rules(
         bytes_per_number=2 if half else 4,
         published=published,
     )
-
-
-def is_half(precision: str, device: str, *, published: bool) -> bool:
-    """Whether the network will run in half precision, as far as can be told without torch."""
-    if precision != "auto":
-        return precision != "fp32"
-    from medlore.inspecting.doctor import cpu_has_bfloat16
-
-    return device == "cuda" or (device in ("auto", "cpu") and not published and cpu_has_bfloat16())

@@ -13,11 +13,12 @@ from medlore.data.volumes.preparation import Resample, read_volume
 from medlore.errors import InputError, UnknownNameError
 from medlore.models.segmenter import bundle as bundles
 from medlore.models.segmenter.vocabulary import canonical_modality
-from medlore.runs.settings import DeviceChoice, choose_device
+from medlore.runs.hardware import DeviceChoice, Precision, Work, decide_hardware
 from medlore.segmenting.labels import EVERYTHING, route_labels
-from medlore.segmenting.model import Grid, Precision, Segmentation, SegmentingModel
+from medlore.segmenting.model import Segmentation, SegmentingModel
 from medlore.segmenting.outputs import OverlapRule, label_map, write_outputs
-from medlore.segmenting.plan import read_bytes
+from medlore.segmenting.plan import Grid
+from medlore.segmenting.planner import Choices
 
 
 class Masks:
@@ -190,16 +191,8 @@ def load_segmenter(  # noqa: PLR0913 - each is a flag of the command
         InputError: no such file, device or memory size.
         CheckpointError: broken, foreign or partial weights.
     """
+    work: Work = "published" if published else "inference"
+    hardware = decide_hardware(device, precision, work=work, memory=memory)
     loaded = bundles.load_segmenter(path, text=text, tokenizer=tokenizer, prompt_embeddings=prompt_embeddings, lora_alpha=lora_alpha)
-    model = SegmentingModel(
-        loaded,
-        device=choose_device(device),
-        precision=precision,
-        roi_size=roi_size,
-        overlap=overlap,
-        sw_batch_size=sw_batch_size,
-        memory_bytes=None if memory is None else read_bytes(memory, where="memory"),
-        published=published,
-        redraw_tissues=redraw_tissues,
-    )
-    return LoadedSegmenter(model)
+    choices = Choices(roi_size, overlap, sw_batch_size, published=published, redraw_tissues=redraw_tissues)
+    return LoadedSegmenter(SegmentingModel(loaded, hardware, choices))

@@ -5,58 +5,78 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-import pydantic
+from medlore.runs.hardware import DeviceChoice, Precision
+from medlore.runs.settings import Settings, setting
 
-from medlore.runs.settings import DeviceChoice, Settings
+# Counts up when the same image, model and settings give other masks, so that older results are not taken over.
+RULES_VERSION = 3
+
+_CASES, _LABELS, _GEOMETRY, _NETWORK, _MASKS = "Cases", "Labels and experts", "Geometry", "Network", "Masks"
+_HARDWARE, _PUBLISHED, _RUN = "Hardware", "Published files", "Run"
 
 
 class SegmentSettings(Settings):
     """What a run of `medlore segment` is asked to do.
 
     Either `cases` (a jsonl, a folder of volumes, or one DICOM series) or `image` is given; a folder or image needs
-    `labels`, and `modality` unless it is DICOM.
+    `labels`, and `modality` unless it is DICOM. A finished case is skipped only if everything that decides its masks is unchanged.
     """
 
-    model: str
-    out: Path
-    cases: Path | None = None
-    image: Path | None = None
-    labels: tuple[str, ...] = ()
-    modality: str | None = None
-    region: str | None = None
-    expert_by: Literal["label", "dataset"] = "label"
-    allow_unknown: bool = False
-    orientation_code: str | None = None
-    affine_from: Literal["auto", "sform", "qform"] = "auto"
-    device: DeviceChoice = "auto"
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    memory: str | None = None
-    roi_size: tuple[int, int, int] | None = None
-    overlap: float | None = pydantic.Field(default=None, ge=0, lt=1)
-    sw_batch_size: int = pydantic.Field(default=1, ge=1)
-    max_queries: int = pydantic.Field(default=256, ge=1)
-    published: bool = False
-    grid: Literal["original", "processed"] = "original"
-    resample: Literal["probability", "nearest"] = "probability"
-    redraw_tissues: bool = True
-    overlap_rule: Literal["small-over-large", "given"] = "small-over-large"
-    image_copy: bool = True
-    picture: bool = True
-    dicom_seg: bool = False
-    resume: bool = True
-    engine: Literal["local", "ray"] = "local"
-    workers: int = pydantic.Field(default=1, ge=1)
-    prompt_embeddings: Path | None = None
-    text: Path | None = None
-    tokenizer: Path | None = None
-    lora_alpha: float | None = None
+    cases: Path | None = setting(
+        None, "A jsonl of cases, a folder of volumes, or one DICOM series (folder or zip).", argument="CASES", decides=False
+    )
+    model: str = setting(..., "A pack, a published .pth file, or a shipped pack (medlore:NAME).", group=_CASES, path=True, decides=False)
+    out: Path = setting(..., "Folder for the results: one folder per image, and report.json.", group=_CASES, decides=False)
+    image: Path | None = setting(None, "One image instead of a list of cases.", group=_CASES, decides=False)
+
+    labels: tuple[str, ...] = setting((), "Names with commas, a region's name, or all.", group=_LABELS, decides=False)
+    modality: str | None = setting(None, "ct, mri (also t1, t2, flair, dwi ...), pet or us.", group=_LABELS, decides=False)
+    region: str | None = setting(None, "This region's expert answers for every label.", group=_LABELS)
+    expert_by: Literal["label", "dataset"] = setting(
+        "label", "label: each label chooses its expert; dataset: as LoRKD does.", group=_LABELS
+    )
+    allow_unknown: bool = setting(False, "Let labels through that the vocabulary does not know.", group=_LABELS)
+
+    orientation_code: str | None = setting(
+        None, "Orientation in which the network sees the volume, e.g. ASR.", group=_GEOMETRY, flags=("--orientation",), decides=False
+    )
+    affine_from: Literal["auto", "sform", "qform"] = setting("auto", "Which NIfTI matrix to believe.", group=_GEOMETRY, flags=("--affine",))
+    grid: Literal["original", "processed"] = setting("original", "original: the image's grid; processed: the network's.", group=_GEOMETRY)
+    resample: Literal["probability", "nearest"] = setting("probability", "How masks return to the image's grid.", group=_GEOMETRY)
+
+    roi_size: tuple[int, int, int] | None = setting(None, "Windows of another size than the model's own, e.g. 96,96,32.", group=_NETWORK)
+    overlap: float | None = setting(None, "Share that neighbouring windows have in common; 0.5 as trained.", group=_NETWORK, ge=0, lt=1)
+    sw_batch_size: int = setting(1, "Windows at a time.", group=_NETWORK, ge=1, decides=False)
+    max_queries: int = setting(256, "Prompts decoded at a time.", group=_NETWORK, ge=1, decides=False)
+    published: bool = setting(False, "The published rules throughout: for comparisons.", group=_NETWORK)
+
+    redraw_tissues: bool = setting(True, "Redraw borders of tissues by grey values, where the model names tissues.", group=_MASKS)
+    overlap_rule: Literal["small-over-large", "given"] = setting(
+        "small-over-large", "Who keeps a voxel of the label map that two labels claim; given: the later one.", group=_MASKS
+    )
+    image_copy: bool = setting(True, "Write image.nii.gz beside the masks.", group=_MASKS, decides=False)
+    picture: bool = setting(True, "Write quality_control.png.", group=_MASKS, decides=False)
+    dicom_seg: bool = setting(False, "Write segmentation.dcm too (DICOM input, extra dicom).", group=_MASKS)
+
+    device: DeviceChoice = setting("auto", "Where it runs.", group=_HARDWARE, decides=False)
+    precision: Precision = setting("auto", "Half precision where the hardware has it, unless given.", group=_HARDWARE)
+    memory: str | None = setting(
+        None, "What may be used, e.g. 6GiB; four fifths of what is free by default.", group=_HARDWARE, decides=False
+    )
+
+    prompt_embeddings: Path | None = setting(None, "A table of prompts for a published file.", group=_PUBLISHED, decides=False)
+    text: Path | None = setting(None, "The published text encoder, for prompts outside a table.", group=_PUBLISHED, decides=False)
+    tokenizer: Path | None = setting(None, "Word list of the text encoder.", group=_PUBLISHED, decides=False)
+    lora_alpha: float | None = setting(None, "Alpha of a published file with equal ranks.", group=_PUBLISHED)
+
+    resume: bool = setting(True, "Skip cases that are finished with the same input and settings.", group=_RUN, decides=False)
+    engine: Literal["local", "ray"] = setting("local", "Processes of this machine, or Ray.", group=_RUN, decides=False)
+    workers: int = setting(1, "Cases at a time; each worker holds a model.", group=_RUN, ge=1, decides=False)
 
 
-# Counts up when the same image, model and settings give other masks, so that older results are not taken over.
-RULES_VERSION = 3
+class MaskEvaluationSettings(Settings):
+    """Which masks are measured against which."""
 
-# What changes the masks; a finished case is skipped only if all of it is unchanged.
-DECISIVE = (
-    "region", "expert_by", "allow_unknown", "affine_from", "precision", "roi_size", "overlap", "published", "grid", "resample",
-    "redraw_tissues", "overlap_rule", "lora_alpha", "dicom_seg",
-)  # fmt: skip
+    pred: Path = setting(..., "Folder of predicted masks.", group="Masks")
+    truth: Path = setting(..., "Case list (jsonl) with the true masks.", group="Masks")
+    tolerance_mm: float = setting(1.0, "Distance in mm that counts as agreement of surfaces.", group="Masks", flags=("--tolerance",), ge=0)

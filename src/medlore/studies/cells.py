@@ -11,7 +11,7 @@ from typing import Any
 
 from medlore.errors import InputError, UnknownNameError
 from medlore.layers.tuning.methods import METHODS
-from medlore.studies.settings import GRID_NAMES, DataEntry, MethodEntry, Shots, StudySettings
+from medlore.studies.settings import FIXED, GRID_NAMES, DataEntry, MethodEntry, Shots, StudySettings
 from medlore.tuning.idle_settings import without_idle
 from medlore.tuning.settings import FinetuneSettings
 
@@ -43,7 +43,7 @@ class StudyCell:
 
     Attributes:
         data: name of the set.
-        shots: labelled images a class, or `all`.
+        shots: labelled images per class, or `all`.
         draw: number of the draw, from 1.
         method: name of the contender.
         seed: of head, factors and order, beside the draw.
@@ -89,7 +89,7 @@ def contenders_of(study: StudySettings) -> list[Contender]:
 
 
 def _expanded(entry: MethodEntry) -> list[Contender]:
-    given = {name: getattr(entry.settings, name) for name in entry.settings.model_fields_set}
+    given = entry.settings.stated()
     rate = entry.rate or METHODS[entry.method].learning_rate
     base = entry.name or entry.method
     made = []
@@ -102,7 +102,7 @@ def _expanded(entry: MethodEntry) -> list[Contender]:
 
 def _control_of(each: Contender, shared: FinetuneSettings) -> Contender | None:
     settings = merged_settings(shared, each)
-    if each.method != "sr-lora" or settings.plan is not None or settings.ranks is not None:
+    if each.method != "sr-lora" or settings.allocation.plan is not None or settings.allocation.ranks is not None:
         return None
     changes = {name: each.changes[name] for name in _SHARED_RANKS if name in each.changes} | {"rank": "equal"}
     own = {name: value for name, value in changes.items() if name != "rank"}
@@ -115,7 +115,7 @@ def _same_lora(control: Contender, other: Contender, shared: FinetuneSettings) -
         return False
     names = (*_SHARED_RANKS, "rank", "partial_update")
     mine, theirs = merged_settings(shared, control), merged_settings(shared, other)
-    return all(getattr(mine, name) == getattr(theirs, name) for name in names)
+    return all(mine.flat()[name] == theirs.flat()[name] for name in names)
 
 
 def merged_settings(*layers: FinetuneSettings | Contender) -> FinetuneSettings:
@@ -125,7 +125,7 @@ def merged_settings(*layers: FinetuneSettings | Contender) -> FinetuneSettings:
         if isinstance(layer, Contender):
             values |= {**layer.changes, "method": layer.method}
         else:
-            values |= {name: getattr(layer, name) for name in layer.model_fields_set}
+            values |= layer.stated()
     return FinetuneSettings.model_validate(values)
 
 
@@ -151,11 +151,11 @@ def _cell(
     ]
     merged = merged_settings(*layers)
     # one seed for all contenders of a draw: they share the start of the head and the order of the images
-    changes = {"flip": entry.flip, "seed": 1000 * seed + draw, "bootstrap": 0, "checkpoints": False}
-    settings = without_idle(merged.model_copy(update=changes))
-    given = settings.model_dump(mode="json", include=settings.model_fields_set)
+    changes = {"flip": entry.flip, "seed": 1000 * seed + draw, **FIXED}
+    settings = without_idle(merged.changed(**changes))
+    given = settings.flat(stated=True, json=True)
     rates = tuple(contender.rate * factor for factor in study.tuning.rate_factors[:trials])
-    told: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "entry": entry.model_dump(mode="json", exclude={"group"}),
         "rules": {"validation_shots": study.validation_shots, "data_seed": study.data_seed},
         "measure": study.measure,
@@ -163,12 +163,13 @@ def _cell(
         "rates": rates,
     }
     names: dict[str, Any] = {"data": entry.name, "shots": shots, "draw": draw, "method": contender.name, "seed": seed}
-    return StudyCell(**names, **told, fingerprint=_fingerprint(names | told))
+    return StudyCell(**names, **facts, fingerprint=_fingerprint(names | facts))
 
 
 def _fingerprint(facts: Mapping[str, Any]) -> str:
-    told = dict(facts) | {"settings": {k: v for k, v in facts["settings"].items() if k != "device"}}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+    given = facts["settings"]
+    decisive = {name: value for name, value in given.items() if name in FIXED or FinetuneSettings.facts(name).decides_for(())}
+    return hashlib.sha256(json.dumps(dict(facts) | {"settings": decisive}, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def chosen_cells(cells: Sequence[StudyCell], only: Sequence[str]) -> list[StudyCell]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import pydantic
 
-from medlore.errors import InputError, MedloreError, nearest_names
-from medlore.runs.settings import Place, lines_in, read_settings
+from medlore.errors import MedloreError, nearest_names
+from medlore.runs.settings_file import fault_of, read_settings
+from medlore.runs.yaml_places import Place, line_of, lines_in
 from medlore.studies.cells import contenders_of
 from medlore.studies.parts import parts_of
 from medlore.studies.settings import DECIDED, StudySettings
@@ -32,14 +33,14 @@ def read_study(file: str | Path) -> StudySettings:
     # contenders that cannot be built would only say the same faults again
     faults = named + list(_of_settings(study)) or [*_of_rules(study), *_of_data(study, Path(file).parent)]
     if faults:
-        told = [_with_line(place, text, lines) for place, text in faults]
-        count = f"{len(told)} fault" + ("s" if len(told) > 1 else "")
-        raise InputError(str(file), count, "a study whose cells can all be run", "correct what is listed", faults=told)
+        raise fault_of(
+            [_with_line(place, text, lines) for place, text in faults], where=str(file), accepted="a study whose cells can all be run"
+        )
     return study
 
 
-def _with_line(place: Place, text: str, lines: Mapping[Place, int]) -> str:
-    line = next((lines[place[:n]] for n in range(len(place), 0, -1) if place[:n] in lines), None)
+def _with_line(place: Place, text: str, lines: dict[Place, int]) -> str:
+    line = line_of(place, lines)
     return text if line is None else f"line {line}, {text}"
 
 
@@ -64,17 +65,17 @@ def _misplaced(place: Place, keys: set[str]) -> Iterator[Fault]:
         where = ".".join(str(part) for part in (*place, key))
         if key in DECIDED:
             yield (*place, key), f"{where}: the study decides it (data, shots, draws, seeds, methods and `rate` of a method)"
-        elif key not in FinetuneSettings.model_fields:
-            near = ", ".join(nearest_names(key, FinetuneSettings.model_fields))
+        elif key not in FinetuneSettings.fields():
+            near = ", ".join(nearest_names(key, FinetuneSettings.fields()))
             yield (*place, key), f"{where}: unknown setting; the nearest are {near}"
 
 
 def _given(study: StudySettings) -> Iterator[tuple[Place, set[str]]]:
-    yield ("settings",), set(study.settings.model_fields_set)
+    yield ("settings",), set(study.settings.stated())
     for shots, settings in study.shots_settings.items():
-        yield ("shots_settings", str(shots)), set(settings.model_fields_set)
+        yield ("shots_settings", str(shots)), set(settings.stated())
     for i, entry in enumerate(study.methods):
-        yield ("methods", i, "settings"), set(entry.settings.model_fields_set)
+        yield ("methods", i, "settings"), set(entry.settings.stated())
         yield ("methods", i, "grid"), set(entry.grid)
 
 
@@ -82,8 +83,8 @@ def _of_settings(study: StudySettings) -> Iterator[Fault]:
     """Each contender's own settings: values that are refused, and those that its method has no use for."""
     for i, entry in enumerate(study.methods):
         place: Place = ("methods", i)
-        grids = [(key, value) for key, values in entry.grid.items() for value in values if key in FinetuneSettings.model_fields]
-        given = {key: getattr(entry.settings, key) for key in entry.settings.model_fields_set if key not in DECIDED}
+        grids = [(key, value) for key, values in entry.grid.items() for value in values if key in FinetuneSettings.fields()]
+        given = {key: value for key, value in entry.settings.stated().items() if key not in DECIDED}
         for key, value in [*grids, *given.items()]:
             where = (*place, "grid" if (key, value) in grids else "settings", key)
             text = ".".join(str(part) for part in where)

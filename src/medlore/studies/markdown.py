@@ -29,24 +29,24 @@ def _table(table: Mapping[str, Any], reference: str) -> str:
     ]
     for row in table["rows"]:
         wins = "" if row["wins"] is None else "/".join(str(count) for count in row["wins"])
-        told = (_safe(row["method"]), _interval(row["score"]), _interval(row["difference"]), wins, f"{row['trained_parameters']:,}")
-        lines.append(f"| {' | '.join(told)} |")
+        cells = (_safe(row["method"]), _interval(row["score"]), _interval(row["difference"]), wins, f"{row['trained_parameters']:,}")
+        lines.append(f"| {' | '.join(cells)} |")
     if table["majority"] is not None:
         lines.append(f"| majority class | {table['majority']:.3f} | | | 0 |")
     return "\n".join(lines)
 
 
-def _interval(told: Mapping[str, Any] | None) -> str:
-    if told is None:
+def _interval(mean: Mapping[str, Any] | None) -> str:
+    if mean is None:
         return ""
-    around = "" if told["low"] is None else f" ({told['low']:.3f} to {told['high']:.3f})"
-    return f"{told['mean']:.3f}{around}"
+    around = "" if mean["low"] is None else f" ({mean['low']:.3f} to {mean['high']:.3f})"
+    return f"{mean['mean']:.3f}{around}"
 
 
 def _safe(name: str) -> str:
     """A name that cannot end its cell.
 
-    Example:
+    Examples:
         >>> _safe("a|b")
         'a&#124;b'
     """

@@ -22,7 +22,7 @@ def parts_of(entry: Mapping[str, Any], rules: Mapping[str, Any], folder: str | P
         entry: a `DataEntry` as plain values.
         rules: `validation_shots` and `data_seed`.
         folder: what paths of the entry start from.
-        shots: labelled images a class, or `all`.
+        shots: labelled images per class, or `all`.
         draw: number of the draw, from 1.
 
     Raises:

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from medlore.errors import InputError
 from medlore.files import atomic_path, made_folder, write_text
-from medlore.runs.settings import Run, choose_device
+from medlore.runs.hardware import choose_device
+from medlore.runs.report import Run
 from medlore.runs.workers import spread
 from medlore.studies.cells import StudyCell, cells_of, chosen_cells, contenders_of, merged_settings
 from medlore.studies.faults import read_study
@@ -65,7 +66,7 @@ def run_study(
         workers: cells at a time; 0 runs them in this process.
         resume: keep the finished cells of the folder, run what failed or is missing.
         trials: at most so many hyper-parameter settings for each method.
-        say: told about every cell.
+        say: hears of every cell.
 
     Raises:
         InputError: faults of the study, or a folder that holds cells already and neither `resume` nor `only`.
@@ -79,7 +80,7 @@ def run_study(
     kept = {key for key, record in before.items() if record["state"] == "done"} if resume else set()
     left = [cell for cell in wanted if cell.fingerprint not in kept]
     say(f"{len(wanted)} cells, {len(wanted) - len(left)} of them finished before, {len(left)} to run")
-    with Run("study", folder, settings=study, seed=study.data_seed, device=choose_device(study.settings.device)) as run:
+    with Run("study", folder, settings=study, seed=study.data_seed, device=choose_device(study.settings.run.device)) as run:
         run.add_input(file)
         for count, record in enumerate(_work(left, Path(file).resolve().parent, engine=engine, workers=workers), 1):
             append_record(folder, record)
@@ -182,16 +183,15 @@ def _write_outputs(run: Run, study: StudySettings, records: Sequence[dict[str, A
 
 def _plan(out: Path, study: StudySettings) -> Path | None:
     """Ranks of the first contender that takes them from the stable ranks."""
-    from medlore.layers.tuning.methods import METHODS
     from medlore.tuning.finetune import choose_plan
 
     first = next((each for each in contenders_of(study) if each.method == "sr-lora"), None)
     if first is None:
         return None
     settings = merged_settings(study.settings, first)
-    chosen = {name: getattr(settings, name) for name in ("image_size", "heads", "mean", "std")}
-    backbone = BACKBONES.load(settings.model, classes=2, **chosen)
-    plan = choose_plan(settings, backbone, METHODS["sr-lora"])
+    chosen = settings.backbone.flat()
+    backbone = BACKBONES.load(chosen.pop("model"), classes=2, **chosen)
+    plan = choose_plan(settings, backbone)
     return None if plan is None else plan.save(out / "plan.json")
 
 

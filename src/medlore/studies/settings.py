@@ -7,11 +7,10 @@ from typing import Any, Literal
 import pydantic
 
 from medlore.data.images.reading import Format
-from medlore.data.images.transforms import Flip
-from medlore.errors import nearest_names
+from medlore.data.images.words import Flip
 from medlore.layers.tuning.methods import METHODS
-from medlore.runs.settings import Settings
-from medlore.tuning.settings import FinetuneSettings, MethodName
+from medlore.runs.settings import Settings, known_name, setting
+from medlore.tuning.settings import DatasetSettings, FinetuneSettings, PartsSettings
 
 DIGITS = "sklearn:digits"
 GRID_NAMES = ("data", "shots", "draw", "method", "seed")  # what names a cell
@@ -19,47 +18,37 @@ Shots = int | Literal["all"]
 Measure = Literal["auto", "accuracy", "balanced_accuracy", "macro_auc", "mean_average_precision"]
 
 # Decided by the grid, the data entry or the study; the settings of a study or a method may not say them again.
-DECIDED = frozenset({
-    "data", "format", "images", "test_data", "split", "task", "classes", "group_pattern", "shots", "draw", "data_seed", "per",
-    "official_draw", "validation_shots", "validation_fraction", "test_fraction", "method", "seed", "learning_rate", "flip", "bootstrap",
-    "track", "checkpoints",
-})  # fmt: skip
+FIXED = {"bootstrap": 0, "checkpoints": False}
+DECIDED = frozenset({*DatasetSettings.fields(), *PartsSettings.fields(), "method", "seed", "learning_rate", "flip", "track", *FIXED})
 
 
 class DataEntry(Settings):
-    """One data set.
+    """One data set; paths start from the folder of the study file."""
 
-    `data`, `images` and `test_data` are paths beside the study file, or `sklearn:digits`. `group` gathers sets for the mean of
-    group means (natural, specialized and structured in VTAB-1k). `test_limit` keeps about that many test images, the same for all cells.
-    """
-
-    name: str
-    data: str
-    format: Format = "auto"
-    images: str | None = None
-    test_data: str | None = None
-    task: Literal["single", "multi"] | None = None
-    classes: tuple[str, ...] | None = None
-    group_pattern: str | None = None
-    group: str | None = None
-    per: Literal["image", "group"] = "image"
-    official_draw: bool = False
-    test_fraction: float = pydantic.Field(default=0.4, gt=0, lt=1)
-    test_limit: int | None = pydantic.Field(default=None, ge=1)
-    flip: Flip = "none"
+    name: str = setting(..., "In the tables.")
+    data: str = setting(..., "Folder, list, table, .npz or .zip, or sklearn:digits.")
+    format: Format = setting("auto", "Format of `data`, where auto is wrong.")
+    images: str | None = setting(None, "Folder of the images, where the list lies elsewhere.")
+    test_data: str | None = setting(None, "Test set of its own.")
+    task: Literal["single", "multi"] | None = setting(None, "single or multi, where a table could be both.")
+    classes: tuple[str, ...] | None = setting(None, "Class names in label order.")
+    group_pattern: str | None = setting(None, "Regular expression on file names; its bracket captures the patient ID.")
+    group: str | None = setting(None, "Gathers sets for the mean of group means (natural, specialized, ... in VTAB-1k).", decides=False)
+    per: Literal["image", "group"] = setting("image", "One shot is an image or a group (patient).")
+    official_draw: bool = setting(False, "Take the published draws of MedFMC or VTAB-1k.")
+    test_fraction: float = setting(0.4, "Share held out for the test, where the set has no test part.", gt=0, lt=1)
+    test_limit: int | None = setting(None, "Keep about so many test images, the same for all cells.", ge=1)
+    flip: Flip = setting("none", "Which mirror images are possible patients.")
 
 
 class MethodEntry(Settings):
-    """One contender: a method, what is set for it, and values that are tried one after the other as contenders of their own.
+    """One contender; a bare word is its method."""
 
-    `rate` is its peak learning rate in place of the method's default; the factors of `tuning` multiply it.
-    """
-
-    method: MethodName
-    name: str | None = None
-    rate: float | None = pydantic.Field(default=None, gt=0)
-    settings: FinetuneSettings = FinetuneSettings()
-    grid: dict[str, tuple[Any, ...]] = pydantic.Field(default_factory=dict)
+    method: str = setting(..., "One of the methods of `medlore finetune`.")
+    name: str | None = setting(None, "In the tables; default the method.")
+    rate: float | None = setting(None, "Peak learning rate in place of the method's default; the factors of `tuning` multiply it.", gt=0)
+    settings: FinetuneSettings = setting(FinetuneSettings(), "What is set for it.")
+    grid: dict[str, tuple[Any, ...]] = setting({}, "Setting -> values that are tried one after the other as contenders of their own.")
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -69,37 +58,32 @@ class MethodEntry(Settings):
     @pydantic.field_validator("method", mode="before")
     @classmethod
     def _known(cls, value: object) -> object:
-        if isinstance(value, str) and value not in METHODS:
-            raise ValueError(f"no such method; the nearest are {', '.join(nearest_names(value, METHODS))}")
-        return value
+        return known_name(value, METHODS, "no such method; the nearest are {near}")
 
 
 class TuningRules(Settings):
-    """Hyper-parameters that are tried, the same number for every method, judged on validation images alone.
+    """Hyper-parameters that are tried, the same number for every method, judged on validation images alone."""
 
-    `rate_factors`: multiples of each method's own learning rate.
-    """
-
-    rate_factors: tuple[pydantic.PositiveFloat, ...] = pydantic.Field(default=(1.0,), min_length=1)
+    rate_factors: tuple[pydantic.PositiveFloat, ...] = setting((1.0,), "Multiples of each method's own learning rate.", min_length=1)
 
 
 class StudySettings(Settings):
     """A grid of tuning runs; `docs/studies.md` explains each field."""
 
-    name: str
-    data: tuple[DataEntry, ...]
-    shots: tuple[Shots, ...]
-    draws: int = pydantic.Field(default=5, ge=1)
-    seeds: tuple[pydantic.NonNegativeInt, ...] = (0,)
-    methods: tuple[MethodEntry, ...]
-    reference: str | None = None
-    equal_controls: bool = True
-    validation_shots: int | Literal["all", "none"] | None = None
-    data_seed: int = pydantic.Field(default=0, ge=0)
-    measure: Measure = "auto"
-    tuning: TuningRules = TuningRules()
-    settings: FinetuneSettings = FinetuneSettings()
-    shots_settings: dict[Shots, FinetuneSettings] = pydantic.Field(default_factory=dict)
+    name: str = setting(..., "Of the study.")
+    data: tuple[DataEntry, ...] = setting(..., "Data sets.")
+    shots: tuple[Shots, ...] = setting(..., "Labelled images per class; `all` for every image.")
+    draws: int = setting(5, "Draws of each number of shots.", ge=1)
+    seeds: tuple[pydantic.NonNegativeInt, ...] = setting((0,), "Seeds of one draw are averaged first: a draw counts once.")
+    methods: tuple[MethodEntry, ...] = setting(..., "Contenders.")
+    reference: str | None = setting(None, "The others are subtracted from it; default the first.")
+    equal_controls: bool = setting(True, "Beside each sr-lora, one rank with about as many parameters.")
+    validation_shots: int | Literal["all", "none"] | None = setting(None, "Validation images per class; default as many as shots.")
+    data_seed: int = setting(0, "Seed of all draws of images.", ge=0)
+    measure: Measure = setting("auto", "Score; auto takes balanced accuracy, or macro AUC for several labels an image.")
+    tuning: TuningRules = setting(TuningRules(), "Learning rates that are tried: `rate_factors`.")
+    settings: FinetuneSettings = setting(FinetuneSettings(), "Of `medlore finetune`, for all.")
+    shots_settings: dict[Shots, FinetuneSettings] = setting({}, "Laid over them for some shots.")
 
     @pydantic.field_validator("data", "shots", "seeds", "methods")
     @classmethod

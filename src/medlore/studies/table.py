@@ -44,7 +44,7 @@ class SetTable:
 
     Attributes:
         data: name of the set.
-        shots: labelled images a class, or `all`.
+        shots: labelled images per class, or `all`.
         measure: name of the score.
         majority: of a constant answer; None where it is not defined.
         test_images: that judge.

@@ -15,7 +15,7 @@ from typing import Any
 from medlore.data.images.splits import ImageSplits
 from medlore.errors import InputError, MedloreError
 from medlore.models.backbones.store import BackboneStore
-from medlore.runs.settings import peak_memory_bytes
+from medlore.runs.report import peak_memory_bytes
 from medlore.studies.cells import StudyCell
 from medlore.studies.parts import parts_of
 from medlore.tuning.comparison import measure_of
@@ -54,8 +54,7 @@ def work_on(cell: StudyCell, folder: str, threads: int) -> dict[str, Any]:
 
 def lost_cell(job: tuple[Any, ...], reason: str) -> dict[str, Any]:
     """The record of a cell whose process died."""
-    told = reason.replace(", or a smaller --memory", "")  # an option of `segment` alone
-    return record_of(job[0]) | {"state": "failed", "reason": told}
+    return record_of(job[0]) | {"state": "failed", "reason": reason}
 
 
 def record_of(cell: StudyCell) -> dict[str, Any]:
@@ -114,19 +113,19 @@ def tried_on_validation(settings: FinetuneSettings, parts: ImageSplits, rates: S
 
     No training is given the test images. The networks of the others are let go, so two are in memory at most.
     """
-    best, told = _trial(settings, parts, rates[0]), []
-    told.append(best.as_values())
+    best = _trial(settings, parts, rates[0])
+    trials = [best.as_values()]
     for rate in rates[1:]:
         trial = _trial(settings, parts, rate)
-        told.append(trial.as_values())
+        trials.append(trial.as_values())
         best = trial if _rated(trial) > _rated(best) else best
         del trial  # not kept beside the next one
-    return best, told
+    return best, trials
 
 
 def _trial(settings: FinetuneSettings, parts: ImageSplits, rate: float) -> Trial:
     # without test images here, and perhaps without any for validation: nothing may be held out of the training images in their place
-    given = settings.model_copy(update={"learning_rate": rate, "test_fraction": 0.0, "validation_fraction": 0.0})
+    given = settings.changed(learning_rate=rate, test_fraction=0.0, validation_fraction=0.0)
     begun = time.perf_counter()
     result = finetune(given, train=parts.train, validation=parts.validation, test=None, backbones=BACKBONES)
     return Trial(rate, best_validation(result), round(time.perf_counter() - begun, 2), result)

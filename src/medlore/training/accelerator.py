@@ -2,46 +2,49 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from medlore.extras import require
-from medlore.runs.settings import DeviceChoice, choose_device
+from medlore.runs.hardware import DeviceChoice, Precision, decide_hardware
 
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
 _WORDS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
-def make_accelerator(device: DeviceChoice, precision: Precision, folder: Path | None, *, track: str = "none") -> Any:
+def make_accelerator(
+    device: DeviceChoice, precision: Precision, folder: Path | None = None, *, track: str = "none", absent_parameters: bool = False
+) -> Any:
     """An accelerator.
 
     Args:
-        device: `auto` takes the first that is there.
-        precision: `auto` is bfloat16 (else float16) on CUDA, float32 elsewhere.
+        device: see `runs.hardware.decide_hardware`, which decides about it and the precision.
+        precision: likewise.
         folder: where trackers write; None for no trackers.
         track: `none` or `tensorboard`.
+        absent_parameters: whether some parameters take no part in some steps (experts that a batch does not ask): several processes
+            have to be told, since they wait for every gradient.
 
     Raises:
-        InputError: the device is not there.
+        InputError: the device is not there, or it does not train in that precision.
         MissingExtraError: the tracker is not installed.
     """
     import accelerate
     from accelerate.state import AcceleratorState, PartialState
 
-    chosen = choose_device(device)
+    hardware = decide_hardware(device, precision, work="training")
     if PartialState._shared_state and PartialState().num_processes == 1:
         AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run in this process may have had another device or precision
     if track == "tensorboard":
-        _check_tensorboard()
-    unused = accelerate.DistributedDataParallelKwargs(find_unused_parameters=False)
+        require("tensorboard", "--track tensorboard")
     return accelerate.Accelerator(
-        cpu=chosen == "cpu",
-        mixed_precision=_mixed_precision(precision, chosen),
+        cpu=hardware.device == "cpu",
+        mixed_precision=_WORDS[hardware.precision],
         log_with=track if track != "none" and folder is not None else None,
         project_dir=str(folder) if folder is not None else None,
-        kwargs_handlers=[unused],
+        kwargs_handlers=[accelerate.DistributedDataParallelKwargs(find_unused_parameters=absent_parameters)],
     )
 
 
@@ -52,13 +55,7 @@ def is_main_process() -> bool:
     return not PartialState._shared_state or bool(PartialState().is_main_process)
 
 
-def _mixed_precision(precision: Precision, device: str) -> str:
-    if precision != "auto":
-        return _WORDS[precision]
-    if device == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    return "no"
-
-
-def _check_tensorboard() -> None:
-    require("tensorboard", "--track tensorboard")
+def autocast(device: torch.device | str, precision: str) -> AbstractContextManager[Any]:
+    """The precision of a forward pass outside a training: bf16 where it is asked for."""
+    kind = torch.device(device).type
+    return torch.autocast(kind, torch.bfloat16) if precision == "bf16" else nullcontext()

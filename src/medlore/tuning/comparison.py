@@ -32,7 +32,7 @@ class Cell:
 
     Attributes:
         contender: name of the method in tables.
-        shots: labelled images a class.
+        shots: labelled images per class.
         draw: number of the draw, from 1.
         score: test score; None where it is not defined.
         measure: name of that score.
@@ -62,7 +62,7 @@ class Cell:
 def run_cell(contender: str, settings: FinetuneSettings, *, pool: ImageSet, test: ImageSet, shots: int, draw: int) -> Cell:
     """Tune one method on one draw of `pool` and measure it on `test`.
 
-    All labelled images train and the last epoch is kept: with five images a class there are none to spare for validation.
+    All labelled images train and the last epoch is kept: with five images per class there are none to spare for validation.
 
     Args:
         contender: a key of `CONTENDERS`.
@@ -70,7 +70,7 @@ def run_cell(contender: str, settings: FinetuneSettings, *, pool: ImageSet, test
             so that all contenders of a draw share them.
         pool: images to draw from.
         test: images that judge.
-        shots: labelled images a class; multi-label sets take what a rare class has.
+        shots: labelled images per class; multi-label sets take what a rare class has.
         draw: number of the draw, from 1.
 
     Raises:
@@ -80,9 +80,9 @@ def run_cell(contender: str, settings: FinetuneSettings, *, pool: ImageSet, test
     if contender not in CONTENDERS:
         raise UnknownNameError("contender", contender, CONTENDERS)
     begun = time.perf_counter()
-    drawn = draw_shots(pool, shots=shots, draw=draw, seed=settings.data_seed).train
+    drawn = draw_shots(pool, shots=shots, draw=draw, seed=settings.parts.data_seed).train
     changes = {**CONTENDERS[contender], "shots": None, "seed": draw, "bootstrap": 0, "checkpoints": False}
-    result = finetune(without_idle(settings.model_copy(update=changes)), train=drawn, test=test)
+    result = finetune(without_idle(settings.changed(**changes)), train=drawn, test=test)
     report, measure = result.report, measure_of(test)
     return Cell(
         contender=contender,
@@ -166,9 +166,9 @@ def compare(
         settings: as for `run_cell`.
         pool: images to draw from.
         test: images that judge.
-        shots: labelled images a class.
+        shots: labelled images per class.
         draws: how many.
-        watch: told about every finished cell.
+        watch: hears of every finished cell.
     """
     cells = []
     for draw in range(1, draws + 1):

@@ -4,41 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import pydantic
 from numpy.typing import NDArray
 
 from medlore.data.images.imageset import ImageSet
-from medlore.data.images.reading import Format, read_images
+from medlore.data.images.reading import read_images
 from medlore.data.images.splits import part_of
 from medlore.errors import DataError
 from medlore.files import made_folder
 from medlore.metrics.classification import classification_report
-from medlore.runs.settings import DeviceChoice, Run, Settings
-from medlore.training.accelerator import Precision, make_accelerator
+from medlore.runs.report import Run
+from medlore.training.accelerator import make_accelerator
 from medlore.tuning.examples import image_examples
 from medlore.tuning.predictions import write_predictions
+from medlore.tuning.scoring_settings import EvaluateSettings
 from medlore.tuning.training import predict_logits, probabilities
 from medlore.tuning.tuned import Tuned, load_tuned
-
-
-class EvaluateSettings(Settings):
-    """What is measured on which images."""
-
-    tuned: Path
-    data: Path
-    format: Format = "auto"
-    split: str | None = None
-    images: Path | None = None
-    task: Literal["single", "multi"] | None = None
-    group_pattern: str | None = None
-    model: str | None = None
-    device: DeviceChoice = "auto"
-    precision: Precision = "auto"
-    bootstrap: int = pydantic.Field(default=1000, ge=0)
-    seed: int = pydantic.Field(default=0, ge=0)
 
 
 @dataclass(frozen=True)

@@ -87,14 +87,14 @@ def image_examples(
     if cache is None:  # batches would name those of one batch, after some were worked on
         refuse_unreadable(images)
     targets: NDArray[Any] = images.targets() if images.labelled else np.zeros(len(images), dtype=np.int64)
-    return Examples(_ImageBatches(images, preprocessing, cache, augmentation), targets)
+    return Examples(_ImageBatches(images, preprocessing, cache, augmentation), targets, images.keys)
 
 
 def feature_examples(examples: Examples, model: nn.Module, head: str, *, accelerator: Any) -> Examples:
     """The same examples as inputs of the head: one pass through the frozen network."""
     with without_head(model, head) as body:
         features = predict_logits(body, examples.inputs, len(examples), accelerator=accelerator)
-    return Examples(_FeatureBatches(features.clone()), examples.targets)  # a clone leaves inference mode
+    return Examples(_FeatureBatches(features.clone()), examples.targets, examples.names)  # a clone leaves inference mode
 
 
 def steps_of(count: int, batch_size: int, epochs: int) -> int:

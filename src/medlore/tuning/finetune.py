@@ -21,13 +21,14 @@ from medlore.errors import InputError
 from medlore.extras import is_installed
 from medlore.files import made_folder
 from medlore.layers.tuning.attach import added_parameters
-from medlore.layers.tuning.methods import METHODS, Method, Request, Tuning, install_method
+from medlore.layers.tuning.interface import Request, Tuning
+from medlore.layers.tuning.methods import install_method
 from medlore.metrics.classification import classification_report
 from medlore.models.backbones.reading import Backbone
 from medlore.models.backbones.store import BackboneStore
 from medlore.ranks.allocate import plan_ranks
 from medlore.ranks.plan import RankPlan
-from medlore.runs.settings import Run
+from medlore.runs.report import Run
 from medlore.training.accelerator import make_accelerator
 from medlore.training.watching import Tracking, Watcher, Watchers
 from medlore.tuning.examples import feature_examples, image_examples, preprocessing_of, refuse_unreadable, steps_of
@@ -81,7 +82,7 @@ def finetune(
         test: images that judge; looked at once, after everything is decided. Missing, a share of `train` is held out
             unless `settings.test_fraction` is 0.
         resume: go on from the last epoch that an earlier, killed run with the same settings finished.
-        watcher: told about every step, epoch and note, on the main process.
+        watcher: hears of every step, epoch and note, on the main process.
         backbones: shared by several runs of this process, so that a backbone is read and prepared once; None reads it.
 
     Raises:
@@ -94,7 +95,9 @@ def finetune(
     refuse_idle(settings)
     folder = None if out is None else Path(out)
     _check_resume(settings, folder, resume=resume)
-    accelerator = make_accelerator(settings.device, settings.precision, folder if settings.track != "none" else None, track=settings.track)
+    accelerator = make_accelerator(
+        settings.run.device, settings.run.precision, folder if settings.run.track != "none" else None, track=settings.run.track
+    )
     splits = _splits(settings, train, validation, test)
     if folder is not None:
         made_folder(folder)
@@ -110,7 +113,7 @@ def finetune(
 def dry_run(settings: FinetuneSettings) -> dict[str, Any]:
     """What a run would do: settings, sizes of the parts, parameters, steps; nothing is trained or written."""
     refuse_idle(settings)
-    accelerator = make_accelerator(settings.device, settings.precision, None)
+    accelerator = make_accelerator(settings.run.device, settings.run.precision, None)
     prepared = _prepare(settings, _splits(settings, None, None, None), accelerator, BackboneStore())
     return {
         "settings": settings.model_dump(mode="json"),
@@ -120,7 +123,7 @@ def dry_run(settings: FinetuneSettings) -> dict[str, Any]:
 
 
 def _check_resume(settings: FinetuneSettings, folder: Path | None, *, resume: bool) -> None:
-    if resume and (folder is None or not settings.checkpoints):
+    if resume and (folder is None or not settings.run.checkpoints):
         came = "no output folder" if folder is None else "given with --no-checkpoints"
         raise InputError("--resume", came, "a run that writes checkpoints into its folder", "give --out, and no --no-checkpoints")
 
@@ -128,13 +131,13 @@ def _check_resume(settings: FinetuneSettings, folder: Path | None, *, resume: bo
 def _splits(settings: FinetuneSettings, train: ImageSet | None, validation: ImageSet | None, test: ImageSet | None) -> ImageSplits:
     if train is not None:
         in_memory = ImageSplits(train, validation, test)
-        if settings.shots is None and (validation is not None or test is not None):
+        if settings.parts.shots is None and (validation is not None or test is not None):
             return in_memory
-        return split_images(train, settings.split_rules(), validation=validation, test=test)
-    if settings.data is None:
+        return split_images(train, settings.parts.rules(), validation=validation, test=test)
+    if settings.dataset.data is None:
         raise InputError("--data", "nothing", "an image folder, list, table, .npz or .zip", "name the labelled images")
-    how = {name: getattr(settings, name) for name in ("format", "images", "task", "classes", "group_pattern", "split")}
-    return read_splits(settings.data, settings.split_rules(), test_data=settings.test_data, official=settings.official_draw, **how)
+    how = settings.dataset.flat()
+    return read_splits(how.pop("data"), settings.parts.rules(), official=settings.parts.official_draw, **how)
 
 
 def _prepare(settings: FinetuneSettings, splits: ImageSplits, accelerator: Any, backbones: BackboneStore) -> _Prepared:
@@ -142,35 +145,26 @@ def _prepare(settings: FinetuneSettings, splits: ImageSplits, accelerator: Any, 
     _check_groups(settings, splits)
     refuse_unreadable(splits.train, splits.validation, splits.test)
     classes = len(splits.train.classes)
-    chosen = {name: getattr(settings, name) for name in ("image_size", "heads", "seed", "mean", "std")}
-    backbone = backbones.load(settings.model, classes=classes, **chosen)
+    chosen = settings.backbone.flat()
+    backbone = backbones.load(chosen.pop("model"), classes=classes, seed=settings.training.seed, **chosen)
     plan = _plan_once(settings, backbone, backbones)
     preprocessing = preprocessing_of(backbone)
+    changes = settings.augmentation.flat()
     augmentation = None
-    if settings.augment and settings.method != "linear-probe":
-        augmentation = TrainAugmentation(
-            preprocessing,
-            seed=settings.seed + accelerator.process_index,
-            crop=settings.crop,
-            flip=settings.flip,
-            degrees=settings.degrees,
-            light=settings.light,
-        )
+    if changes.pop("augment") and settings.way().augments:
+        augmentation = TrainAugmentation(preprocessing, seed=settings.training.seed + accelerator.process_index, **changes)
     train = image_examples(splits.train, preprocessing, augmentation=augmentation)
     validation = None if splits.validation is None else image_examples(splits.validation, preprocessing)
-    steps = steps_of(len(train), settings.batch_size, settings.epochs)
+    steps = steps_of(len(train), settings.training.batch_size, settings.training.epochs)
     backbone.model.to(accelerator.device)
     request = Request(
         head=backbone.head_name,
         sample=train.inputs(np.arange(1), step=None).to(accelerator.device),
         plan=plan,
-        seed=settings.seed,
+        seed=settings.training.seed,
         steps=steps,
-        partial_update=settings.partial_update,
-        component_masks=settings.component_masks,
-        dropout=settings.dropout,
-        last_blocks=settings.last_blocks,
-        options=settings.tuning_options(),
+        options=settings.given_options(),
+        **settings.factors.flat(),
         batches=lambda: _look(train, accelerator.device),
     )
     tracking = _tracking(settings, backbone, plan)
@@ -195,29 +189,27 @@ def _prepare(settings: FinetuneSettings, splits: ImageSplits, accelerator: Any, 
 
 
 def _about_patience(settings: FinetuneSettings, splits: ImageSplits) -> list[str]:
-    return ["no validation images: --patience cannot stop the run"] if settings.patience and splits.validation is None else []
+    return ["no validation images: --patience cannot stop the run"] if settings.training.patience and splits.validation is None else []
 
 
 def _tracking(settings: FinetuneSettings, backbone: Backbone, plan: RankPlan | None) -> RankTracking | None:
     """Follows the planned layers; methods without a plan are followed on the same targets."""
-    if not settings.track_stable_rank:
+    if not settings.run.track_stable_rank:
         return None
-    followed = plan or plan_ranks(backbone.model, targets=settings.targets, rule="uniform:1")
+    followed = plan or plan_ranks(backbone.model, targets=settings.allocation.targets, rule="uniform:1")
     return RankTracking(backbone.model, [layer.name for layer in followed.layers])
-
-
-_RANK_SETTINGS = ("method", "targets", "granularity", "rank", "scale", "budget", "alpha", "mini_loras", "seed")
 
 
 def _plan_once(settings: FinetuneSettings, backbone: Backbone, backbones: BackboneStore) -> RankPlan | None:
     """`choose_plan`, asked once for a backbone and what it depends on; plans and lists from files are read anew."""
-    from_file = settings.plan is not None or settings.ranks is not None
-    key = tuple(getattr(settings, name) for name in _RANK_SETTINGS)
+    wanted = settings.allocation
+    from_file = wanted.plan is not None or wanted.ranks is not None
+    key = (settings.method, settings.training.seed, settings.method_options(), *wanted.flat().values())
     store = BackboneStore() if from_file else backbones
-    return store.once(backbone, key, lambda: choose_plan(settings, backbone, METHODS[settings.method]))
+    return store.once(backbone, key, lambda: choose_plan(settings, backbone))
 
 
-def choose_plan(settings: FinetuneSettings, backbone: Backbone, method: Method) -> RankPlan | None:
+def choose_plan(settings: FinetuneSettings, backbone: Backbone) -> RankPlan | None:
     """The ranks of a run: a plan or a list from a file, stable ranks, or one rank.
 
     `rank: equal` is the one rank whose factors have about as many parameters as those of the stable ranks.
@@ -225,33 +217,34 @@ def choose_plan(settings: FinetuneSettings, backbone: Backbone, method: Method) 
     Raises:
         TargetError: a plan for other weights, or a model without such targets.
     """
+    method, wanted = settings.way(), settings.allocation
     if method.rule is None:
         return None
-    if settings.plan is not None:
-        return RankPlan.load(settings.plan).for_model(backbone.model)
-    alpha = settings.alpha or ("rslora" if settings.method == "rslora" else "rank")
+    if wanted.plan is not None:
+        return RankPlan.load(wanted.plan).for_model(backbone.model)
+    alpha = wanted.alpha or method.alpha
 
     def planned(rule: str, scale: float = 1.0, budget: str | None = None) -> RankPlan:
         return plan_ranks(
             backbone.model,
-            targets=settings.targets,
-            granularity=settings.granularity,
+            targets=wanted.targets,
+            granularity=wanted.granularity,
             rule=rule,
-            ranks=settings.ranks if rule == "given" else None,
+            ranks=wanted.ranks if rule == "given" else None,
             scale=scale,
             budget=budget,
             alpha=alpha,
-            seed=settings.seed,
+            seed=settings.training.seed,
         )
 
-    if settings.ranks is not None:
+    if wanted.ranks is not None:
         return planned("given")
     if method.rule == "stable-rank":
-        return planned("stable-rank", settings.scale, settings.budget)
-    if settings.rank == "equal":
-        pairs = settings.mini_loras if settings.method == "melora" else 1  # that share the parameters of one
-        return planned(f"uniform:{pairs * max(1, round(planned('stable-rank', settings.scale, settings.budget).uniform_rank))}")
-    return planned(f"uniform:{settings.rank}")
+        return planned("stable-rank", wanted.scale, wanted.budget)
+    if wanted.rank == "equal":
+        pairs = method.pairs(settings.method_options())  # that share the parameters of one
+        return planned(f"uniform:{pairs * max(1, round(planned('stable-rank', wanted.scale, wanted.budget).uniform_rank))}")
+    return planned(f"uniform:{wanted.rank}")
 
 
 def _train(
@@ -266,10 +259,10 @@ def _train(
     watchers = [watcher] if accelerator.is_main_process else []
     if prepared.tracking is not None:
         watchers.append(prepared.tracking)
-    if settings.track != "none":
+    if settings.run.track != "none":
         accelerator.init_trackers("finetune")
         watchers.append(Tracking(accelerator))
-    checkpoint = folder / "checkpoint.pt" if folder is not None and settings.checkpoints else None
+    checkpoint = folder / "checkpoint.pt" if folder is not None and settings.run.checkpoints else None
     everyone = Watchers(watchers)
     if resume and checkpoint is not None and not checkpoint.is_file():
         everyone.note(f"no checkpoint in {folder}: starting anew")
@@ -283,12 +276,12 @@ def _train(
         checkpoint=checkpoint,
         fingerprint=_fingerprint(settings, prepared, accelerator.num_processes),
     )
-    everyone.start(prepared.steps, settings.epochs)
+    everyone.start(prepared.steps, settings.training.epochs)
     try:
         history = trainer.fit(train, validation, resume=resume)
     finally:
         everyone.stop()
-    if settings.track != "none":
+    if settings.run.track != "none":
         accelerator.end_training()
     return history
 
@@ -301,7 +294,7 @@ def _conclude(settings: FinetuneSettings, prepared: _Prepared, history: History,
     if folder is not None and accelerator.is_main_process:
         names = splits.train.classes
         written = save_tuned(
-            tuning, folder, backbone=backbone, method=settings.method, classes=names, task=splits.train.task, heads=settings.heads
+            tuning, folder, backbone=backbone, method=settings.method, classes=names, task=splits.train.task, heads=settings.backbone.heads
         )
     model = tuning.merged().eval()
     if prepared.tracking is not None:
@@ -339,9 +332,10 @@ def _run(settings: FinetuneSettings, folder: Path | None, accelerator: Any) -> I
     if folder is None or not accelerator.is_main_process:
         yield None
         return
-    with Run("finetune", folder, settings=settings, seed=settings.seed, device=str(accelerator.device)) as run:
-        if settings.data is not None and settings.data.is_file():
-            run.add_input(settings.data)
+    with Run("finetune", folder, settings=settings, seed=settings.training.seed, device=str(accelerator.device)) as run:
+        data = settings.dataset.data
+        if data is not None and data.is_file():
+            run.add_input(data)
         yield run
 
 
@@ -382,8 +376,7 @@ def content_hash(part: ImageSet) -> str:
 
 def _fingerprint(settings: FinetuneSettings, prepared: _Prepared, processes: int) -> str:
     """What must be the same for a checkpoint to be continued."""
-    free = {"bootstrap", "track", "checkpoints", "device"}
-    facts = settings.model_dump(mode="json", exclude=free)
+    facts = settings.decisive()
     facts["weights"] = prepared.backbone.sha256
     facts["train"] = content_hash(prepared.splits.train)
     facts["validation"] = None if prepared.splits.validation is None else content_hash(prepared.splits.validation)
@@ -401,7 +394,7 @@ def _check_labels(splits: ImageSplits) -> None:
 
 def _check_groups(settings: FinetuneSettings, splits: ImageSplits) -> None:
     parts = [part for part in (splits.train, splits.validation) if part is not None]
-    if settings.per == "group" and not any(group is not None for part in parts for group in part.groups):
+    if settings.parts.per == "group" and not any(group is not None for part in parts for group in part.groups):
         raise InputError(
             "--per", "'group', but no image has a patient or study", "data that names them", "give --group-pattern, or take --per image"
         )

@@ -45,7 +45,7 @@ def judge(model: nn.Module, backbone: Backbone, test: ImageSet, *, settings: Fin
         settings: of the tuning run.
         accelerator: of the tuning run; None makes one as the settings say.
     """
-    device = accelerator or make_accelerator(settings.device, settings.precision, None)
+    device = accelerator or make_accelerator(settings.run.device, settings.run.precision, None)
     examples = image_examples(test, preprocessing_of(backbone))
     scores = probabilities(predict_logits(model, examples.inputs, len(examples), accelerator=device), test.task).numpy()
     report = classification_report(
@@ -53,8 +53,8 @@ def judge(model: nn.Module, backbone: Backbone, test: ImageSet, *, settings: Fin
         scores,
         classes=test.classes,
         task=test.task,
-        seed=settings.seed,
-        bootstrap=settings.bootstrap,
+        seed=settings.training.seed,
+        bootstrap=settings.run.bootstrap,
         groups=test.groups,
     )
     return Judgement({name: entry["value"] for name, entry in report["metrics"].items()}, report, scores, examples.targets)

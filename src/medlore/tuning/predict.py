@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
-import pydantic
 from numpy.typing import NDArray
 
 from medlore.data.images.imageset import ImageItem, ImageSet
@@ -18,10 +17,10 @@ from medlore.data.images.submission import write_submission
 from medlore.data.images.trees import is_image, tree_of
 from medlore.errors import InputError, StepError
 from medlore.files import made_folder
-from medlore.runs.settings import DeviceChoice, Settings
-from medlore.training.accelerator import Precision, make_accelerator
+from medlore.training.accelerator import make_accelerator
 from medlore.tuning.evaluate import score_images
 from medlore.tuning.predictions import write_predictions
+from medlore.tuning.scoring_settings import PredictSettings
 from medlore.tuning.tuned import TunedCard, load_tuned
 
 
@@ -32,22 +31,6 @@ class Predicted:
     images: ImageSet
     scores: NDArray[np.float32]  # b c
     faults: tuple[str, ...] = ()
-
-
-class PredictSettings(Settings):
-    """How images are scored.
-
-    Attributes:
-        model: where the backbone lies now, if it was moved.
-        keep_going: leave images out that cannot be read; otherwise one bad image stops everything before it starts.
-        medfmc: write the challenge's result file too: data set and shots, e.g. `endo:5`.
-    """
-
-    model: str | None = None
-    device: DeviceChoice = "auto"
-    precision: Precision = "auto"
-    keep_going: bool = False
-    medfmc: str | None = pydantic.Field(default=None, pattern=r"^(chest|colon|endo):(1|5|10)$")
 
 
 def predict(tuned: str | Path, sources: Sequence[str | Path], out: str | Path, settings: PredictSettings | None = None) -> Predicted:
@@ -80,7 +63,7 @@ def predict(tuned: str | Path, sources: Sequence[str | Path], out: str | Path, s
 
 
 def _check_challenge(settings: PredictSettings, card: TunedCard) -> None:
-    """The challenge's file has one column a class; that is known before anything is scored."""
+    """The challenge's file has one column per class; that is known before anything is scored."""
     if settings.medfmc is None:
         return
     dataset = cast("MedfmcName", settings.medfmc.split(":")[0])

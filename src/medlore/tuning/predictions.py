@@ -1,4 +1,4 @@
-"""The table of predictions: one row an image, its label where known, the answer, and one score a class."""
+"""The table of predictions: one row an image, its label where known, the answer, and one score per class."""
 
 from __future__ import annotations
 

@@ -1,117 +1,132 @@
-"""What one tuning run is asked to do."""
+"""What one tuning run is asked to do, subject by subject."""
 
 from __future__ import annotations
 
+import typing
+from collections.abc import Mapping
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import pydantic
 
+from medlore.assets import PREFIX
+from medlore.data.images.imageset import Task
 from medlore.data.images.reading import Format
 from medlore.data.images.splits import SplitRules
-from medlore.data.images.transforms import Flip
-from medlore.errors import InputError
-from medlore.layers.tuning.methods import METHODS, ComponentMasking
-from medlore.layers.tuning.options import DEFAULT_PATH, TuningOptions, supports_of
-from medlore.models.backbones.statistics import Triple
-from medlore.runs.settings import DeviceChoice, Settings
-from medlore.training.accelerator import Precision
-from medlore.tuning.training import Schedule
+from medlore.data.images.words import Flip
+from medlore.layers.tuning.methods import METHODS, Method, named
+from medlore.models.backbones.families import Triple
+from medlore.runs.hardware import DeviceChoice, Precision
+from medlore.runs.settings import Idle, Settings, Subject, known_name, setting
 
-MethodName = Literal[
-    "sr-lora", "lora", "rslora", "dora", "adalora", "eva", "pissa", "dylora", "melora", "moslora", "capaboost", "glora",
-    "adapter", "adaptformer", "repadapter", "vpt-shallow", "vpt-deep", "ssf", "layernorm", "linear-probe", "bitfit", "partial", "full",
-]  # fmt: skip
+if TYPE_CHECKING:
+    from medlore.tuning.training import Schedule
+
+METHOD_GROUP = "Method and ranks"
 
 
-class FinetuneSettings(Settings):
-    """Everything that decides the result of one tuning run; `docs/tuning.md` explains each field.
+def _method(s: FinetuneSettings) -> Method:
+    return METHODS[s.method]
 
-    Images: `data` to `test_fraction`. Model: `model` to `heads`. Method and ranks: `method` to `mask_density`. Training: `epochs`
-    to `light`. The rest: where and how it runs.
-    """
 
-    data: Path | None = None
-    format: Format = "auto"
-    images: Path | None = None
-    test_data: Path | None = None
-    split: str | None = None
-    task: Literal["single", "multi"] | None = None
-    classes: tuple[str, ...] | None = None
-    group_pattern: str | None = None
-    shots: int | None = pydantic.Field(default=None, ge=1)
-    draw: int = pydantic.Field(default=1, ge=1)
-    data_seed: int = pydantic.Field(default=0, ge=0)
-    per: Literal["image", "group"] = "image"
-    official_draw: bool = False
-    validation_shots: int | Literal["all"] | None = None
-    validation_fraction: float = pydantic.Field(default=0.2, ge=0, lt=1)
-    test_fraction: float = pydantic.Field(default=0.2, ge=0, lt=1)
+def _one_rank(s: FinetuneSettings) -> bool:
+    return _method(s).rule == "uniform" and s.allocation.rank != "equal"
 
-    model: str = "medlore:vit-mini"
-    image_size: int | None = pydantic.Field(default=None, ge=1)
-    mean: Triple | None = None
-    std: Triple | None = None
-    heads: int | None = pydantic.Field(default=None, ge=1)
 
-    method: MethodName = "sr-lora"
-    plan: Path | None = None
-    ranks: str | None = None
-    targets: str = "attention"
-    granularity: Literal["projection", "fused"] = "projection"
-    rank: int | Literal["equal"] = 8
-    scale: float = pydantic.Field(default=1.0, gt=0)
-    budget: str | None = None
-    alpha: str | None = None
-    partial_update: Literal["off", "nested", "single"] = "off"
-    last_blocks: int = pydantic.Field(default=2, ge=1)
-    component_masks: ComponentMasking = "off"
-    dropout: float = pydantic.Field(default=0.0, ge=0, lt=1)
-    bottleneck: int | None = pydantic.Field(default=None, ge=1)
-    adapter_scale: float | None = pydantic.Field(default=None, gt=0)
-    adapter_dropout: float | None = pydantic.Field(default=None, ge=0, lt=1)
-    prompt_length: int = pydantic.Field(default=10, ge=1)
-    glora_path: str = DEFAULT_PATH
-    mini_loras: int = pydantic.Field(default=4, ge=1)
-    tied_layers: int = pydantic.Field(default=2, ge=1)
-    mask_density: float = pydantic.Field(default=0.5, gt=0, le=1)
+# Why a setting acts on nothing. A reason names other settings in braces.
+_NO_FACTORS = Idle(lambda s: _method(s).rule is None, "--method {method} has no low-rank factors")
+_NO_TARGETS = Idle(lambda s: _method(s).rule is None and not s.run.track_stable_rank, "--method {method} has no low-rank factors")
+_PLANNED = Idle(lambda s: s.allocation.plan is not None, "targets, ranks and alphas come from --plan")
+_LISTED = Idle(lambda s: s.allocation.ranks is not None, "the ranks come from --ranks")
+_MEASURED = Idle(
+    lambda s: _method(s).rule == "stable-rank", "the ranks of {method} follow the stable ranks; --scale and --budget change them"
+)
+_ONE_RANK = Idle(lambda s: s.allocation.ranks is None and _one_rank(s), "--method {method} has one rank (--rank)")
+_UNSCALED = Idle(lambda s: not _method(s).scaled, "the supports of {method} have neither scaling nor dropout")
+_UNMASKED = Idle(lambda s: not _method(s).component_masks, f"only --method {named(lambda m: m.component_masks)} takes them")
+_NOT_DRAWN = Idle(lambda s: s.parts.shots is None, "without --shots every image trains and nothing is drawn")
+_COUNTED = Idle(lambda s: s.parts.shots is not None, "with --shots the validation images are counted by --validation-shots")
+_PUBLISHED = Idle(lambda s: s.parts.official_draw, "--official-draw reads published lists")
+_OWN_TEST = Idle(lambda s: s.dataset.test_data is not None, "the test images come from --test-data")
+_AS_THEY_ARE = Idle(lambda s: not s.augmentation.augment, "--no-augment leaves the images as they are")
+_ONCE = Idle(lambda s: not _method(s).augments, "{method} computes its features once, without augmentation")
+_KNOWN_HEADS = Idle(
+    lambda s: s.backbone.model.startswith(PREFIX) or not Path(s.backbone.model).is_file(),
+    "the configuration of {model} says how many attention heads it has",
+)
 
-    epochs: int = pydantic.Field(default=20, ge=1)
-    batch_size: int = pydantic.Field(default=4, ge=1)
-    learning_rate: float | None = pydantic.Field(default=None, gt=0)
-    min_learning_rate: float = pydantic.Field(default=0.0, ge=0)
-    warmup_fraction: float = pydantic.Field(default=0.1, ge=0, le=1)
-    weight_decay: float = pydantic.Field(default=0.05, ge=0)
-    clip: float | None = pydantic.Field(default=1.0, gt=0)
-    patience: int | None = pydantic.Field(default=None, ge=1)
-    augment: bool = True
-    crop: tuple[float, float] = (0.5, 1.0)
-    flip: Flip = "none"
-    degrees: float = pydantic.Field(default=10.0, ge=0)
-    light: float = pydantic.Field(default=0.1, ge=0, lt=1)
 
-    seed: int = pydantic.Field(default=0, ge=0)
-    device: DeviceChoice = "auto"
-    precision: Precision = "auto"
-    bootstrap: int = pydantic.Field(default=1000, ge=0)
-    track: Literal["none", "tensorboard"] = "none"
-    track_stable_rank: bool = False
-    checkpoints: bool = True
+def _named_text(value: object) -> object:
+    if isinstance(value, str) and not value.strip():  # it would become the current folder
+        raise ValueError("an empty text names nothing")
+    return value
 
-    @pydantic.field_validator("rank", "validation_shots")
-    @classmethod
-    def _from_one(cls, value: int | str | None) -> int | str | None:
-        if isinstance(value, int) and value < 1:
-            raise ValueError("a number from 1, or the word")
-        return value
 
-    @pydantic.field_validator("data", "images", "test_data", "plan", "model", "ranks", mode="before")
-    @classmethod
-    def _named(cls, value: object) -> object:
-        if isinstance(value, str) and not value.strip():  # it would become the current folder
-            raise ValueError("an empty text names nothing")
-        return value
+def _from_one(value: int | str | None) -> int | str | None:
+    if isinstance(value, int) and value < 1:
+        raise ValueError("a number from 1, or the word")
+    return value
+
+
+class DatasetSettings(Subject):
+    """Where the labelled images are."""
+
+    title: ClassVar[str] = "Images"
+
+    data: Path | None = setting(None, "Folder of class folders, MedFMC or VTAB-1k folder or list, CSV, .npz or .zip.")
+    format: Format = setting("auto", "Format of --data, where auto is wrong.")
+    images: Path | None = setting(None, "Folder of the images, where the list lies elsewhere.")
+    test_data: Path | None = setting(None, "Test set of its own; default the test part of --data, else a share held out.")
+    split: str | None = setting(None, "Part of --data to take the pool from.")
+    task: Task | None = setting(None, "single or multi, where a table could be both.")
+    classes: tuple[str, ...] | None = setting(None, "Class names in label order.")
+    group_pattern: str | None = setting(None, "Regular expression on file names; its bracket captures the patient ID.")
+
+    _paths = pydantic.field_validator("data", "images", "test_data", mode="before")(_named_text)
+
+
+class PartsSettings(Subject):
+    """Which images train, select and judge, where the data set does not say it."""
+
+    title: ClassVar[str] = "Images"
+
+    shots: int | None = setting(None, "Labelled images per class; default all.", ge=1)
+    draw: int = setting(1, "Number of the few-shot draw.", ge=1, idle=(_NOT_DRAWN,))
+    data_seed: int = setting(0, "Seed of all draws of images.", ge=0, idle=(_PUBLISHED,))
+    per: Literal["image", "group"] = setting(
+        "image", "One shot is an image or a group (patient).", idle=(_NOT_DRAWN, _PUBLISHED), neutral="image"
+    )
+    official_draw: bool = setting(False, "Take the published draw of MedFMC or VTAB-1k.")
+    validation_shots: int | Literal["all"] | None = setting(
+        None, "Validation images per class, or all; default as many as --shots.", idle=(_NOT_DRAWN, _PUBLISHED)
+    )
+    validation_fraction: float = setting(0.2, "Share held out for validation without --shots.", ge=0, lt=1, idle=(_COUNTED, _PUBLISHED))
+    test_fraction: float = setting(
+        0.2, "Share held out for the test, where the data set has no test part.", ge=0, lt=1, idle=(_PUBLISHED, _OWN_TEST)
+    )
+
+    _counts = pydantic.field_validator("validation_shots")(_from_one)
+
+    def rules(self) -> SplitRules:
+        """How parts are made where the data set has none."""
+        names = ("shots", "draw", "per", "validation_shots", "validation_fraction", "test_fraction")
+        return SplitRules(seed=self.data_seed, **{name: getattr(self, name) for name in names})
+
+
+class BackboneSettings(Subject):
+    """The pre-trained network."""
+
+    title: ClassVar[str] = "Backbone"
+
+    model: str = setting("medlore:vit-mini", "medlore:vit-mini, a transformers folder, a weights file or a hub name.", path=True)
+    image_size: int | None = setting(None, "Side of the input in pixels.", ge=1)
+    mean: Triple | None = setting(None, "Mean of the images the backbone was trained on, three numbers from 0 to 1.")
+    std: Triple | None = setting(None, "Their standard deviation, three numbers.")
+    heads: int | None = setting(None, "Attention heads of a ViT weights file; default width / 64.", ge=1, idle=(_KNOWN_HEADS,))
+
+    _model = pydantic.field_validator("model", mode="before")(_named_text)
 
     @pydantic.field_validator("std")
     @classmethod
@@ -126,26 +141,168 @@ class FinetuneSettings(Settings):
             raise ValueError("mean and std: one without the other")
         return self
 
-    @pydantic.field_validator("glora_path")
+
+class AllocationSettings(Subject):
+    """Ranks and scaling of the low-rank factors."""
+
+    title: ClassVar[str] = METHOD_GROUP
+
+    plan: Path | None = setting(None, "Rank plan of `medlore ranks --out`.", idle=(_NO_FACTORS,))
+    ranks: str | None = setting(None, "List of given ranks: a file, or medlore:rank-lists/NAME.", path=True, idle=(_NO_FACTORS, _PLANNED))
+    targets: str = setting("attention", "attention, attention+mlp, all-linear, conv, or a pattern.", idle=(_NO_TARGETS, _PLANNED))
+    granularity: Literal["projection", "fused"] = setting(
+        "projection", "One stable rank for each of q, k, v, or one for all.", idle=(_NO_FACTORS, _PLANNED, _ONE_RANK)
+    )
+    rank: int | Literal["equal"] = setting(
+        8, "Rank of methods with one rank; `equal` has the parameters of sr-lora.", idle=(_NO_FACTORS, _PLANNED, _LISTED, _MEASURED)
+    )
+    scale: float = setting(1.0, "Factor on the stable ranks.", gt=0, idle=(_NO_FACTORS, _PLANNED, _LISTED, _ONE_RANK))
+    budget: str | None = setting(
+        None, "Parameters of all factors: 250000, 0.5M, 2%, uniform:8.", idle=(_NO_FACTORS, _PLANNED, _LISTED, _ONE_RANK)
+    )
+    alpha: str | None = setting(None, "rank, rank*C, rslora*C or a number; default the method's.", idle=(_NO_FACTORS, _PLANNED, _UNSCALED))
+
+    _texts = pydantic.field_validator("plan", "ranks", mode="before")(_named_text)
+    _rank = pydantic.field_validator("rank")(_from_one)
+
+
+class FactorSettings(Subject):
+    """How the low-rank factors are trained."""
+
+    title: ClassVar[str] = METHOD_GROUP
+
+    partial_update: Literal["off", "nested", "single"] = setting(
+        "off", "Stochastic partial update of SR-LoRA: each step trains some components.", idle=(_NO_FACTORS,), neutral="off"
+    )
+    component_masks: Literal["off", "shapley"] = setting(
+        "off", "Random masks over the components, guided by Shapley values.", idle=(_UNMASKED,), neutral="off"
+    )
+    dropout: float = setting(0.0, "Dropout before the factors.", ge=0, lt=1, idle=(_NO_FACTORS, _UNSCALED), neutral=0.0)
+
+
+def _of_others(owners: frozenset[str], s: FinetuneSettings) -> bool:
+    return s.method not in owners
+
+
+def _options_of_methods() -> dict[str, Any]:
+    """Every option of every method as a field of settings; its default is the methods', where they agree, else None: the method's own."""
+    owners: dict[str, list[str]] = {}
+    found: dict[str, tuple[Any, set[Any]]] = {}
+    for method, entry in METHODS.items():
+        hints = typing.get_type_hints(entry.options, include_extras=True)
+        for field in fields(entry.options):
+            owners.setdefault(field.name, []).append(method)
+            found.setdefault(field.name, (hints[field.name], set()))[1].add(field.default)
+    made = {}
+    for name, (hint, defaults) in found.items():
+        several, methods = len(defaults) > 1, ", ".join(owners[name])
+        idle = Idle(partial(_of_others, frozenset(owners[name])), f"only --method {methods} takes it")
+        text = next(part.description for part in hint.__metadata__ if getattr(part, "description", None))
+        values = ", ".join(f"{getattr(METHODS[m].options, name):g} of {m}" for m in owners[name]) if several else ""
+        words = f"{text} Only for {methods}." + (f" Default {values}." if several else "")
+        made[name] = (hint | None if several else hint, setting(None if several else next(iter(defaults)), words, idle=(idle,)))
+    return made
+
+
+class MethodOptions(Subject):
+    """Options of single methods; the fields come from the table of methods."""
+
+    title: ClassVar[str] = METHOD_GROUP
+
+
+OptionSettings = pydantic.create_model("OptionSettings", __base__=MethodOptions, __module__=__name__, **_options_of_methods())
+
+
+class TrainingSettings(Subject):
+    """How long and how fast."""
+
+    title: ClassVar[str] = "Training"
+
+    epochs: int = setting(20, "Passes over the training images.", ge=1)
+    batch_size: int = setting(4, "Images per step.", ge=1)
+    learning_rate: float | None = setting(None, "Peak rate; default the method's.", gt=0, flags=("--learning-rate", "--lr"))
+    min_learning_rate: float = setting(0.0, "Rate at which the cosine ends.", ge=0)
+    warmup_fraction: float = setting(0.1, "Share of all steps with a linear warm-up.", ge=0, le=1)
+    weight_decay: float = setting(0.05, "On matrices; biases and norms have none.", ge=0)
+    clip: float | None = setting(1.0, "Largest norm of the gradient.", gt=0)
+    patience: int | None = setting(None, "Stop after so many epochs without a better score.", ge=1)
+    seed: int = setting(0, "Seed of head, factors, order and augmentation.", ge=0)
+
+
+class AugmentationSettings(Subject):
+    """How training images are changed."""
+
+    title: ClassVar[str] = "Augmentation"
+
+    augment: bool = setting(True, "Crop, rotate and change the light of training images, or train on them as they are.")
+    crop: tuple[float, float] = setting((0.5, 1.0), "Smallest and largest share of the area that is kept.", idle=(_AS_THEY_ARE, _ONCE))
+    flip: Flip = setting("none", "Which mirror images are possible patients.", idle=(_AS_THEY_ARE, _ONCE), neutral="none")
+    degrees: float = setting(10.0, "Largest rotation.", ge=0, idle=(_AS_THEY_ARE, _ONCE))
+    light: float = setting(0.1, "Largest change of brightness and contrast.", ge=0, lt=1, idle=(_AS_THEY_ARE, _ONCE))
+
+
+class RunSettings(Subject):
+    """Where and how it runs."""
+
+    title: ClassVar[str] = "Run"
+
+    device: DeviceChoice = setting("auto", "Where it runs.", decides=False)
+    precision: Precision = setting("auto", "float32 on CPU, bfloat16 (else float16) on CUDA unless given.")
+    bootstrap: int = setting(1000, "Resamples for the intervals; 0 for none.", ge=0, decides=False)
+    track: Literal["none", "tensorboard"] = setting("none", "Who is sent losses and scores.", decides=False)
+    track_stable_rank: bool = setting(False, "Follow stable ranks of weights and updates.")
+    checkpoints: bool = setting(True, "Write a checkpoint after each epoch.", decides=False)
+
+
+class FinetuneSettings(Settings):
+    """Everything that decides the result of one tuning run; `docs/tuning.md` lists each setting.
+
+    Names are unique, so that they may be written nested (`training={"epochs": 5}`) or flat (`epochs=5`).
+
+    Example:
+        >>> settings = FinetuneSettings(method="LoRA", epochs=5, shots=3)
+        >>> settings.method, settings.training.epochs, settings.parts.shots
+        ('lora', 5, 3)
+    """
+
+    dataset: DatasetSettings = DatasetSettings()
+    parts: PartsSettings = PartsSettings()
+    backbone: BackboneSettings = BackboneSettings()
+    method: str = setting("sr-lora", f"{', '.join(METHODS)}.", group=METHOD_GROUP)
+    allocation: AllocationSettings = AllocationSettings()
+    factors: FactorSettings = FactorSettings()
+    options: OptionSettings = OptionSettings()  # type: ignore[valid-type]
+    training: TrainingSettings = TrainingSettings()
+    augmentation: AugmentationSettings = AugmentationSettings()
+    run: RunSettings = RunSettings()
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **values: Any) -> None: ...
+
+    @pydantic.field_validator("method", mode="before")
     @classmethod
-    def _is_path(cls, value: str) -> str:
-        try:
-            supports_of(value)
-        except InputError as error:
-            raise ValueError(f"five words for A, B, C, D, E: {'; '.join(error.faults)}") from error
-        return value
+    def _known_method(cls, value: object) -> object:
+        return known_name(value, METHODS)
 
-    def tuning_options(self) -> TuningOptions:
-        """Sizes of what a method adds."""
-        return TuningOptions(**{f.name: getattr(self, f.name) for f in fields(TuningOptions)})
+    def way(self) -> Method:
+        """The entry of its method in the table."""
+        return METHODS[self.method]
 
-    def split_rules(self) -> SplitRules:
-        """How parts are made where the data set has none."""
-        names = ("shots", "draw", "per", "validation_shots", "validation_fraction", "test_fraction")
-        return SplitRules(seed=self.data_seed, **{name: getattr(self, name) for name in names})
+    def method_options(self) -> Any:
+        """Options of its method: those that were given, its defaults for the rest."""
+        return self.way().chosen(self.given_options())
+
+    def given_options(self) -> Mapping[str, Any]:
+        """Name -> value of options of single methods; None stands for the method's own default."""
+        values: Mapping[str, Any] = self.options.flat()  # type: ignore[attr-defined]
+        return values
 
     def schedule(self) -> Schedule:
         """How long and how fast."""
-        names = ("epochs", "batch_size", "min_learning_rate", "warmup_fraction", "weight_decay", "clip", "patience", "seed")
-        rate = self.learning_rate if self.learning_rate is not None else METHODS[self.method].learning_rate
-        return Schedule(learning_rate=rate, **{name: getattr(self, name) for name in names})
+        from medlore.tuning.training import Schedule
+
+        values = self.training.flat()
+        if values["learning_rate"] is None:
+            values["learning_rate"] = self.way().learning_rate
+        return Schedule(**values)

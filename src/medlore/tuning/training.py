@@ -1,4 +1,4 @@
-"""The training loop of few-shot tuning: plain, seeded, resumable to the bit, the same under `accelerate launch`.
+"""The training of few-shot tuning: epochs in a seeded order, selection on validation images, early stopping.
 
 Nothing is drawn from a hidden random state: the order of an epoch and every random draw in it depend on the seed and the
 epoch (the augmentation on the seed and the step), so a run that was killed and resumed sees what an unbroken one sees.
@@ -6,27 +6,26 @@ epoch (the augmentation on the seed and the step), so a run that was killed and 
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from medlore.errors import CheckpointError, StepError
-from medlore.files import atomic_path
 from medlore.layers.surgery import load_trainable_state, set_training, trainable_state
-from medlore.layers.tuning.methods import Tuning
+from medlore.layers.tuning.interface import Tuning
+from medlore.training import schedule as schedules
+from medlore.training import task as tasks
+from medlore.training.checkpoint import Checkpoint
+from medlore.training.loop import train
 from medlore.training.watching import Watcher
-from medlore.weightfiles import load_torch_file
 
 Task = Literal["single", "multi"]
-_WARMUP_START = 1e-3  # share of the rate at which the warm-up begins
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,18 @@ class Schedule:
     patience: int | None = None
     seed: int = 0
 
+    def in_steps(self, steps_per_epoch: int) -> schedules.Schedule:
+        """The same for the engine, which counts steps."""
+        return schedules.Schedule(
+            steps=self.epochs * steps_per_epoch,
+            rate=schedules.CosineUnderWarmup(self.learning_rate, self.min_learning_rate, self.warmup_fraction),
+            weight_decay=self.weight_decay,
+            clip=self.clip,
+            judge_every=steps_per_epoch,
+            log_every=steps_per_epoch,
+            patience=self.patience,
+        )
+
 
 class Batches(Protocol):
     """Model inputs of some images: augmented when a step is given, as they are when not."""
@@ -65,10 +76,11 @@ class Batches(Protocol):
 
 @dataclass(frozen=True)
 class Examples:
-    """Images to learn from or to be judged by: their inputs and labels."""
+    """Images to learn from or to be judged by: their inputs, labels and names."""
 
     inputs: Batches
     targets: NDArray[Any]
+    names: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -91,19 +103,6 @@ class History:
 
 
 Judge = Callable[[NDArray[Any], NDArray[np.float32]], float]
-
-
-def learning_rate_at(step: int, total: int, schedule: Schedule) -> float:
-    """Cosine from the peak to the minimum over `total` steps, with a linear warm-up laid over its beginning.
-
-    Example:
-        >>> round(learning_rate_at(10, 100, Schedule(learning_rate=1e-3, warmup_fraction=0.2)), 9)
-        0.000488252
-    """
-    low, peak = schedule.min_learning_rate, schedule.learning_rate
-    rate = low + 0.5 * (peak - low) * (1 + math.cos(math.pi * step / total))
-    warmup = round(schedule.warmup_fraction * total)
-    return rate * (1 - (1 - step / warmup) * (1 - _WARMUP_START)) if step < warmup else rate
 
 
 def loss_of(logits: Tensor, targets: Tensor, task: Task) -> Tensor:
@@ -141,141 +140,121 @@ class Trainer:
     checkpoint: Path | None = None
     fingerprint: str = ""
 
-    def fit(self, train: Examples, validation: Examples | None, *, resume: bool = False) -> History:
+    def fit(self, train_on: Examples, validation: Examples | None, *, resume: bool = False) -> History:
         """Train, and leave the weights of the best epoch in the model (of the last one without validation images).
 
         Raises:
             StepError: the loss is not finite, or a checkpoint cannot be written.
             CheckpointError: the checkpoint belongs to another run.
         """
-        plain = self.tuning.model
-        fused = self.accelerator.device.type == "cpu"  # one pass over the weights; on CUDA torch chooses well by itself
-        optimizer = torch.optim.AdamW(_groups(plain, self.schedule.weight_decay), lr=self.schedule.learning_rate, fused=fused or None)
-        model, optimizer = self.accelerator.prepare(plain, optimizer)
-        history, best_key, stale = History(), (-math.inf, -math.inf), 0
-        best: dict[str, Tensor] = {}
-        if resume and self.checkpoint is not None and self.checkpoint.is_file():
-            history, best, best_key, stale = self._restore(self.checkpoint, optimizer)
-            self.watcher.skip(len(history.epochs) * math.ceil(len(train) / self.schedule.batch_size))
-        for epoch in range(len(history.epochs) + 1, self.schedule.epochs + 1):
-            if self.schedule.patience is not None and stale >= self.schedule.patience:
-                history.stopped = "patience"
-                break
-            record = self._train_epoch(model, optimizer, train, epoch)
-            if validation is not None:
-                record |= self._validate(model, validation)
-            history.epochs.append(record)
-            key = _key(record)
-            stale += 1
-            if validation is None or key > best_key:
-                best, best_key, stale = _copy(trainable_state(plain)), key, 0
-                history.best_epoch = epoch
-            self.watcher.epoch(record)
-            self._save(optimizer, history, best, best_key, stale)
-        load_trainable_state(plain, best)
-        return history
-
-    def _train_epoch(self, model: nn.Module, optimizer: Any, train: Examples, epoch: int) -> dict[str, Any]:
-        """One pass in a seeded order; every process takes its share of each batch."""
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        torch.manual_seed(_seed_of(self.schedule.seed, epoch, rank))
-        order = np.random.default_rng([self.schedule.seed, epoch]).permutation(len(train))
-        steps = math.ceil(len(train) / self.schedule.batch_size)
-        total = steps * self.schedule.epochs
-        set_training(self.tuning.model)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        losses, seen, rate = 0.0, 0, 0.0
-        for i in range(steps):
-            step = (epoch - 1) * steps + i
-            chosen = _share(order[i * self.schedule.batch_size : (i + 1) * self.schedule.batch_size], rank, world)
-            rate = learning_rate_at(step, total, self.schedule)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            self.tuning.before_step()
-            inputs = train.inputs(chosen, step=step).to(self.accelerator.device)
-            targets = torch.from_numpy(train.targets[chosen]).to(self.accelerator.device)
-            loss = loss_of(_logits(model, inputs), targets, self.task)
-            if self.tuning.penalty is not None:
-                loss = loss + self.tuning.penalty()
-            self.accelerator.backward(loss)
-            if self.schedule.clip is not None:
-                self.accelerator.clip_grad_norm_(trained, self.schedule.clip)
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                raise StepError(
-                    f"epoch {epoch}, step {step}",
-                    f"the loss is {value}",
-                    "a finite loss",
-                    "lower --learning-rate or --clip, or take --precision fp32",
-                )
-            optimizer.step()
-            self.tuning.after_backward(step)
-            optimizer.zero_grad(set_to_none=True)
-            losses, seen = losses + value * len(chosen), seen + len(chosen)
-            self.watcher.step(value)
-        return {"epoch": float(epoch), "train_loss": self._mean(losses, seen), "learning_rate": rate}
-
-    def _mean(self, total: float, count: int) -> float:
-        """Total by count, over all processes."""
-        if self.accelerator.num_processes > 1:
-            shares = self.accelerator.gather(torch.tensor([[total, count]], dtype=torch.float32, device=self.accelerator.device))
-            total, count = shares[:, 0].sum().item(), shares[:, 1].sum().item()
-        return total / max(1, count)
-
-    def _validate(self, model: nn.Module, validation: Examples) -> dict[str, Any]:
-        logits = predict_logits(model, validation.inputs, len(validation), accelerator=self.accelerator)
-        loss = float(loss_of(logits, torch.from_numpy(validation.targets), self.task))
-        score = self.judge(validation.targets, probabilities(logits, self.task).numpy())
-        return {"validation_loss": loss, "validation_score": score}
-
-    def _save(self, optimizer: Any, history: History, best: dict[str, Tensor], best_key: tuple[float, float], stale: int) -> None:
-        if self.checkpoint is None or not self.accelerator.is_main_process:
-            return
-        content = {
-            "fingerprint": self.fingerprint,
-            "weights": trainable_state(self.tuning.model),
-            "optimizer": optimizer.state_dict(),
-            "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
-            "method": self.tuning.state(),
-            "best": best,
-            "best_key": best_key,
-            "stale": stale,
-            "epochs": history.epochs,
-            "best_epoch": history.best_epoch,
-        }
-        packed = io.BytesIO()  # a full disk then shows as the system's own error, not as one of torch's writer
-        torch.save(content, packed)
-        with atomic_path(self.checkpoint) as temporary:
-            temporary.write_bytes(packed.getbuffer())
-
-    def _restore(self, checkpoint: Path, optimizer: Any) -> tuple[History, dict[str, Tensor], tuple[float, float], int]:
-        saved = read_checkpoint(checkpoint)
-        if saved["fingerprint"] != self.fingerprint:
-            raise CheckpointError(
-                str(checkpoint),
-                "a checkpoint of a run with other settings, data or weights",
-                "the settings that the run was started with",
-                "repeat them, or start anew without --resume",
-            )
-        load_trainable_state(self.tuning.model, saved["weights"])
-        optimizer.load_state_dict(saved["optimizer"])
-        if self.accelerator.scaler is not None and saved["scaler"] is not None:  # None: that run was not in float16
-            self.accelerator.scaler.load_state_dict(saved["scaler"])
-        self.tuning.restore(saved["method"])
-        history = History(epochs=saved["epochs"], best_epoch=saved["best_epoch"])
-        return history, saved["best"], tuple(saved["best_key"]), saved["stale"]
+        task = TuningTask(self, train_on, validation)
+        checkpoint = None
+        if self.checkpoint is not None:
+            checkpoint = Checkpoint(self.checkpoint, self.fingerprint, restart="start anew without --resume")
+        schedule = self.schedule.in_steps(task.steps_per_epoch)
+        found = train(task, schedule, checkpoint=checkpoint, resume=resume, watcher=self.watcher)
+        stopped: Literal["all epochs", "patience"] = "patience" if found.stopped == "patience" else "all epochs"
+        return History(found.scores, found.best_step // task.steps_per_epoch, stopped)
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Tensors and plain values of a checkpoint; nothing in it is executed.
+class TuningTask(tasks.Task):
+    """What the engine is given for one tuning; the best epoch is kept, ties go to the lower loss, then the earlier.
 
-    Raises:
-        CheckpointError: the file is broken.
+    Args:
+        trainer: model, method and schedule.
+        train_on: images to learn from.
+        validation: images to be judged by; None keeps the last epoch.
     """
-    content = load_torch_file(path, mapped=False)  # the run replaces the file
-    if not isinstance(content, dict) or "fingerprint" not in content:
-        raise CheckpointError(str(path), "another kind of file", "a checkpoint of this run", "start anew without --resume")
-    return content
+
+    keeps_best: ClassVar[bool] = True
+
+    def __init__(self, trainer: Trainer, train_on: Examples, validation: Examples | None) -> None:
+        super().__init__("tuning", trainer.tuning.model, trainer.accelerator, seed=trainer.schedule.seed)
+        self.trainer, self.tuning, self.examples, self.validation = trainer, trainer.tuning, train_on, validation
+        self.steps_per_epoch = math.ceil(len(train_on) / trainer.schedule.batch_size)
+
+    def seed_of(self, step: int) -> int | None:
+        """Draws go on through an epoch."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        return tasks.seed_of(self.seed, epoch + 1, self.accelerator.process_index) if within == 0 else None
+
+    def place(self, step: int) -> str:
+        """Epoch and step."""
+        return f"epoch {step // self.steps_per_epoch + 1}, step {step}"
+
+    def batches(self, start: int, stop: int) -> Generator[_Batch]:
+        """Every epoch has a seeded order; every process takes its share of each batch."""
+        size, accelerator = self.trainer.schedule.batch_size, self.accelerator
+        orders: dict[int, NDArray[np.int64]] = {}
+        for step in range(start, stop):
+            epoch, within = divmod(step, self.steps_per_epoch)
+            if epoch not in orders:
+                orders = {epoch: np.random.default_rng([self.seed, epoch + 1]).permutation(len(self.examples))}
+            mine = _share(orders[epoch][within * size : (within + 1) * size], accelerator.process_index, accelerator.num_processes)
+            inputs = self.examples.inputs(mine, step=step).to(accelerator.device)
+            yield _Batch(inputs, torch.from_numpy(self.examples.targets[mine]).to(accelerator.device), mine)
+
+    def training_mode(self) -> None:
+        """Frozen statistics stay as they are."""
+        set_training(self.module)
+
+    def begin(self, step: int) -> None:
+        """The method draws."""
+        del step
+        self.tuning.before_step()
+
+    def loss(self, batch: _Batch, step: int) -> dict[str, Tensor]:
+        """That of the answers, and the method's own."""
+        del step
+        terms = {"loss": loss_of(_logits(self.forward, batch.inputs), batch.targets, self.trainer.task)}
+        return terms if self.tuning.penalty is None else terms | {"penalty": self.tuning.penalty()}
+
+    def updated(self, step: int) -> None:
+        """The method looks at the gradients."""
+        self.tuning.after_backward(step)
+
+    def cases(self, batch: _Batch) -> list[str]:
+        """Names of the images, where they have some."""
+        return [self.examples.names[int(i)] for i in batch.indices] if len(self.examples.names) else []
+
+    def size(self, batch: _Batch) -> int:
+        """Images."""
+        return len(batch.indices)
+
+    def judge(self, stretch: tasks.Stretch) -> tasks.Judgement:
+        """The record of an epoch, and of its validation images where there are some."""
+        epoch = stretch.step // self.steps_per_epoch
+        record: dict[str, Any] = {"epoch": float(epoch), "train_loss": stretch.loss, "learning_rate": stretch.rate}
+        if self.validation is None:
+            return tasks.Judgement(record)
+        targets, kind = self.validation.targets, self.trainer.task
+        logits = predict_logits(self.forward, self.validation.inputs, len(self.validation), accelerator=self.accelerator)
+        record["validation_loss"] = float(loss_of(logits, torch.from_numpy(targets), kind))
+        record["validation_score"] = self.trainer.judge(targets, probabilities(logits, kind).numpy())
+        return tasks.Judgement(record, _key(record))
+
+    def state(self) -> dict[str, Tensor]:
+        """What trains, without the backbone."""
+        return trainable_state(self.module)
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put it back."""
+        load_trainable_state(self.module, dict(state))
+
+    def memory(self) -> dict[str, Any]:
+        """The method's own."""
+        return self.tuning.state()
+
+    def load_memory(self, memory: Mapping[str, Any]) -> None:
+        """Put it back."""
+        self.tuning.restore(dict(memory))
+
+
+@dataclass(frozen=True)
+class _Batch:
+    inputs: Tensor
+    targets: Tensor
+    indices: NDArray[np.int64]
 
 
 @torch.inference_mode()
@@ -303,14 +282,6 @@ def _logits(model: nn.Module, inputs: Tensor) -> Tensor:
     return model(pixel_values=inputs).logits  # type: ignore[no-any-return]
 
 
-def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-
-
 def _share(chosen: NDArray[np.int64], rank: int, world: int) -> NDArray[np.int64]:
     """The part of a batch that one process takes; short batches are filled up from their own start."""
     if world == 1:
@@ -318,15 +289,7 @@ def _share(chosen: NDArray[np.int64], rank: int, world: int) -> NDArray[np.int64
     return np.resize(chosen, math.ceil(len(chosen) / world) * world)[rank::world]
 
 
-def _seed_of(*numbers: int) -> int:
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
-
-
 def _key(record: Mapping[str, Any]) -> tuple[float, float]:
     """Higher is better: the score first, then the lower loss; a score that is not defined comes last."""
-    score = record.get("validation_score", 0.0)
-    return (score if math.isfinite(score) else -math.inf, -record.get("validation_loss", 0.0))
-
-
-def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in state.items()}
+    score, loss = record["validation_score"], record["validation_loss"]
+    return (score if math.isfinite(score) else -math.inf, -math.inf if math.isnan(loss) else -loss)

@@ -27,8 +27,10 @@ from medlore.data.images.transforms import Preprocessing
 from medlore.errors import CheckpointError, DataError, InputError, StepError
 from medlore.files import read_json, write_json
 from medlore.layers.surgery import load_trainable_state
-from medlore.layers.tuning.methods import TRAINED_NAMES, WEIGHTS_FILE, Form, Tuning, quiet_peft
-from medlore.layers.tuning.modules import AddedModules, absorb, add_modules
+from medlore.layers.tuning.interface import TRAINED_NAMES, WEIGHTS_FILE, Form, Tuning
+from medlore.layers.tuning.low_rank import quiet_peft
+from medlore.layers.tuning.methods import add_modules
+from medlore.layers.tuning.modules import AddedModules, absorb
 from medlore.models.backbones.reading import Backbone, load_backbone
 from medlore.weightfiles import read_tensors
 
@@ -147,7 +149,10 @@ def _network(folder: Path, card: TunedCard, model: str | Path | None) -> nn.Modu
     if card.form == "weights":
         file = folder / WEIGHTS_FILE
         if card.modules is not None:
-            add_modules(backbone.model, card.modules, backbone.head_name)
+            try:
+                add_modules(backbone.model, card.modules, backbone.head_name)
+            except DataError as error:
+                raise error.at(str(folder / CARD_FILE)) from error
         load_trainable_state(backbone.model, read_tensors(file), expected=_trained_names(file))
         return absorb(backbone.model)
     return _with_adapter(backbone.model, folder)

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from medlore.layers.tuning.generalized import install_generalized
-from medlore.layers.tuning.methods import METHODS, Request, install_method
-from medlore.layers.tuning.options import TuningOptions
+from medlore.layers.tuning.interface import Request
+from medlore.layers.tuning.methods import METHODS, install_method
+from medlore.layers.tuning.options import GeneralizedOptions
 from medlore.ranks.allocate import plan_ranks
 from medlore.ranks.plan import RankPlan
 
@@ -71,7 +72,7 @@ VIT_COUNTS: dict[str, tuple[dict[str, Any], int]] = {
     "moslora": ({}, 442_368 + 36 * 64),  # one mixer a projection
     "capaboost": ({}, 442_368),
     "ssf": ({}, 204_288),
-    "vpt-shallow": ({"options": TuningOptions(prompt_length=1)}, 768),
+    "vpt-shallow": ({"options": {"prompt_length": 1}}, 768),
     "vpt-deep": ({}, 12 * 10 * 768),
     "glora": ({}, 1_161_504),
     "adapter": ({}, 2 * adapters(12 * 768, 12, 64)),
@@ -84,7 +85,7 @@ SWIN_COUNTS: dict[str, tuple[dict[str, Any], int]] = {
     "melora": ({}, 144_384),
     "capaboost": ({}, 577_536),
     "ssf": ({}, 2 * (11 * SWIN_WIDTHS + 2 * 128 + 6 * (128 + 256 + 512))),
-    "vpt-shallow": ({"options": TuningOptions(prompt_length=5)}, 640),
+    "vpt-shallow": ({"options": {"prompt_length": 5}}, 640),
     "vpt-deep": ({}, 10 * SWIN_WIDTHS),
     "adapter": ({}, 2 * adapters(SWIN_WIDTHS, 24, 64)),
     "adaptformer": ({}, adapters(SWIN_WIDTHS, 24, 64)),
@@ -121,10 +122,10 @@ def test_glora_on_fused_qkv_has_the_published_count() -> None:
         sizes = {"qkv": (768, 2304), "proj": (768, 768), "fc1": (768, 3072), "fc2": (3072, 768)}
         model = nn.ModuleList([nn.ModuleDict({n: nn.Linear(*s) for n, s in sizes.items()}) for _ in range(12)])
     before = sum(p.numel() for p in model.parameters())
-    install_generalized(model, TuningOptions(), {f"{i}.{n}": 8 for i in range(12) for n in sizes})
+    install_generalized(model, GeneralizedOptions(), {f"{i}.{n}": 8 for i in range(12) for n in sizes})
     assert sum(p.numel() for p in model.parameters()) - before == 3_041_664
 
 
 def test_a_wider_bottleneck_costs_what_it_should() -> None:
-    assert trained("adapter", "vit", options=TuningOptions(bottleneck=8)) == 2 * adapters(12 * 768, 12, 8)
-    assert trained("repadapter", "vit", options=TuningOptions(bottleneck=16)) == 12 * 2 * (768 * 16 + 16 + 768 * 8 + 768)
+    assert trained("adapter", "vit", options={"bottleneck": 8}) == 2 * adapters(12 * 768, 12, 8)
+    assert trained("repadapter", "vit", options={"bottleneck": 16}) == 12 * 2 * (768 * 16 + 16 + 768 * 8 + 768)

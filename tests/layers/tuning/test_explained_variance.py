@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from medlore.errors import InputError
 from medlore.layers.tuning.explained_variance import Scatter, shared_ranks
-from medlore.layers.tuning.methods import Request, Tuning, install_method
+from medlore.layers.tuning.interface import Request, Tuning
+from medlore.layers.tuning.methods import install_method
 from medlore.ranks.allocate import plan_ranks
 
 RANK, WIDTH = 3, 32

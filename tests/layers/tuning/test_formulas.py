@@ -10,19 +10,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medlore.errors import InputError, StepError, TargetError
-from medlore.layers.tuning import modules
 from medlore.layers.tuning.adapters import ParallelAdapter, RepAdapter, SerialAdapter
 from medlore.layers.tuning.anatomy import blocks_with_parts
 from medlore.layers.tuning.attach import attach, attached, detach
 from medlore.layers.tuning.factor_pairs import MaskedPair, MiniPairs, MixedPair, install_pairs
 from medlore.layers.tuning.generalized import GeneralizedLora, install_generalized
-from medlore.layers.tuning.methods import Request, install_method
-from medlore.layers.tuning.modules import AddedModules, add_modules
-from medlore.layers.tuning.options import AdapterSizes, TuningOptions
+from medlore.layers.tuning.interface import Request
+from medlore.layers.tuning.methods import METHODS, add_modules, install_method
+from medlore.layers.tuning.modules import AddedModules
+from medlore.layers.tuning.options import AdapterSizes, GeneralizedOptions, MaskedPairOptions, MiniPairOptions, NoOptions, PromptOptions
 from medlore.layers.tuning.prompts import install_prompts
 from medlore.layers.tuning.scale_shift import ScaleShift, thaw_norms
 from medlore.ranks.allocate import plan_ranks
 
+MODULE_METHODS = [name for name, method in METHODS.items() if method.add is not None]
 SIZES = AdapterSizes(4, 0.5, 0.0)
 
 
@@ -146,7 +147,7 @@ def test_glora_in_its_smaller_forms() -> None:
 
 def test_melora_is_block_diagonal() -> None:
     layer, x = stirred(nn.Linear(8, 6)), tokens()
-    extra = stirred(MiniPairs(layer, 4, 1.5, 0.0, TuningOptions(mini_loras=2)))
+    extra = stirred(MiniPairs(layer, 4, 1.5, 0.0, MiniPairOptions(mini_loras=2)))
     shares = x.chunk(2, dim=-1)
     parts = [s @ A.T @ B.T for s, A, B in zip(shares, extra.lora_A, extra.lora_B, strict=True)]
     expected = layer(x) + 1.5 * torch.cat(parts, dim=-1)
@@ -160,9 +161,9 @@ def test_melora_is_block_diagonal() -> None:
 
 def test_moslora_mixes_subspaces_and_starts_orthogonal() -> None:
     layer = nn.Linear(8, 6)
-    mixer = MixedPair(layer, 4, 1.0, 0.0, TuningOptions()).mixer
+    mixer = MixedPair(layer, 4, 1.0, 0.0, NoOptions()).mixer
     assert torch.allclose(mixer @ mixer.T, torch.eye(4), atol=1e-5)
-    extra = stirred(MixedPair(layer, 4, 2.0, 0.0, TuningOptions()))
+    extra = stirred(MixedPair(layer, 4, 2.0, 0.0, NoOptions()))
     expected = layer(tokens()) + 2 * tokens() @ extra.lora_A.T @ extra.mixer.T @ extra.lora_B.T
     attach(layer, extra)
     assert torch.allclose(layer(tokens()), expected, atol=1e-5)
@@ -171,7 +172,7 @@ def test_moslora_mixes_subspaces_and_starts_orthogonal() -> None:
 def test_capaboost_has_the_rank_of_all_its_copies() -> None:
     layer = nn.Linear(16, 16)
     torch.manual_seed(0)
-    extra = stirred(MaskedPair(layer, 3, 1.0, 0.0, TuningOptions()))
+    extra = stirred(MaskedPair(layer, 3, 1.0, 0.0, MaskedPairOptions()))
     copies = [(extra.lora_B * n) @ (extra.lora_A * m) for m, n in zip(extra.masks_in, extra.masks_out, strict=True)]
     product = extra.pair().B @ extra.pair().A
     assert torch.allclose(product, copies[0] + copies[1], atol=1e-5)
@@ -179,7 +180,7 @@ def test_capaboost_has_the_rank_of_all_its_copies() -> None:
     assert sum(p.numel() for p in extra.parameters()) == 3 * 32
     assert 0.3 < extra.masks_in.float().mean() < 0.7
     torch.manual_seed(0)
-    assert torch.equal(MaskedPair(layer, 3, 1.0, 0.0, TuningOptions()).masks_in, extra.masks_in)
+    assert torch.equal(MaskedPair(layer, 3, 1.0, 0.0, MaskedPairOptions()).masks_in, extra.masks_in)
 
 
 # ---- Prompts ----------------------------------------------------------------------------------------------------------------
@@ -191,7 +192,7 @@ def test_prompts_are_tokens_of_a_vit(*, deep: bool) -> None:
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(2))
     hidden = model.vit.embeddings(x)
     plain = vit()
-    install_prompts(model, TuningOptions(prompt_length=3), deep=deep)
+    install_prompts(model, PromptOptions(prompt_length=3), deep=deep)
     prompts = [extra.prompts for _, _, extra in attached(model) if getattr(extra, "prompts", None) is not None]
     assert len(prompts) == (2 if deep else 1)
     hidden = torch.cat([hidden[:, :1], prompts[0].expand(2, -1, -1), hidden[:, 1:]], dim=1)  # where the paper puts them
@@ -226,7 +227,7 @@ def test_prompts_join_the_window_of_a_swin() -> None:
     model, plain = swin(**sizes), swin(**sizes)
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(2))
     hidden, _ = plain.swin.embeddings(x)
-    install_prompts(model, TuningOptions(prompt_length=3), deep=True)
+    install_prompts(model, PromptOptions(prompt_length=3), deep=True)
     (prompts,) = (extra.prompts for _, _, extra in attached(model) if getattr(extra, "prompts", None) is not None)
     block = plain.swin.encoder.layers[0].blocks[0]
     hidden = hidden + window_attention(block, hidden, prompts.expand(2, -1, -1))[0]
@@ -240,7 +241,7 @@ def test_shallow_prompts_walk_through_a_swin() -> None:
     model, plain = swin(depths=[1, 1]), swin(depths=[1, 1])
     x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(2))
     hidden, size = plain.swin.embeddings(x)
-    install_prompts(model, TuningOptions(prompt_length=3), deep=False)
+    install_prompts(model, PromptOptions(prompt_length=3), deep=False)
     (prompt,) = (extra.prompts for _, _, extra in attached(model) if getattr(extra, "prompts", None) is not None)
     prompts = prompt.expand(2, -1, -1)
     first, second = (stage.blocks[0] for stage in plain.swin.encoder.layers)
@@ -257,7 +258,7 @@ def test_shallow_prompts_walk_through_a_swin() -> None:
 def test_prompts_see_every_window_and_average_over_them() -> None:
     """Shifted windows with their mask, several windows an image: images of a batch do not mix."""
     model = swin()
-    install_prompts(model, TuningOptions(prompt_length=2), deep=False)
+    install_prompts(model, PromptOptions(prompt_length=2), deep=False)
     x = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(2))
     together = model(pixel_values=x).logits
     alone = torch.cat([model(pixel_values=image[None]).logits for image in x])
@@ -269,18 +270,18 @@ def test_prompts_see_every_window_and_average_over_them() -> None:
 
 def test_networks_that_do_not_fit_are_refused() -> None:
     plain = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
-    for kind in modules._BUILD:
+    for kind in MODULE_METHODS:
         if kind != "glora":
             with pytest.raises(TargetError, match="--method"):
                 add_modules(plain, AddedModules(kind), "head")
     with pytest.raises(TargetError, match="without layer norms"):
         thaw_norms(plain)
     with pytest.raises(TargetError, match="1 targets") as caught:
-        install_generalized(plain, TuningOptions(), {"0": 2, "1": 2})
+        install_generalized(plain, GeneralizedOptions(), {"0": 2, "1": 2})
     assert "1: ReLU" in str(caught.value)
     fused = nn.ModuleDict({"attn": nn.ModuleDict({"qkv": nn.Linear(8, 24), "proj": nn.Linear(8, 8)})})
     with pytest.raises(TargetError, match="q, k and v apart") as caught:
-        install_pairs(fused, "moslora", plan_ranks(fused, rule="uniform:2"), dropout=0.0, options=TuningOptions())
+        install_pairs(fused, "moslora", plan_ranks(fused, rule="uniform:2"), dropout=0.0, options=NoOptions())
     assert "attn.qkv[q]: Linear" in str(caught.value)
 
 
@@ -290,13 +291,13 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(InputError, match="bottleneck: got 0"):
         SerialAdapter(8, AdapterSizes(0, 1.0, 0.0))
     with pytest.raises(InputError, match="mini_loras: 3 for rank 4"):
-        MiniPairs(nn.Linear(8, 8), 4, 1.0, 0.0, TuningOptions(mini_loras=3))
+        MiniPairs(nn.Linear(8, 8), 4, 1.0, 0.0, MiniPairOptions(mini_loras=3))
     with pytest.raises(InputError, match="mask_density"):
-        MaskedPair(nn.Linear(8, 8), 4, 1.0, 0.0, TuningOptions(mask_density=0.0))
+        MaskedPair(nn.Linear(8, 8), 4, 1.0, 0.0, MaskedPairOptions(mask_density=0.0))
     with pytest.raises(InputError, match="prompt_length: got 0"):
-        install_prompts(vit(), TuningOptions(prompt_length=0), deep=True)
+        install_prompts(vit(), PromptOptions(prompt_length=0), deep=True)
     with pytest.raises(InputError, match="five words") as caught:
-        install_generalized(nn.Linear(2, 2), TuningOptions(glora_path="lora,nose,scalar,lora"), {"": 1})
+        install_generalized(nn.Linear(2, 2), GeneralizedOptions(glora_path="lora,nose,scalar,lora"), {"": 1})
     assert "4 words" in str(caught.value)
     assert "B: 'nose'" in str(caught.value)
     assert "C: 'scalar'" in str(caught.value)
@@ -325,7 +326,7 @@ def test_parts_of_blocks_are_found_in_every_family() -> None:
     assert [b.width for b in blocks_with_parts(swin(), "test")] == [8, 8, 16]
 
 
-@pytest.mark.parametrize("kind", [k for k in modules._BUILD if k != "glora"])
+@pytest.mark.parametrize("kind", [k for k in MODULE_METHODS if k != "glora"])
 def test_dinov2_and_clip_take_every_kind(kind: Any) -> None:
     import transformers as t
 

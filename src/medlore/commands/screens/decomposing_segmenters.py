@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from medlore.commands.screens.answers import print_json
 from medlore.commands.screens.narration import Narrator
 from medlore.decomposing.segmenters.add_expert import add_expert
 from medlore.decomposing.segmenters.dry_run import plan_segmenter
 from medlore.decomposing.segmenters.study import SegmentationResult, decompose_segmenter
-from medlore.files import json_text
 
 
 def run_on_screen(study: Path, out: Path, *, only: str | None, dry_run: bool, as_json: bool, **flags: Any) -> None:
@@ -25,7 +24,7 @@ def run_on_screen(study: Path, out: Path, *, only: str | None, dry_run: bool, as
             return
         done = decompose_segmenter(study, out, only=only, narrate=narrator, say=narrator.say, **flags)
     if as_json:
-        sys.stdout.write(json_text({"packs": done.packs, "table": done.table}) + "\n")
+        print_json({"packs": done.packs, "table": done.table})
         return
     print_result(done)
 
@@ -35,7 +34,7 @@ def add_on_screen(study: Path, out: Path, *, region: str, pack: Path | None, as_
     with Narrator(Console(stderr=True)) as narrator:
         done = add_expert(study, out, region=region, pack=pack, narrate=narrator, say=narrator.say, **flags)
     if as_json:
-        sys.stdout.write(json_text({"packs": done.packs, "table": done.table}) + "\n")
+        print_json({"packs": done.packs, "table": done.table})
         return
     print_result(done)
 
@@ -43,18 +42,18 @@ def add_on_screen(study: Path, out: Path, *, region: str, pack: Path | None, as_
 def print_plan(found: dict[str, Any], *, as_json: bool) -> None:
     """What a study would do, for people or as one JSON object."""
     if as_json:
-        sys.stdout.write(json_text(found) + "\n")
+        print_json(found)
         return
     console = Console(highlight=False, width=max(Console().width, 100))
     for name, parts in found["cases"].items():
         console.print(f"{name}: " + ", ".join(f"{count} {part}" for part, count in parts.items()))
     for region, count in found["labels"].items():
         console.print(f"{region}: {count} labels, {found['patches'].get(region, 0):.1%} of the patches")
-    for name, told in found["networks"].items():
-        sizes = ", ".join(f"{part} {count:,}" for part, count in told["parameters"].items())
+    for name, network in found["networks"].items():
+        sizes = ", ".join(f"{part} {count:,}" for part, count in network["parameters"].items())
         console.print(
-            f"{name}: {told['state']} ({told['identity']}), {told['steps']} steps, {told['patches']} patches; parameters: {sizes}; "
-            f"{told['trainable']:,} trainable, {told['training_bytes'] / 1e6:.0f} MB without maps"
+            f"{name}: {network['state']} ({network['identity']}), {network['steps']} steps, {network['patches']} patches; "
+            f"parameters: {sizes}; {network['trainable']:,} trainable, {network['training_bytes'] / 1e6:.0f} MB without maps"
         )
     if "student_share_of_teacher" in found:
         console.print(f"the student has {found['student_share_of_teacher']:.1%} of the teacher's parameters")

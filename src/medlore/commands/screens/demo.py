@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from medlore.commands.screens.answers import print_json
+from medlore.commands.screens.ranks import print_plan
 from medlore.demo.demo import DemoResult
 from medlore.demo.tuning import LABELS
-from medlore.files import json_text
-from medlore.inspecting.ranks import print_plan
 
 _NEXT = """
 With your own images (a folder with one subfolder for each class):
@@ -28,7 +27,7 @@ Masks of your own volumes, by the names of structures, and a page to look at the
 def print_demo(result: DemoResult, *, as_json: bool) -> None:
     """Plan, table and the commands to go on with; or one JSON object."""
     if as_json:
-        sys.stdout.write(json_text(_as_json(result)) + "\n")
+        print_json(_as_json(result))
         return
     print_plan(result.plan, {})
     console = Console(highlight=False, soft_wrap=True)
@@ -43,15 +42,15 @@ def print_demo(result: DemoResult, *, as_json: bool) -> None:
     console.print(_NEXT, markup=False)
 
 
-def _print_segmentation(console: Console, told: dict[str, Any]) -> None:
-    if "left_out" in told:
-        console.print(f"Segmentation: left out. {told['left_out']}.", markup=False)
+def _print_segmentation(console: Console, segmentation: dict[str, Any]) -> None:
+    if "left_out" in segmentation:
+        console.print(f"Segmentation: left out. {segmentation['left_out']}.", markup=False)
         return
-    table = Table(title=f"ICBM152 template by text prompts, {told['seconds']:.0f} s", title_justify="left")
+    table = Table(title=f"ICBM152 template by text prompts, {segmentation['seconds']:.0f} s", title_justify="left")
     table.add_column("label", no_wrap=True)
     for head in ("volume", "Dice", "Dice of k-means"):
         table.add_column(head, justify="right")
-    for row in told["labels"]:
+    for row in segmentation["labels"]:
         numbers = ["" if row[name] is None else f"{row[name]:.3f}" for name in ("dice", "kmeans_dice")]
         table.add_row(row["label"], f"{row['volume_ml']:,.1f} ml", *numbers)
     console.print(table)
@@ -60,7 +59,7 @@ def _print_segmentation(console: Console, told: dict[str, Any]) -> None:
 def _table(result: DemoResult) -> Table:
     settings, measure = result.settings, result.cells[0].measure.replace("_", " ")
     draws = f"{settings.draws} draw" + ("s" if settings.draws > 1 else "")
-    table = Table(title=f"{measure}, {settings.shots} labelled images a digit, {draws}", title_justify="left")
+    table = Table(title=f"{measure}, {settings.shots} labelled images per digit, {draws}", title_justify="left")
     table.add_column("method", no_wrap=True)
     table.add_column("trained", justify="right")
     table.add_column("mean (95 %)", no_wrap=True)

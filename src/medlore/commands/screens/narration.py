@@ -50,16 +50,16 @@ class Narrator:
 
 
 def _lines(name: str, say: Callable[[str], None]) -> Tell:
-    began = told = time.monotonic()
+    began = last = time.monotonic()
     first = -1
 
     def tell(step: int, steps: int, text: str) -> None:
-        nonlocal told, first
+        nonlocal last, first
         now = time.monotonic()
         first = step - 1 if first < 0 else first
-        if now - told < _LINE_SECONDS and step < steps:
+        if now - last < _LINE_SECONDS and step < steps:
             return
-        told = now
+        last = now
         each = (now - began) / max(step - first, 1)
         say(f"{name}: step {step} of {steps}{text and ', '}{text}, {each:.2f} s a step, {(steps - step) * each / 60:.0f} min left")
 

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from medlore.commands.screens.tuning import print_json
+from medlore.commands.screens.answers import print_json
 from medlore.studies.run import plan_study, run_study
 
 
@@ -58,20 +58,20 @@ def _print_results(results: Mapping[str, Any], page: Path) -> None:
     console.print(f"page: {page}", markup=False, soft_wrap=True)
 
 
-def _mean(told: Mapping[str, Any] | None) -> str:
-    if told is None:
+def _mean(found: Mapping[str, Any] | None) -> str:
+    if found is None:
         return ""
-    around = "" if told["low"] is None else f" ({told['low']:.3f} to {told['high']:.3f})"
-    return f"{told['mean']:.3f}{around}"
+    around = "" if found["low"] is None else f" ({found['low']:.3f} to {found['high']:.3f})"
+    return f"{found['mean']:.3f}{around}"
 
 
 def _print_plan(found: Mapping[str, Any]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     shown = Table("contender", "method", "learning rate", "settings")
     for each in found["contenders"]:
-        told = ", ".join(f"{name}={value}" for name, value in each["settings"].items())
+        own = ", ".join(f"{name}={value}" for name, value in each["settings"].items())
         added = f" (added beside {each['control_of']})" if each["control_of"] else ""
-        shown.add_row(each["name"] + added, each["method"], f"{each['rate']:g}", told)
+        shown.add_row(each["name"] + added, each["method"], f"{each['rate']:g}", own)
     console.print(shown)
     hours = "" if found["hours_left"] is None else f", about {found['hours_left']:.2f} hours one after the other"
     console.print(f"{found['cells']} cells, {found['finished']} finished, {found['trainings']} trainings left{hours}", markup=False)

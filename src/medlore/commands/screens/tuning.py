@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from medlore.files import json_text
+from medlore.commands.screens.answers import print_notes
 
 _SHOWN = {
     "single": ("accuracy", "balanced_accuracy", "macro_auc", "mean_average_precision"),
@@ -17,20 +17,22 @@ _SHOWN = {
 }
 
 
-def print_json(value: Any) -> None:
-    """One JSON object on stdout, nothing else."""
-    sys.stdout.write(json_text(value) + "\n")
+def print_where(out: Path) -> None:
+    """Where a run writes that was given no folder."""
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"writing to {out}", markup=False)
 
 
-def print_notes(notes: list[str]) -> None:
-    """What a reader of the numbers should know, on stderr."""
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
-    for note in notes:
-        console.print(f"note: {note}", markup=False)
+def print_result(report: Mapping[str, Any]) -> None:
+    """Notes, sizes, and the metrics on the test images of a finished run."""
+    print_notes(report["notes"])
+    print_facts(report)
+    if "test" in report:
+        test = report["data"]["test"]
+        print_report(report["test"], title=f"{test['name']}: {test['images']} test images")
 
 
 def print_report(report: Mapping[str, Any], *, title: str, per_class: bool = True) -> None:
-    """Metrics with their intervals beside the majority answer, then a row a class."""
+    """Metrics with their intervals beside the majority answer, then a row per class."""
     console = Console(highlight=False)
     table = Table("metric", "value", "95 % interval", "majority answer", title=title)
     for name in _SHOWN[report["task"]]:

@@ -70,7 +70,7 @@ def draw_shots(
         InputError: `shots` or `draw` below 1.
         DataError: the pool has no labels, or classes with too few units (all of them are named).
 
-    Example:
+    Examples:
         >>> from medlore.data.images.reading import from_arrays
         >>> pool = from_arrays(np.zeros((6, 4, 4), np.uint8), [0, 0, 0, 1, 1, 1], classes=("a", "b"), name="toy")
         >>> drawn = draw_shots(pool, shots=2)

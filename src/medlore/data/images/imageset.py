@@ -54,7 +54,7 @@ class ImageSet:
         source: where the set came from: a path, or `arrays`.
         notes: what was passed over when it was read, such as lines that were there twice.
 
-    Example:
+    Examples:
         >>> images = np.zeros((2, 8, 8), np.uint8)
         >>> digits = from_arrays(images, [0, 1], classes=("zero", "one"), name="two")
         >>> len(digits), digits.targets().tolist()

@@ -130,7 +130,7 @@ class ParsedList:
 def parse_list(text: str, form: ListFormat, *, labelled: bool = True) -> ParsedList:
     r"""Read the text of a list; nothing is raised, so that the caller can add faults of its own.
 
-    Example:
+    Examples:
         >>> parsed = parse_list("a b.png 1\nc.png 7\n", medfmc_format("colon"))
         >>> parsed.lines[0].file, parsed.faults
         ('a b.png', ('line 2: class 7, but there are 2 (0 to 1)',))

@@ -59,7 +59,7 @@ def load_pixels(item: ImageItem) -> Pixels:
         DataError: missing, truncated, not an image, several frames, or too large; the message names the file.
         MissingExtraError: a DICOM file, and pydicom is not installed.
 
-    Example:
+    Examples:
         >>> grey = ImageItem("a", np.full((2, 3), 7, np.uint8), ())
         >>> load_pixels(grey).shape
         (2, 3, 3)
@@ -123,7 +123,7 @@ def check_pixels(items: Iterable[ImageItem]) -> list[str]:
 def pixels_of_array(array: NDArray[Any]) -> Pixels:
     """An array (h, w) or (h, w, c) of any number type as (h, w, 3) uint8, by the rules above.
 
-    Example:
+    Examples:
         >>> pixels_of_array(np.array([[0, 500], [1000, 500]], np.uint16))[..., 0].tolist()
         [[0, 127], [255, 127]]
     """

@@ -23,7 +23,7 @@ ACCEPTED = "lines `filename,score,...` without a header, in the order of the lis
 def submission_name(dataset: MedfmcName, shots: int) -> str:
     """The file name that the challenge expects.
 
-    Example:
+    Examples:
         >>> submission_name("endo", 5)
         'endo_5-shot_submission.csv'
     """

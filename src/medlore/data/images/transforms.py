@@ -16,10 +16,11 @@ from torch import Tensor
 
 from medlore.data.images.imageset import ImageItem
 from medlore.data.images.pixels import Pixels, load_many
+from medlore.data.images.words import Flip
 from medlore.errors import InputError
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
-Flip = Literal["none", "horizontal", "vertical", "both"]
+
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -95,7 +96,7 @@ def eval_batch(items: Sequence[ImageItem], preprocessing: Preprocessing) -> Tens
 def batches(count: int, size: int) -> Iterator[slice]:
     """Slices that cover `count` images, `size` at a time; the last one may be shorter, and none is dropped.
 
-    Example:
+    Examples:
         >>> [(part.start, part.stop) for part in batches(5, 2)]
         [(0, 2), (2, 4), (4, 5)]
     """

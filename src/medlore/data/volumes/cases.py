@@ -57,7 +57,7 @@ class Case:
     def name(self) -> str:
         """Name of the image without its suffixes.
 
-        Example:
+        Examples:
             >>> Case(Path("a/ct.nii.gz"), ("liver",), "ct").name
             'ct'
         """
@@ -110,7 +110,7 @@ def write_cases(path: str | Path, cases: Iterable[Case]) -> Path:
 def folder_names(cases: Sequence[Case]) -> list[str]:
     """A folder name for each case: the image's name, with its folder's name or a number where two share it.
 
-    Example:
+    Examples:
         >>> folder_names([Case(Path("a/ct.nii"), (), "ct"), Case(Path("b/ct.nii"), (), "ct"), Case(Path("b/mr.nii"), (), "mri")])
         ['a_ct', 'b_ct', 'mr']
     """

@@ -47,7 +47,7 @@ def spacing_of(affine: Array) -> Array:
 def orientation_of(affine: Array) -> str:
     """The three letters of the directions in which the indices grow, e.g. `RAS`; for oblique grids the nearest ones.
 
-    Example:
+    Examples:
         >>> orientation_of(np.diag([-1.0, -1.0, 3.0, 1.0]))
         'LPS'
     """
@@ -57,7 +57,7 @@ def orientation_of(affine: Array) -> str:
 def shear_degrees(affine: Array) -> float:
     """How far the axes are from being orthogonal; a CT with gantry tilt has its tilt here.
 
-    Example:
+    Examples:
         >>> shear_degrees(np.eye(4))
         0.0
     """
@@ -180,7 +180,7 @@ def resampling_to(spacing_mm: Sequence[float], affine: Array, shape: Sequence[in
 
     Source: the grid of `SimpleITK.Resample` from the same origin and of MONAI's `Spacing` (halves round to even).
 
-    Example:
+    Examples:
         >>> resampling_to((1, 1, 3), np.diag([0.8, 0.8, 2.5, 1]), (60, 50, 24)).new_shape
         (48, 40, 20)
     """
@@ -207,7 +207,7 @@ def spacing_for(
     Raises:
         DataError: not three lengths, or no entry for the modality.
 
-    Example:
+    Examples:
         >>> spacing_for({"ct": [3, 3, 3], "mri": [1, 1, 1]}, "mri"), spacing_for([1, 1, 3], "ct")
         ((1.0, 1.0, 1.0), (1.0, 1.0, 3.0))
     """

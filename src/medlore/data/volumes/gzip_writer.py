@@ -27,7 +27,7 @@ class GzipWriter:
         path: is overwritten.
         level: of isal, 0 to 3.
 
-    Example:
+    Examples:
         >>> import gzip, tempfile, numpy as np
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     with GzipWriter(Path(folder) / "a.gz") as stream:

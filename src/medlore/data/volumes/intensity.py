@@ -83,7 +83,7 @@ PUBLISHED_RULE = IntensityRule()
 def rule_of(preprocessing: Mapping[str, Any]) -> IntensityRule:
     """The constants that a pack's `preprocessing` names; those it leaves out are the published ones.
 
-    Example:
+    Examples:
         >>> rule_of({"intensity": {"ct": {"clip": [-200, 300]}}}).ct_range_hu
         (-200.0, 300.0)
     """

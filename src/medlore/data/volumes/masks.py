@@ -53,7 +53,7 @@ class LabelMap:
 def code_table(members: Mapping[str, tuple[int, ...]], labels: Sequence[str], codes: int) -> Array:
     """For each label and each code below `codes`: whether the code belongs to the label (q x codes, Boolean).
 
-    Example:
+    Examples:
         >>> code_table({"head": (1, 2), "eye": (2,)}, ["eye", "head"], 3).astype(int).tolist()
         [[0, 0, 1], [0, 1, 1]]
     """
@@ -109,7 +109,7 @@ def combine(masks: Iterable[tuple[str, Array]], shape: Shape) -> LabelMap:
     Raises:
         DataError: more than 65,535 combinations.
 
-    Example:
+    Examples:
         >>> found = combine([("a", np.array([[[1, 1, 0]]])), ("b", np.array([[[0, 1, 0]]]))], (1, 1, 3))
         >>> found.codes.tolist(), dict(found.members)
         ([[[1, 2, 0]]], {'a': (1, 2), 'b': (2,)})

@@ -170,7 +170,7 @@ class PackedMasks:
         ys = np.flatnonzero(bits.any(axis=(0, 2)))
         zs = np.flatnonzero(bits.any(axis=(0, 1)))
         y0, y1, z0, z1 = int(ys[0]), int(ys[-1]) + 1, int(zs[0]), int(zs[-1]) + 1
-        mask = np.unpackbits(bits[:, y0:y1, z0:z1], axis=2).astype(np.bool_, copy=False)
+        mask = np.unpackbits(bits[:, y0:y1, z0:z1], axis=2).view(np.bool_)
         stop = min(z1 * 8, self.shape[2])
         return Crop((first, y0, z0 * 8), (last, y1, stop)), mask[:, :, : stop - z0 * 8]
 

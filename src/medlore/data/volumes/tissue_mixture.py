@@ -63,7 +63,7 @@ class TissueMixture:
         Returns:
             Like `prior`, float32; they sum to 1 where the prior's sum reaches `ANY_TISSUE` and there is no background, and are 0 elsewhere.
 
-        Example:
+        Examples:
             >>> mixture = TissueMixture(np.array([0.0, 10.0]), np.ones(2), np.ones(2))
             >>> mixture.share_out(np.array([4.9, 5.1, 5.1]), np.array([[0.5, 0.5, 0.1], [0.5, 0.5, 0.1]])).argmax(axis=0).tolist()
             [0, 1, 0]

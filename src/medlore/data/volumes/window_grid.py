@@ -34,7 +34,7 @@ class WindowGrid:
     def starts(self, axis: int) -> list[int]:
         """First voxels of the windows along one axis; the last one is moved back so that it ends with the volume.
 
-        Example:
+        Examples:
             >>> grid = WindowGrid((400, 350, 200), (288, 288, 96))
             >>> grid.starts(0), grid.starts(1), grid.starts(2)
             ([0, 112], [0, 62], [0, 48, 96, 104])

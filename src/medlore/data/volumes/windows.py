@@ -15,10 +15,12 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from medlore.data.volumes.window_grid import Start, WindowGrid
+from medlore.errors import StepError
 
 Rows = Callable[[int, int, int], Tensor]
 Predictor = Callable[[Tensor], Tensor | Rows]
@@ -47,7 +49,8 @@ def published_weights(roi_size: Sequence[int]) -> Tensor:
         x y z, float16.
     """
     x, y, z = (gaussian(size) for size in roi_size)
-    weights = (10.0 * x[:, None, None] * y[None, :, None] * z[None, None, :]).to(torch.float16)
+    exact = 10.0 * x[:, None, None] * y[None, :, None] * z[None, None, :]
+    weights = torch.from_numpy(exact.numpy().astype(np.float16))  # one rounding; torch goes by way of float32 and rounds twice
     return weights.masked_fill_(weights == 0, weights[weights > 0].min())
 
 
@@ -93,7 +96,7 @@ def sliding_windows(  # noqa: PLR0913 - MONAI's function has as many
     Yields:
         Slabs that cover the volume once, in the order of x.
 
-    Example:
+    Examples:
         >>> volume = torch.zeros(1, 5, 4, 4)
         >>> grid = WindowGrid((5, 4, 4), (4, 4, 4))
         >>> [(slab.start, len(slab.probability[0])) for slab in sliding_windows(volume, lambda w: w * 0, grid, labels=1)]
@@ -151,7 +154,7 @@ class _Band:
 
     def finish(self, rows: int) -> Tensor:
         """The first `rows` rows, finished; the band moves on."""
-        finished = self.sums[:, :rows].clone()
+        finished = _all_finite(self.sums[:, :rows].clone())
         _move_on(self.sums, rows)
         return finished
 
@@ -183,7 +186,7 @@ class _PublishedBand(_Band):
 
     def finish(self, rows: int) -> Tensor:
         """The first `rows` rows, finished; the band moves on."""
-        finished = self.sums[:, :rows] / self._totals[:rows]
+        finished = _all_finite(self.sums[:, :rows] / self._totals[:rows])
         _move_on(self.sums, rows)
         _move_on(self._totals[None], rows)
         return finished
@@ -194,6 +197,18 @@ class _PublishedBand(_Band):
 
     def _blend(self, target: Tensor, logits: Tensor, weights: Tensor) -> None:
         target += logits.sigmoid() * weights  # the type of the logits is that of the network, as published
+
+
+def _all_finite(probability: Tensor) -> Tensor:
+    """NaN is above no threshold: it would end as an empty mask that looks like an answer."""
+    if not bool(torch.isfinite(probability).all()):
+        raise StepError(
+            "the network's answer",
+            "values that are not finite (NaN or infinity)",
+            "finite logits in every voxel",
+            "check the weights and the intensities of the image; if half precision was asked for, try --precision fp32",
+        )
+    return probability
 
 
 def _move_on(band: Tensor, rows: int) -> None:

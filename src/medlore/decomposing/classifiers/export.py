@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from medlore.assets import PREFIX, asset_path
 from medlore.errors import InputError, StepError, UnknownNameError
 from medlore.extras import EXTRAS, require
-from medlore.files import atomic_folder, json_text, sha256_of, write_json
+from medlore.files import atomic_folder, sha256_of, write_json
 from medlore.layers.experts.interchange import save_peft
 from medlore.layers.experts.surgery import merge
 from medlore.models import packs
@@ -88,17 +87,6 @@ def required(expert: str | None, where: str) -> str:
     if expert is None:
         raise InputError(where, "nothing", "the name of one expert", "see `medlore info PACK` for the names")
     return expert
-
-
-def print_classifier_export(summary: dict[str, Any], *, as_json: bool) -> None:
-    """One line per file for people, or one JSON object."""
-    if as_json:
-        sys.stdout.write(json_text(summary) + "\n")
-        return
-    sys.stdout.write(f"{summary['out']}: expert {summary['expert']}, {summary['format']}\n")
-    for name in summary["files"]:
-        sys.stdout.write(f"  {name}\n")
-    sys.stdout.write(f"largest difference from the pack's own output: {summary['largest_difference']:.1e}\n")
 
 
 def _export_base(pack: ClassifierPack, format: str, out: str | Path) -> dict[str, Any]:  # noqa: A002 - the word of the flag

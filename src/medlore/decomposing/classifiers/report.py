@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from medlore.data.images.transforms import Preprocessing
 from medlore.decomposing.classifiers.tasks import Part, Task
 from medlore.decomposing.classifiers.training import predict_scores
@@ -68,32 +65,3 @@ def headline(row: Mapping[str, Any]) -> tuple[str, dict[str, float | None]]:
     name = "balanced_accuracy" if "balanced_accuracy" in metrics else "macro_auc"
     value = metrics.get(name)
     return name, value if isinstance(value, dict) else {"value": value, "low": None, "high": None}
-
-
-def print_table(rows: list[dict[str, Any]], console: Console) -> None:
-    """Networks down, tasks across; intervals in brackets; the cost of one deployed network at the end."""
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    table = Table(
-        box=None, pad_edge=False, title="test parts: balanced accuracy, or macro AUC where marked; 95 % interval", title_justify="left"
-    )
-    table.add_column("network")
-    marks = {row["task"]: " (AUC)" for row in rows if row["network"] != "majority" and headline(row)[0] == "macro_auc"}
-    for task in tasks:
-        table.add_column(task + marks.get(task, ""), justify="right")
-    for column in ("deployed", "stored", "MFLOP"):
-        table.add_column(column, justify="right")
-    for network in dict.fromkeys(row["network"] for row in rows):
-        mine = {row["task"]: row for row in rows if row["network"] == network}
-        cells = [_cell(headline(mine[task])[1]) if task in mine else "" for task in tasks]
-        first = next(iter(mine.values()))
-        cost = [f"{first[k]:,}" if k in first else "" for k in ("deployed_parameters", "stored_parameters", "mega_flops")]
-        table.add_row(network, *cells, *cost)
-    console.print(table)
-
-
-def _cell(value: Mapping[str, float | None]) -> str:
-    if value["value"] is None:
-        return "-"
-    if value.get("low") is None:
-        return f"{value['value']:.3f}"
-    return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import pydantic
 
-from medlore.data.images.transforms import Flip
+from medlore.data.images.words import Flip
 from medlore.linalg.matricize import Layout
 from medlore.models.backbones.shufflenet import Norm
 from medlore.models.backbones.students import StudentKind
-from medlore.runs.settings import DeviceChoice, Settings
+from medlore.ranks.experts import GivenRank
+from medlore.runs.hardware import DeviceChoice
+from medlore.runs.settings import Settings, setting
 
 Rule = Literal["uniform", "given", "task-size", "stable-rank"]
 Variant = Literal[
@@ -20,36 +22,27 @@ Variant = Literal[
 ]
 
 
+_STUDENTS = ("students",)  # settings that decide the students' weights and not the teacher's
+
+
 class TaskSettings(Settings):
-    """One task: a data set with its own head and its own expert.
+    """One task: a data set with its own head and its own expert."""
 
-    Attributes:
-        name: name of the task and of its expert.
-        data: folder, list, table, npz or zip; relative to the study file.
-        format: as for `medlore finetune`; `auto` looks at the data.
-        images: folder of the images, where a list lies elsewhere.
-        train, validation, test: names of the parts, where the data has them; None takes them from the whole by group, seeded.
-        held_out: share of the groups for validation and again for test, where no parts are named.
-        classes: keep only these classes of a single-label set, in this order (a group of classes as a task); None keeps all.
-        flip: which mirror images are possible patients.
-        limit: at most so many training images; None takes all.
-        validation_limit: at most so many validation images, drawn with the seed; the test part is never cut.
-        licence: of the data; goes into the pack.
-    """
-
-    name: str
-    data: Path
-    format: str = "auto"
-    images: Path | None = None
-    train: str | None = None
-    validation: str | None = None
-    test: str | None = None
-    held_out: float = pydantic.Field(default=0.15, gt=0, lt=0.5)
-    classes: tuple[str, ...] | None = None
-    flip: Flip = "none"
-    limit: int | None = pydantic.Field(default=None, ge=1)
-    validation_limit: int | None = pydantic.Field(default=None, ge=1)
-    licence: str = "not stated"
+    name: str = setting(..., "Name of the task and of its expert.")
+    data: Path = setting(..., "Folder, list, table, npz or zip; relative to the study file.")
+    format: str = setting("auto", "As for `medlore finetune`; `auto` looks at the data.")
+    images: Path | None = setting(None, "Folder of the images, where a list lies elsewhere.")
+    train: str | None = setting(None, "Name of the training part, where the data has parts; else they are taken by group, seeded.")
+    validation: str | None = setting(None, "Name of the validation part.")
+    test: str | None = setting(None, "Name of the test part.")
+    held_out: float = setting(0.15, "Share of the groups for validation and again for test, where no parts are named.", gt=0, lt=0.5)
+    classes: tuple[str, ...] | None = setting(None, "Keep only these classes of a single-label set, in this order; default all.")
+    flip: Flip = setting("none", "Which mirror images are possible patients.")
+    limit: int | None = setting(None, "At most so many training images; default all.", ge=1)
+    validation_limit: int | None = setting(
+        None, "At most so many validation images, drawn with the seed; the test part is never cut.", ge=1
+    )
+    licence: str = setting("not stated", "Of the data; goes into the pack.")
 
     @pydantic.field_validator("name")
     @classmethod
@@ -60,101 +53,83 @@ class TaskSettings(Settings):
 
 
 class TeacherSettings(Settings):
-    """The foundation model.
+    """The foundation model."""
 
-    Attributes:
-        source: a student name (trained here from nothing), or anything that `medlore finetune --model` takes.
-        train: `all` fits body and heads to the tasks, `heads` keeps the body frozen.
-        steps: optimiser steps.
-        learning_rate: peak of the schedule.
-    """
-
-    source: str = "resnet-18"
-    train: Literal["all", "heads"] = "all"
-    steps: int = pydantic.Field(default=2000, ge=1)
-    learning_rate: float = pydantic.Field(default=1e-3, gt=0)
+    source: str = setting(
+        "resnet-18", "A student name (trained here from nothing), or anything that `medlore finetune --model` takes.", path=True
+    )
+    train: Literal["all", "heads"] = setting("all", "`all` fits body and heads to the tasks, `heads` keeps the body frozen.")
+    steps: int = setting(2000, "Optimiser steps.", ge=1)
+    learning_rate: float = setting(1e-3, "Peak of the schedule.", gt=0)
 
 
 class StudentSettings(Settings):
     """The light network that experts are installed in; see `medlore.models.backbones.students.build_student`."""
 
-    kind: StudentKind = "shufflenet"
-    norm: Norm = "group"
-    stem_stride: int = pydantic.Field(default=2, ge=1, le=2)
-    batchnorm: Literal["refuse", "freeze", "per-expert"] = "refuse"
+    kind: StudentKind = setting("shufflenet", "Architecture.")
+    norm: Norm = setting("group", "`group` keeps samples apart in training, `batch` is the published form.")
+    stem_stride: int = setting(2, "Of `shufflenet`: 1 for images of about 64 pixels.", ge=1, le=2)
+    batchnorm: Literal["refuse", "freeze", "per-expert"] = setting("refuse", "What becomes of batch statistics beside experts.")
 
 
 class RankSettings(Settings):
-    """How much rank each expert gets.
+    """How much rank each expert gets."""
 
-    Attributes:
-        rule: `uniform`; `given`; `task-size` (proportional to the square root of the task's training images, the mean being
-            `rank`); `stable-rank` (per layer, proportional to the stable rank of the teacher's weight at the same relative
-            depth, the mean over layers being `rank`).
-        rank: the uniform rank, or the mean.
-        given: task -> rank, from 1.
-        alpha: scaling is alpha / rank; None takes alpha = 2 x rank, that is scaling 2 whatever the rank (LoRKD's unequal form).
-        layout: `channel` (PEFT's) or `interleaved` (LoRKD's).
-    """
-
-    rule: Rule = "uniform"
-    rank: int = pydantic.Field(default=8, ge=1)
-    given: dict[str, Annotated[int, pydantic.Field(ge=1, strict=True)]] = pydantic.Field(default_factory=dict)
-    alpha: float | None = None
-    layout: Layout = "channel"
+    rule: Rule = setting(
+        "uniform",
+        "`uniform`; `given`; `task-size` (proportional to the square root of the task's training images, the mean being `rank`); "
+        "`stable-rank` (per layer, proportional to the stable rank of the teacher's weight at the same relative depth, the mean over "
+        "layers being `rank`).",
+    )
+    rank: int = setting(8, "The uniform rank, or the mean.", ge=1)
+    given: dict[str, GivenRank] = setting({}, "task -> rank, or the plan file of an expert (OUT/ranks/TASK.json of another study).")
+    alpha: float | None = setting(None, "Scaling is alpha / rank; default 2 x rank, whatever the rank (LoRKD's unequal form).")
+    layout: Layout = setting("channel", "`channel` (PEFT's) or `interleaved` (LoRKD's).")
 
 
 class LossSettings(Settings):
-    """Weights of the terms; a weight of zero skips the term and its cost.
+    """Weights of the terms; a weight of zero skips the term and its cost."""
 
-    Attributes:
-        beta: of T² KL(teacher ‖ student) on the logits.
-        temperature: T.
-        feature: of 1 - cosine between projected student features and teacher features; the projection is trained.
-    """
-
-    beta: float = pydantic.Field(default=0.5, ge=0)
-    temperature: float = pydantic.Field(default=4.0, gt=0)
-    feature: float = pydantic.Field(default=0.5, ge=0)
+    beta: float = setting(0.5, "Of T² KL(teacher ‖ student) on the logits.", ge=0)
+    temperature: float = setting(4.0, "T.", gt=0)
+    feature: float = setting(0.5, "Of 1 - cosine between projected student features and teacher features; the projection is trained.", ge=0)
 
 
 class DecomposeSettings(Settings):
-    """A whole study of `medlore decompose`.
+    """A whole study of `medlore decompose`. What decides the teacher's weights, decides those of the students too."""
 
-    Attributes:
-        kind: what is decomposed; a study of segmenters has settings of its own.
-        name: of the pack.
-        tasks: at least one.
-        teacher: None trains the student without distillation.
-        variants: which networks to train and report beside the student with experts; each is a row of the table.
-            `experts-RULE` is the student with experts under another rule of ranks than the pack's.
-        steps: optimiser steps of every student; a single-task student takes its task's share of them, so that each
-            network sees a task's images equally often.
-        task_power: a task's share of a batch is proportional to size ** task_power.
-    """
-
-    kind: Literal["classifier"] = "classifier"
-    name: str
-    image_size: int = pydantic.Field(default=64, ge=16, le=2048)
-    tasks: tuple[TaskSettings, ...] = pydantic.Field(min_length=1)
-    teacher: TeacherSettings | None = TeacherSettings()
-    student: StudentSettings = StudentSettings()
-    ranks: RankSettings = RankSettings()
-    loss: LossSettings = LossSettings()
-    variants: tuple[Variant, ...] = ("teacher", "experts", "shared", "shared-distilled", "single")
-    steps: int = pydantic.Field(default=2000, ge=1)
-    batch_size: int = pydantic.Field(default=64, ge=1)
-    task_power: float = pydantic.Field(default=0.5, ge=0, le=1)
-    learning_rate: float = pydantic.Field(default=2e-3, gt=0)
-    weight_decay: float = pydantic.Field(default=0.02, ge=0)
-    warmup_fraction: float = pydantic.Field(default=0.05, ge=0, lt=1)
-    clip: float = pydantic.Field(default=1.0, gt=0)
-    crop: float = pydantic.Field(default=0.5, gt=0, le=1)
-    evaluate_every: int = pydantic.Field(default=200, ge=1)
-    seed: int = pydantic.Field(default=0, ge=0, lt=2**32)
-    device: DeviceChoice = "auto"
-    precision: Literal["fp32", "bf16"] = "fp32"
-    weights: Literal["fp32", "fp16"] = "fp16"
+    kind: Literal["classifier"] = setting("classifier", "What is decomposed; a study of segmenters has settings of its own.", decides=False)
+    name: str = setting(..., "Of the pack.", decides=False)
+    image_size: int = setting(64, "Side of the input in pixels.", ge=16, le=2048)
+    tasks: tuple[TaskSettings, ...] = setting(..., "At least one.", min_length=1)
+    teacher: TeacherSettings | None = setting(TeacherSettings(), "None trains the student without distillation.")
+    student: StudentSettings = setting(StudentSettings(), "The light network.")
+    ranks: RankSettings = setting(RankSettings(), "How much rank each expert gets.", decides=_STUDENTS)
+    loss: LossSettings = setting(LossSettings(), "Weights of the terms.", decides=_STUDENTS)
+    variants: tuple[Variant, ...] = setting(
+        ("teacher", "experts", "shared", "shared-distilled", "single"),
+        "Which networks to train and report beside the student with experts; `experts-RULE` has another rule of ranks than the pack.",
+        decides=False,
+    )
+    steps: int = setting(
+        2000,
+        "Optimiser steps of every student; a single-task student takes its task's share of them, so that each network sees a task's "
+        "images equally often.",
+        ge=1,
+        decides=_STUDENTS,
+    )
+    batch_size: int = setting(64, "Images per step.", ge=1)
+    task_power: float = setting(0.5, "A task's share of a batch is proportional to size ** task_power.", ge=0, le=1)
+    learning_rate: float = setting(2e-3, "Peak of the students' schedule.", gt=0, decides=_STUDENTS)
+    weight_decay: float = setting(0.02, "On matrices.", ge=0)
+    warmup_fraction: float = setting(0.05, "Share of the steps with a linear warm-up.", ge=0, lt=1)
+    clip: float = setting(1.0, "Largest norm of the gradient.", gt=0)
+    crop: float = setting(0.5, "Smallest share of the area that a training image keeps.", gt=0, le=1)
+    evaluate_every: int = setting(200, "Steps between two validations.", ge=1)
+    seed: int = setting(0, "Of everything that is drawn.", ge=0, lt=2**32)
+    device: DeviceChoice = setting("auto", "Where it runs.", decides=False)
+    precision: Literal["fp32", "bf16"] = setting("fp32", "Of the training.")
+    weights: Literal["fp32", "fp16"] = setting("fp16", "Type in which the pack is stored.", decides=False)
 
     @pydantic.model_validator(mode="after")
     def _fits_together(self) -> DecomposeSettings:
@@ -185,7 +160,4 @@ class DecomposeSettings(Settings):
 
     def parameters_of(self, variant: str) -> dict[str, Any]:
         """The settings that decide a variant's weights; a finished one is taken over only when they are the same."""
-        skipped = {"kind", "variants", "device", "weights", "name"}
-        if variant == "teacher":  # what is only the students'
-            skipped |= {"ranks", "loss", "steps", "learning_rate"}
-        return {"variant": variant, **{k: v for k, v in self.model_dump(mode="json").items() if k not in skipped}}
+        return {"variant": variant, **self.decisive(*(() if variant == "teacher" else _STUDENTS))}

@@ -1,47 +1,46 @@
-"""The loop of every network of a decomposition: mixed batches, both losses live, validation, checkpoints, exact resume."""
+"""The training of every network of a decomposition: mixed batches, both losses live, the best validation score kept."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from medlore.data.images.sampling import TaskBatch, TaskSampler
 from medlore.data.images.transforms import Preprocessing, batches, normalise
 from medlore.decomposing.classifiers.settings import LossSettings
 from medlore.decomposing.classifiers.tasks import Part, Task
-from medlore.errors import StepError
-from medlore.files import atomic_path
 from medlore.losses import feature_distillation, logit_distillation, task_loss
 from medlore.metrics.classification import classification_report
 from medlore.models.multitask import MixedOutput, MultiTaskNetwork
-
-Progress = Callable[[int, int, str], None]
+from medlore.training import task as engine
+from medlore.training.checkpoint import Checkpoint
+from medlore.training.history import History
+from medlore.training.loop import train
+from medlore.training.schedule import Schedule
+from medlore.training.watching import Narration, NetworkTracking, Progress, Watchers
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """How long and how fast one network is trained."""
+class Plan:
+    """How one network is trained.
 
-    steps: int
+    Attributes:
+        schedule: how long and how fast.
+        batch_size: images a step, over all processes together.
+        task_power: a task's share of a batch is proportional to size ** task_power.
+        seed: of order, augmentation and dropout.
+    """
+
+    schedule: Schedule
     batch_size: int
-    learning_rate: float
-    weight_decay: float
-    warmup_fraction: float
-    clip: float
-    evaluate_every: int
     task_power: float
     seed: int
-    precision: str
 
 
 @dataclass(frozen=True)
@@ -70,95 +69,128 @@ class Distillation:
         return self.seen[step]
 
 
-@dataclass
-class History:
-    """What a training run leaves beside the weights.
+@dataclass(frozen=True)
+class _Mixed:
+    """A mixed batch: images (b, 3, s, s) grouped by task, targets by task, and which samples of each task they are."""
 
-    Attributes:
-        losses: name of the term -> its mean over the steps between two evaluations.
-        scores: validation score (mean of the tasks) at each evaluation.
-        best_step: the step whose weights were kept.
-    """
+    images: Tensor
+    targets: dict[str, Tensor]
+    parts: list[TaskBatch]
 
-    losses: list[dict[str, float]] = field(default_factory=list)
-    scores: list[dict[str, float]] = field(default_factory=list)
-    best_step: int = 0
-    best_score: float = -math.inf
+    @property
+    def layout(self) -> list[tuple[str, int]]:
+        """(task, rows) in the order of the rows."""
+        return [(part.task, len(part.indices)) for part in self.parts]
 
 
-def train_network(
+def train_network(  # noqa: PLR0913 - one door for one training
     network: MultiTaskNetwork,
     tasks: Mapping[str, Task],
-    schedule: Schedule,
+    plan: Plan,
     *,
-    accelerator: Accelerator,
+    accelerator: Any,
     preprocessing: Preprocessing,
-    checkpoint: Path,
+    checkpoint: Checkpoint | None = None,
     distillation: Distillation | None = None,
     progress: Progress = lambda _step, _steps, _text: None,
+    name: str = "network",
 ) -> History:
     """Train in place and leave the network at its best validation score.
 
-    The state after step s is a function of the seed and s: batches and augmentation are drawn from (seed, step), so a run
-    that goes on from `checkpoint` ends where an unbroken one ends (bit-equal on CPU with one thread setting).
-
     Raises:
         StepError: the loss is no longer finite; the last good checkpoint stays.
+        CheckpointError: a checkpoint that is damaged or of another network.
     """
-    device = accelerator.device
-    trained: nn.ModuleDict = nn.ModuleDict({"network": network})
-    if distillation is not None and distillation.projection is not None:
-        trained["projection"] = distillation.projection
-    trained.to(device)
-    parameters = [p for p in trained.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=schedule.weight_decay, fused=True)
-    sampler = TaskSampler(
-        {n: len(t.train) for n, t in tasks.items()}, batch_size=schedule.batch_size, power=schedule.task_power, seed=schedule.seed
-    )
-    history, start = History(), 0
-    best = _copy(trained["network"])
-    if checkpoint.is_file():
-        start, history, best = _load(checkpoint, trained, optimiser, device)
-    wrapped = accelerator.prepare_model(_Step(network, None if distillation is None else distillation.projection))
-    sums: dict[str, float] = {}
-    for step in range(start, schedule.steps):
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(step, schedule)
-        network.train()
-        parts = _share_of_process(sampler.batch(step), accelerator)
-        # each process augments by its own numbers, and a single one by the step's
-        images, targets = _gather(parts, tasks, step * accelerator.num_processes + accelerator.process_index, device)
-        terms = _losses(wrapped, images, targets, parts, tasks, distillation, schedule, step)
-        loss = torch.stack(list(terms.values())).sum()
-        if not torch.isfinite(loss):
-            raise StepError(
-                f"step {step}",
-                f"loss {float(loss.detach())}",
-                "a finite loss",
-                f"lower the learning rate (now {schedule.learning_rate}); {checkpoint} is kept",
+    task, history = ClassifierTask(network, tasks, plan, accelerator, preprocessing, distillation, name=name), History()
+    looking_on = [Narration(progress, plan.schedule.steps, history), NetworkTracking(accelerator, name, measure="score")]
+    return train(task, plan.schedule, checkpoint=checkpoint, watcher=Watchers(looking_on), history=history)
+
+
+class ClassifierTask(engine.Task):
+    """What the engine is given for one network; the step of the best mean score over the tasks is kept.
+
+    Args:
+        network: its trainable parameters are trained, and the projection of the distillation beside them.
+        tasks: their training and validation parts.
+        plan: schedule and batches.
+        accelerator: device, precision and processes.
+        preprocessing: of the images.
+        distillation: from a teacher; None for none.
+        name: of the network.
+    """
+
+    keeps_best: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        network: MultiTaskNetwork,
+        tasks: Mapping[str, Task],
+        plan: Plan,
+        accelerator: Any,
+        preprocessing: Preprocessing,
+        distillation: Distillation | None,
+        *,
+        name: str = "network",
+    ) -> None:
+        both = _Step(network, None if distillation is None else distillation.projection)
+        super().__init__(name, both, accelerator, seed=plan.seed)
+        self.network, self.tasks, self.preprocessing, self.distillation = network, tasks, preprocessing, distillation
+        sizes = {n: len(t.train) for n, t in tasks.items()}
+        self.sampler = TaskSampler(sizes, batch_size=plan.batch_size, power=plan.task_power, seed=plan.seed)
+
+    def batches(self, start: int, stop: int) -> Generator[_Mixed]:
+        """Each process augments by its own numbers, and a single one by the step's."""
+        accelerator = self.accelerator
+        for step in range(start, stop):
+            parts = _share_of_process(self.sampler.batch(step), accelerator)
+            number = step * accelerator.num_processes + accelerator.process_index
+            yield _Mixed(*_gather(parts, self.tasks, number, accelerator.device), parts)
+
+    def loss(self, batch: _Mixed, step: int) -> dict[str, Tensor]:
+        """Every row of the batch weighs alike."""
+        layout = batch.layout
+        output, projected = self.forward(batch.images, layout)
+        weight = {name: rows / len(batch.images) for name, rows in layout}
+        logits = {name: z.float() for name, z in output.logits.items()}
+        terms = {"task": _weighted(weight, lambda n: task_loss(logits[n], batch.targets[n], self.tasks[n].kind))}
+        return terms if self.distillation is None else terms | self._distilled(batch, step, logits, projected, weight)
+
+    def _distilled(
+        self, batch: _Mixed, step: int, logits: Mapping[str, Tensor], projected: Tensor | None, weight: Mapping[str, float]
+    ) -> dict[str, Tensor]:
+        assert self.distillation is not None  # noqa: S101 - the caller looks
+        with self.accelerator.autocast():
+            seen = self.distillation.answers(batch.images, batch.layout, step)
+        loss, terms = self.distillation.loss, dict[str, Tensor]()
+        if loss.beta > 0:
+            terms["logit distillation"] = loss.beta * _weighted(
+                weight, lambda n: logit_distillation(logits[n], seen.logits[n].float(), self.tasks[n].kind, loss.temperature)
             )
-        optimiser.zero_grad(set_to_none=True)
-        accelerator.backward(loss)
-        torch.nn.utils.clip_grad_norm_(parameters, schedule.clip)
-        optimiser.step()
-        for name, term in terms.items():
-            sums[name] = sums.get(name, 0.0) + float(term.detach())
-        progress(step + 1, schedule.steps, f"loss {float(loss.detach()):.3f}")
-        if (step + 1) % schedule.evaluate_every == 0 or step + 1 == schedule.steps:
-            _evaluate_and_keep(step + 1, network, tasks, preprocessing, history, best, sums, schedule)
-            if accelerator.is_main_process:
-                _save(checkpoint, step + 1, trained, optimiser, history, best)
-            accelerator.wait_for_everyone()
-    network.load_state_dict(best)
-    return history
+        if loss.feature > 0 and projected is not None:
+            terms["feature distillation"] = loss.feature * feature_distillation(projected.float(), seen.features.float())
+        return terms
 
+    def cases(self, batch: _Mixed) -> list[str]:
+        """`task/image` of every row."""
+        return [f"{part.task}/{self.tasks[part.task].train.keys[int(i)]}" for part in batch.parts for i in part.indices]
 
-def learning_rate(step: int, schedule: Schedule) -> float:
-    """Linear warm-up over a fraction of the steps, then a cosine to zero."""
-    warmup = max(round(schedule.warmup_fraction * schedule.steps), 1)
-    if step < warmup:
-        return schedule.learning_rate * (step + 1) / warmup
-    return schedule.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(schedule.steps - warmup, 1)))
+    def judge(self, stretch: engine.Stretch) -> engine.Judgement:
+        """The validation score of each task, and their mean over those where one is defined."""
+        scores = {
+            n: validation_score(predict_scores(self.network, t.validation, t, self.preprocessing), t, t.validation)
+            for n, t in self.tasks.items()
+        }
+        defined = [score for score in scores.values() if not math.isnan(score)]
+        mean = sum(defined) / len(defined) if defined else math.nan
+        return engine.Judgement({"step": stretch.step, **scores, "mean": mean}, (mean,) if defined else None)
+
+    def kept(self) -> dict[str, Tensor]:
+        """The network; the projection is thrown away after the training."""
+        return self.network.state_dict()
+
+    def load_kept(self, kept: Mapping[str, Tensor]) -> None:
+        """Put it back."""
+        self.network.load_state_dict(kept)
 
 
 @torch.no_grad()
@@ -193,43 +225,6 @@ class _Step(nn.Module):
         return output, None if self.projection is None else self.projection(output.features)
 
 
-def make_accelerator(device: str) -> Accelerator:
-    """An accelerator on a device; absent experts have no gradient in a step, which DDP has to be told."""
-    return Accelerator(cpu=device == "cpu", kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
-
-
-def _losses(
-    wrapped: nn.Module,
-    images: Tensor,
-    targets: Mapping[str, Tensor],
-    parts: list[TaskBatch],
-    tasks: Mapping[str, Task],
-    distillation: Distillation | None,
-    schedule: Schedule,
-    step: int,
-) -> dict[str, Tensor]:
-    """The terms of the loss, each already weighted; every row of the batch weighs alike."""
-    layout = [(p.task, len(p.indices)) for p in parts]
-    autocast = torch.autocast(images.device.type, torch.bfloat16) if schedule.precision == "bf16" else nullcontext()
-    with autocast:
-        output, projected = wrapped(images, layout)
-    weight = {name: rows / len(images) for name, rows in layout}
-    logits = {name: z.float() for name, z in output.logits.items()}
-    terms = {"task": _weighted(weight, lambda n: task_loss(logits[n], targets[n], tasks[n].kind))}
-    if distillation is None:
-        return terms
-    loss = distillation.loss
-    with autocast:
-        seen = distillation.answers(images, layout, step)
-    if loss.beta > 0:
-        terms["logit distillation"] = loss.beta * _weighted(
-            weight, lambda n: logit_distillation(logits[n], seen.logits[n].float(), tasks[n].kind, loss.temperature)
-        )
-    if loss.feature > 0 and projected is not None:
-        terms["feature distillation"] = loss.feature * feature_distillation(projected.float(), seen.features.float())
-    return terms
-
-
 def _weighted(weight: Mapping[str, float], term: Callable[[str], Tensor]) -> Tensor:
     return torch.stack([share * term(name) for name, share in weight.items()]).sum()
 
@@ -240,7 +235,7 @@ def _gather(parts: list[TaskBatch], tasks: Mapping[str, Task], number: int, devi
     return torch.cat(images), targets
 
 
-def _share_of_process(parts: list[TaskBatch], accelerator: Accelerator) -> list[TaskBatch]:
+def _share_of_process(parts: list[TaskBatch], accelerator: Any) -> list[TaskBatch]:
     """This process's rows of the mixed batch: every n-th row, an equal share in which all tasks take part.
 
     Were the shares contiguous, statistics kept per expert would follow the tasks of the first process alone, whose buffers
@@ -256,50 +251,3 @@ def _share_of_process(parts: list[TaskBatch], accelerator: Accelerator) -> list[
             mine.append(TaskBatch(part.task, indices))
         start += len(part.indices)
     return mine
-
-
-def _evaluate_and_keep(
-    step: int,
-    network: MultiTaskNetwork,
-    tasks: Mapping[str, Task],
-    preprocessing: Preprocessing,
-    history: History,
-    best: dict[str, Tensor],
-    sums: dict[str, float],
-    schedule: Schedule,
-) -> None:
-    scores = {n: validation_score(predict_scores(network, t.validation, t, preprocessing), t, t.validation) for n, t in tasks.items()}
-    defined = [score for score in scores.values() if not math.isnan(score)]
-    mean = sum(defined) / len(defined) if defined else math.nan
-    count = (step - 1) % schedule.evaluate_every + 1
-    history.losses.append({"step": step, **{name: total / count for name, total in sums.items()}})
-    history.scores.append({"step": step, **scores, "mean": mean})
-    sums.clear()
-    if mean > history.best_score or history.best_score == -math.inf:  # no score is defined so far: the latest weights, not the first
-        history.best_step = step
-        history.best_score = history.best_score if math.isnan(mean) else mean
-        for name, value in network.state_dict().items():
-            best[name].copy_(value)
-
-
-def _copy(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in module.state_dict().items()}
-
-
-def _save(path: Path, step: int, trained: nn.Module, optimiser: torch.optim.Optimizer, history: History, best: dict[str, Tensor]) -> None:
-    state: dict[str, Any] = {
-        "step": step,
-        "trained": trained.state_dict(),
-        "optimiser": optimiser.state_dict(),
-        "best": best,
-        "history": vars(history),
-    }
-    with atomic_path(path) as temporary:
-        torch.save(state, temporary)
-
-
-def _load(path: Path, trained: nn.Module, optimiser: torch.optim.Optimizer, device: torch.device) -> tuple[int, History, dict[str, Tensor]]:
-    state = torch.load(path, map_location=device, weights_only=True)
-    trained.load_state_dict(state["trained"])
-    optimiser.load_state_dict(state["optimiser"])
-    return int(state["step"]), History(**state["history"]), state["best"]

@@ -11,12 +11,12 @@ import torch
 
 from medlore.assets import PREFIX
 from medlore.decomposing.segmenters.cohort import Cohort, check_experts_have_cases
+from medlore.decomposing.segmenters.context import Job, Narrator, StudyContext, hash_of, open_context, silent
 from medlore.decomposing.segmenters.expert_ranks import choose_expert_ranks
 from medlore.decomposing.segmenters.network import PromptedSegmenter, new_prompts
 from medlore.decomposing.segmenters.packs import smallest_type, without_loss
-from medlore.decomposing.segmenters.settings import SegmentationSettings
+from medlore.decomposing.segmenters.settings import KNOWN_PREPROCESSING, SegmentationSettings
 from medlore.decomposing.segmenters.study import SegmentationResult, measured, read_study
-from medlore.decomposing.segmenters.workshop import Narrator, Order, Workshop, hash_of, open_workshop, silent
 from medlore.errors import InputError
 from medlore.layers.experts.layer import ExpertLayer
 from medlore.layers.experts.surgery import set_trainable
@@ -27,7 +27,8 @@ from medlore.models.segmenter.checkpoints import Expert, SegmenterWeights
 from medlore.models.segmenter.experts import collect_weights, segmenter_with_experts
 from medlore.models.segmenter.prompts import PromptTable
 from medlore.models.segmenter.vocabulary import REGIONS, default_vocabulary
-from medlore.runs.settings import Run, seed_everything
+from medlore.runs.hardware import seed_everything
+from medlore.runs.report import Run
 
 
 def add_expert(
@@ -50,7 +51,7 @@ def add_expert(
         pack: folder that is added to; default `OUT/pack`. It is not changed.
         steps: in place of the study's.
         narrate: name of a network -> progress.
-        say: told of cases that are skipped.
+        say: hears of cases that are skipped.
         flags: settings that override the file.
 
     Raises:
@@ -62,21 +63,21 @@ def add_expert(
     bundle = load_segmenter(source if source.startswith(PREFIX) else Path(source))
     _check_pack(bundle, region)
     settings = _as_packed(read_study(study, steps=steps, **flags), bundle)
-    shop = open_workshop(settings, folder=Path(study).resolve().parent, out=out, narrate=narrate, say=say)
-    check_experts_have_cases(shop.cohort, [region])
-    cohort = cohort_of(shop.cohort, region, bundle)
+    context = open_context(settings, folder=Path(study).resolve().parent, out=out, narrate=narrate, say=say)
+    check_experts_have_cases(context.cohort, [region])
+    cohort = cohort_of(context.cohort, region, bundle)
     name = region.replace(" ", "-")
-    if not shop.writes:
-        _trained(shop, bundle, cohort, region)
+    if not context.writes:
+        _trained(context, bundle, cohort, region)
         return SegmentationResult({}, [])
     with Run("decompose-add-expert", out / f"pack-{name}-run", settings=settings, seed=settings.seed, device=settings.device) as run:
         run.add_input(study)
         run.add_input(bundle.source / packs.MANIFEST)
-        network = _trained(shop, bundle, cohort, region)
-        table = measured(shop, f"expert {region}", network, cohort)
+        network = _trained(context, bundle, cohort, region)
+        table = measured(context, f"expert {region}", network, cohort)
         written = _write(out / f"pack-{name}", bundle, network, cohort, settings, region)
         run.add_output("pack", written)
-        run.results.update(table=table, networks=shop.facts, skipped=list(cohort.faults), cases=shop.case_counts())
+        run.results.update(table=table, networks=context.facts, skipped=list(cohort.faults), cases=context.case_counts())
     return SegmentationResult({"pack": written}, table)
 
 
@@ -97,8 +98,8 @@ def _as_packed(settings: SegmentationSettings, bundle: SegmenterBundle) -> Segme
     if any(side % bundle.config.patch for side in settings.patch_size):
         came = f"patch_size {settings.patch_size}"
         raise InputError("patch_size", came, f"multiples of the pack's patch, {bundle.config.patch}", "change it in the study")
-    own = {name: value for name, value in bundle.preprocessing.items() if name != "label_regions"}
-    return settings.model_copy(update={"preprocessing": own})
+    own = {name: value for name, value in bundle.preprocessing.items() if name in KNOWN_PREPROCESSING}
+    return settings.changed(preprocessing=own)
 
 
 def cohort_of(cohort: Cohort, region: str, bundle: SegmenterBundle) -> Cohort:
@@ -127,12 +128,12 @@ def regions_of_prompts(bundle: SegmenterBundle) -> dict[str, str]:
     return {key: known[key] for key in (bundle.prompts.keys if bundle.prompts else ()) if key in known}
 
 
-def _trained(shop: Workshop, bundle: SegmenterBundle, cohort: Cohort, region: str) -> PromptedSegmenter:
-    settings = shop.settings
+def _trained(context: StudyContext, bundle: SegmenterBundle, cohort: Cohort, region: str) -> PromptedSegmenter:
+    settings = context.settings
     seed_everything(settings.seed)
     network = network_with_new_expert(bundle, cohort, settings, region)
-    order = Order(f"expert {region}", settings.student, cohort, ("student", "experts"), begins_with=hash_of(network))
-    network = shop.finish(order, network)
+    job = Job(f"expert {region}", settings.student, cohort, ("student", "experts"), begins_with=hash_of(network))
+    network = context.finish(job, network)
     if settings.weights == "fp16":
         _round_expert(network, region, known=len(bundle.prompts.keys) if bundle.prompts else 0)
     return network

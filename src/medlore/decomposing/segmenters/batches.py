@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any
@@ -61,8 +61,8 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Dealer:
-    """Deals batches: a pure function of the seed and the number of the batch.
+class PatchSampler:
+    """Draws batches of patches: a pure function of the seed and the number of the batch.
 
     Attributes:
         sources: what can be drawn.
@@ -138,7 +138,7 @@ class Dealer:
         return Batch(images, targets, rows, valid, tuple(s.region for s in sources), tuple(s.case.name for s in sources))
 
 
-def make_dealer(
+def make_sampler(
     cohort: Cohort,
     *,
     patch_size: tuple[int, int, int],
@@ -148,14 +148,14 @@ def make_dealer(
     mode: BatchMode,
     seed: int,
     by_region: bool = True,
-) -> Dealer:
-    """A dealer of a cohort's training cases.
+) -> PatchSampler:
+    """A sampler of a cohort's training cases.
 
     A list is drawn by its weight; within it every case alike; of a case's regions each by its number of labels to the power 3/4, or,
     without `by_region`, all of them at once (a network without experts can be asked labels of several regions in one patch).
     """
     rows = {pair: prompt.row for pair, prompt in cohort.prompts.items()}
-    return Dealer(sources_of(cohort, by_region=by_region), rows, patch_size, max_prompts, rules, batch_size, mode, seed)
+    return PatchSampler(sources_of(cohort, by_region=by_region), rows, patch_size, max_prompts, rules, batch_size, mode, seed)
 
 
 def sources_of(cohort: Cohort, *, by_region: bool = True) -> list[Source]:
@@ -212,41 +212,41 @@ def _rules(kind: Any, where: str, values: Mapping[str, Any]) -> Any:
     return kind(**made)
 
 
-def batches_ahead(dealer: Dealer, numbers: Sequence[int], *, workers: int = 0) -> Iterator[Batch]:
+def batches_ahead(sampler: PatchSampler, numbers: Sequence[int], *, workers: int = 0) -> Generator[Batch]:
     """Batches of these numbers in their order, made ahead in a thread (workers 0) or in processes.
 
     Raises:
         StepError: a batch could not be made.
     """
-    return _from_processes(dealer, numbers, workers) if workers else _from_thread(dealer, numbers)
+    return _from_processes(sampler, numbers, workers) if workers else _from_thread(sampler, numbers)
 
 
-def _from_thread(dealer: Dealer, numbers: Sequence[int]) -> Iterator[Batch]:
+def _from_thread(sampler: PatchSampler, numbers: Sequence[int]) -> Generator[Batch]:
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="patches") as pool:
         waiting: list[Future[Batch]] = []
         try:
             for place in range(len(numbers)):
                 while len(waiting) < _AHEAD and place + len(waiting) < len(numbers):
-                    waiting.append(pool.submit(dealer.batch, numbers[place + len(waiting)]))
+                    waiting.append(pool.submit(sampler.batch, numbers[place + len(waiting)]))
                 yield waiting.pop(0).result()
         finally:
             for future in waiting:
                 future.cancel()
 
 
-def _from_processes(dealer: Dealer, numbers: Sequence[int], workers: int) -> Iterator[Batch]:
-    dealt = _Dealt(dealer, numbers)
-    yield from DataLoader(dealt, batch_size=None, shuffle=False, num_workers=workers, prefetch_factor=_AHEAD)
+def _from_processes(sampler: PatchSampler, numbers: Sequence[int], workers: int) -> Generator[Batch]:
+    drawn = _Drawn(sampler, numbers)
+    yield from DataLoader(drawn, batch_size=None, shuffle=False, num_workers=workers, prefetch_factor=_AHEAD)
 
 
-class _Dealt(Dataset[Batch]):
-    """A dealer's batches as torch's loader wants them."""
+class _Drawn(Dataset[Batch]):
+    """A sampler's batches as torch's loader wants them."""
 
-    def __init__(self, dealer: Dealer, numbers: Sequence[int]) -> None:
-        self._dealer, self._numbers = dealer, numbers
+    def __init__(self, sampler: PatchSampler, numbers: Sequence[int]) -> None:
+        self._sampler, self._numbers = sampler, numbers
 
     def __len__(self) -> int:
         return len(self._numbers)
 
     def __getitem__(self, place: int) -> Batch:
-        return self._dealer.batch(self._numbers[place])
+        return self._sampler.batch(self._numbers[place])

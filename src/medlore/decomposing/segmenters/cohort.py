@@ -106,7 +106,7 @@ def read_cohort(settings: SegmentationSettings, *, folder: Path, cache: Path, sa
         settings: of the study.
         folder: of the study file; its paths are relative to it.
         cache: folder of the cache.
-        say: told of every case that is skipped, and of labels that are annotated without a voxel.
+        say: hears of every case that is skipped, and of labels that are annotated without a voxel.
 
     Raises:
         DataError: a list that cannot be read, labels without a region, or a study without any training case.

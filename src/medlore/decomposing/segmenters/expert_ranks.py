@@ -1,78 +1,51 @@
-"""How much rank each expert gets in each layer; the three rules are compared at the same number of parameters."""
+"""How much rank each expert gets in each convolution of a segmenter: what `medlore.ranks` is asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from medlore.decomposing.segmenters.settings import ExpertSettings
-from medlore.errors import InputError
-from medlore.linalg.factors import factor_shapes
-from medlore.linalg.spectra import stable_rank
 from medlore.models.segmenter.network import Segmenter, SegmenterConfig, expert_targets
+from medlore.ranks.experts import ExpertDemand, Ranks, stable_rank_of, write_expert_plans
+from medlore.ranks.rule_table import expert_ranks
 
-Ranks = dict[tuple[str, str], int]
+__all__ = ["Ranks", "choose_expert_ranks", "write_plans"]
 
 
-def choose_expert_ranks(settings: ExpertSettings, config: SegmenterConfig, labels: Mapping[str, int], teacher: Segmenter | None) -> Ranks:
-    """(layer, region) -> rank, from 1.
+def choose_expert_ranks(
+    settings: ExpertSettings, config: SegmenterConfig, labels: Mapping[str, int], teacher: Segmenter | None, *, folder: Path | None = None
+) -> Ranks:
+    """(layer, region) -> rank, from 1; the rules are compared at the same number of parameters.
 
     Args:
         settings: rule and mean rank.
         config: sizes of the student.
         labels: region -> number of labels.
         teacher: its weights are read by the rule `stable-rank`.
+        folder: of the study, which plans that are given are relative to.
 
     Raises:
         InputError: `given` does not name the regions.
     """
     units = {t: 1 if u == 1 else settings.decoder for t, u in expert_targets(config).items()}
-    uniform = {(target, region): settings.rank * unit for target, unit in units.items() for region in labels}
-    if settings.rule == "uniform":
-        return uniform
-    if settings.rule == "given":
-        if set(settings.given) != set(labels):
-            raise InputError("experts.given", str(sorted(settings.given)), f"a rank for each of {sorted(labels)}", "correct the study")
-        return {(target, region): settings.given[region] * unit for target, unit in units.items() for region in labels}
-    if teacher is None:
-        raise InputError("experts.rule", "stable-rank without a teacher", "a teacher whose weights are read", "name one")
-    shapes = _shapes(config, list(units))
-    layers = {target: stable_rank_of(weight) for target, weight in _weights_of(teacher, list(units)).items()}
-    wanted = {(target, region): layers[target] * labels[region] ** 0.5 for target in units for region in labels}
-    return scaled_to_budget(wanted, shapes, sum(_cost(shapes[t], r) for (t, _), r in uniform.items()))
+    reads = settings.rule == "stable-rank" and teacher is not None
+    profile = {t: stable_rank_of(w) for t, w in _weights_of(teacher, list(units)).items()} if reads and teacher is not None else None
+    given = {e: value if isinstance(value, int) else (folder or Path()) / value for e, value in settings.given.items()}
+    demand = ExpertDemand(
+        shapes=_shapes(config, list(units)), sizes=labels, rank=settings.rank, units=units, given=given, profile=profile, keep="parameters"
+    )
+    return expert_ranks(settings.rule, demand)
 
 
-def stable_rank_of(weight: Tensor) -> float:
-    """‖W‖_F² / ‖W‖₂² of a kernel unfolded to (out, in * k³)."""
-    return float(stable_rank(weight.detach().float().flatten(1)).value)
-
-
-def scaled_to_budget(wanted: Mapping[tuple[str, str], float], shapes: Mapping[str, Sequence[int]], budget: int) -> Ranks:
-    """Whole ranks proportional to what is wanted, from 1 to the full rank; their parameters come near a budget from below."""
-    full = {target: min(shape[0], shape[1] * shape[2] * shape[3] * shape[4]) for target, shape in shapes.items()}
-
-    def at(factor: float) -> Ranks:
-        return {(t, r): min(max(round(factor * value), 1), full[t]) for (t, r), value in wanted.items()}
-
-    low, high = 0.0, 1.0
-    while _total(at(high), shapes) < budget and high < 1e6:
-        high *= 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _total(at(middle), shapes) <= budget else (low, middle)
-    return at(low)
-
-
-def _total(ranks: Ranks, shapes: Mapping[str, Sequence[int]]) -> int:
-    return sum(_cost(shapes[target], rank) for (target, _), rank in ranks.items())
-
-
-def _cost(shape: Sequence[int], rank: int) -> int:
-    shape_A, shape_B = factor_shapes(shape, rank)
-    return int(torch.Size(shape_A).numel() + torch.Size(shape_B).numel())
+def write_plans(folder: Path, ranks: Ranks, settings: ExpertSettings, config: SegmenterConfig, *, source: str) -> list[Path]:
+    """One plan file for each expert of a trained student."""
+    shapes = _shapes(config, list(expert_targets(config)))
+    return write_expert_plans(folder, ranks, shapes, rule=settings.rule, alpha=f"rank*{settings.scaling:g}", source=source)
 
 
 def _shapes(config: SegmenterConfig, targets: Sequence[str]) -> dict[str, tuple[int, ...]]:

@@ -10,28 +10,29 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
-import pydantic
 import torch
 from torch import Tensor
 
 from medlore.assets import PREFIX
 from medlore.data.volumes.cases import read_cases
 from medlore.decomposing.segmenters.cohort import Cohort
+from medlore.decomposing.segmenters.context import Job, Narrator, StudyContext, hash_of, open_context, silent
+from medlore.decomposing.segmenters.few_shot_settings import RATES, FewShotSettings
 from medlore.decomposing.segmenters.network import PromptedSegmenter, new_prompts
 from medlore.decomposing.segmenters.packs import in_type
-from medlore.decomposing.segmenters.rule_settings import checked_patches
 from medlore.decomposing.segmenters.settings import (
     DEFAULT_PREPROCESSING,
     DataSettings,
     LossSettings,
-    Precision,
     ScheduleSettings,
     SegmentationSettings,
+    SizeSettings,
+    StudentSettings,
+    TeacherSettings,
 )
 from medlore.decomposing.segmenters.table import measure_network
-from medlore.decomposing.segmenters.workshop import Narrator, Order, Workshop, hash_of, open_workshop, silent
 from medlore.decomposing.stored_weights import as_stored
 from medlore.errors import DataError, InputError, UnknownNameError
 from medlore.layers.experts.surgery import install_experts
@@ -42,51 +43,10 @@ from medlore.models.segmenter.prompts import PromptTable
 from medlore.models.segmenter.vocabulary import REGIONS, WHOLE_BODY, canonical_modality
 from medlore.ranks.allocate import plan_ranks
 from medlore.ranks.plan import RankPlan
-from medlore.runs.settings import DeviceChoice, Run, Settings, seed_everything
+from medlore.runs.hardware import seed_everything
+from medlore.runs.report import Run
 
-Method = Literal["sr-lora", "lora", "full", "scratch"]
-RATES: dict[Method, float] = {"sr-lora": 2e-3, "lora": 2e-3, "full": 5e-4, "scratch": 1e-3}
 _NEW = "new"  # the one expert while it is trained
-
-
-class FewShotSettings(Settings):
-    """Few-shot tuning of a segmenter.
-
-    Attributes:
-        model: a pack, a published file or `medlore:NAME`.
-        cases: jsonl with masks; lines with `split: test` are measured and never trained on.
-        method: `sr-lora`: factors in every convolution, ranks by stable rank; `lora`: the same number of parameters, one rank;
-            `full`: all weights; `scratch`: all weights, drawn anew.
-        rank: the one rank, whose number of parameters `sr-lora` takes too.
-        scaling: factor before the product of the factors.
-        region: whose expert is the start, and which answers the labels afterwards; default what vocabulary and pack say.
-        steps: optimiser steps.
-        batch_size: patches a step.
-        learning_rate: peak; default the method's.
-        patch_size: of the training patches; multiples of the network's patch.
-        max_prompts: asked of one patch.
-        patches: rules of drawing and augmenting a patch; see `medlore.data.volumes.patches.PatchRules`.
-        weights: type in which the new pack is stored.
-    """
-
-    model: str
-    cases: Path
-    method: Method = "sr-lora"
-    rank: int = pydantic.Field(default=4, ge=1)
-    scaling: float = pydantic.Field(default=1.0, gt=0)
-    region: str | None = None
-    steps: int = pydantic.Field(default=300, ge=1)
-    batch_size: int = pydantic.Field(default=1, ge=1)
-    learning_rate: float | None = pydantic.Field(default=None, gt=0)
-    patch_size: tuple[pydantic.PositiveInt, pydantic.PositiveInt, pydantic.PositiveInt] = (64, 64, 64)
-    max_prompts: int = pydantic.Field(default=8, ge=1)
-    patches: dict[str, Any] = pydantic.Field(default_factory=dict)
-    weights: Literal["fp16", "fp32"] = "fp16"
-    seed: int = pydantic.Field(default=0, ge=0, lt=2**32)
-    device: DeviceChoice = "auto"
-    precision: Precision = "fp32"
-
-    _patches = pydantic.field_validator("patches")(checked_patches)
 
 
 @dataclass(frozen=True)
@@ -115,7 +75,7 @@ def tune_segmenter(
         settings: what to do.
         out: folder of the results.
         narrate: name of a network -> progress.
-        say: told of cases that are skipped.
+        say: hears of cases that are skipped.
 
     Raises:
         InputError: wrong settings, or a model that cannot be tuned.
@@ -124,26 +84,26 @@ def tune_segmenter(
     """
     out = Path(out)
     bundle = _load(settings)
-    shop = open_workshop(_as_study(settings, bundle), folder=Path.cwd(), out=out, narrate=narrate, say=say)
-    region = _the_region(shop.cohort)
-    with Run("finetune", out, settings=settings, seed=settings.seed, device=str(shop.accelerator.device)) as run:
+    context = open_context(_as_study(settings, bundle), folder=Path.cwd(), out=out, narrate=narrate, say=say)
+    region = _the_region(context.cohort)
+    with Run("finetune", out, settings=settings, seed=settings.seed, device=str(context.accelerator.device)) as run:
         run.add_input(settings.cases)
         run.add_input(bundle.source)
         start = _start(bundle, region)
         plan = plan_of(start, settings)
-        network = _network(start, bundle, shop.cohort, settings, plan)
-        table = _before(shop, bundle, start)
-        schedule = shop.settings.student
-        order = Order(settings.method, schedule, shop.cohort, ("student",), begins_with=hash_of(network))
+        network = _network(start, bundle, context.cohort, settings, plan)
+        table = _before(context, bundle, start)
+        schedule = context.settings.student
+        job = Job(settings.method, schedule, context.cohort, ("student",), begins_with=hash_of(network))
         trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
-        network = _as_written(shop.finish(order, network), settings).to(shop.accelerator.device)
-        table += measure_network(settings.method, network, shop.cohort, shop.windows(), shop.facts)
-        pack = _write(out / "pack", network, bundle, shop.cohort, settings, region)
+        network = _as_written(context.finish(job, network), settings).to(context.accelerator.device)
+        table += measure_network(settings.method, network, context.cohort, context.windows(), context.facts)
+        pack = _write(out / "pack", network, bundle, context.cohort, settings, region)
         run.add_output("pack", pack)
         if plan is not None:
             run.add_output("plan", plan.save(out / "plan.json"))
         run.results.update(
-            table=table, networks=shop.facts, trainable=trainable, skipped=list(shop.cohort.faults), cases=shop.case_counts()
+            table=table, networks=context.facts, trainable=trainable, skipped=list(context.cohort.faults), cases=context.case_counts()
         )
     return FewShotResult(pack, table, trainable, plan)
 
@@ -156,25 +116,25 @@ def plan_tuning(settings: FewShotSettings) -> dict[str, Any]:
     """
     bundle = _load(settings)
     with TemporaryDirectory() as folder:
-        shop = open_workshop(_as_study(settings, bundle), folder=Path.cwd(), out=Path(folder))
-        region = _the_region(shop.cohort)
+        context = open_context(_as_study(settings, bundle), folder=Path.cwd(), out=Path(folder))
+        region = _the_region(context.cohort)
         start = _start(bundle, region)
         plan = plan_of(start, settings)
-        network = _network(start, bundle, shop.cohort, settings, plan)
+        network = _network(start, bundle, context.cohort, settings, plan)
         whole = sum(p.numel() for p in start.parameters())
         trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
         return {
             "settings": settings.model_dump(mode="json"),
-            "device": str(shop.accelerator.device),
+            "device": str(context.accelerator.device),
             "region": region,
-            "prompts": list(shop.cohort.keys),
-            "known_prompts": sorted(set(shop.cohort.keys) & set(bundle.prompts.keys if bundle.prompts else ())),
-            "cases": shop.case_counts()["cases"],
-            "skipped": list(shop.cohort.faults),
+            "prompts": list(context.cohort.keys),
+            "known_prompts": sorted(set(context.cohort.keys) & set(bundle.prompts.keys if bundle.prompts else ())),
+            "cases": context.case_counts()["cases"],
+            "skipped": list(context.cohort.faults),
             "parameters": whole,
             "trainable": trainable,
             "trainable_share": round(trainable / whole, 4),
-            "learning_rate": shop.settings.student.learning_rate,
+            "learning_rate": context.settings.student.learning_rate,
             "ranks": {} if plan is None else {layer.name: layer.rank for layer in plan.layers},
         }
 
@@ -196,11 +156,15 @@ def _as_study(settings: FewShotSettings, bundle: SegmenterBundle) -> Segmentatio
         raise InputError("patch_size", str(settings.patch_size), accepted, "give other sides")
     rate = RATES[settings.method] if settings.learning_rate is None else settings.learning_rate
     schedule = ScheduleSettings(steps=settings.steps, batch_size=settings.batch_size, learning_rate=rate)
-    study = SegmentationSettings(
+    sizes = SizeSettings.of(bundle.config)
+    return SegmentationSettings(
         name=f"{settings.method} of {bundle.name}",
         data=(DataSettings(name="cases", cases=settings.cases.resolve(), held_out=0.0),),
         regions=own,
+        patch_size=settings.patch_size,
         max_prompts=settings.max_prompts,
+        teacher=TeacherSettings(sizes=sizes),
+        student=StudentSettings(sizes=sizes, **schedule.flat()),
         patches=settings.patches,
         preprocessing={name: value for name, value in bundle.preprocessing.items() if name in DEFAULT_PREPROCESSING},
         loss=LossSettings(distillation=0.0),
@@ -210,8 +174,6 @@ def _as_study(settings: FewShotSettings, bundle: SegmenterBundle) -> Segmentatio
         precision=settings.precision,
         weights=settings.weights,
     )
-    student = study.student.model_copy(update=schedule.model_dump())
-    return study.model_copy(update={"student": student, "patch_size": settings.patch_size})
 
 
 def _the_region(cohort: Cohort) -> str:
@@ -276,13 +238,13 @@ class _TunedSegmenter(PromptedSegmenter):
         return [_NEW for _ in regions or ()]
 
 
-def _before(shop: Workshop, bundle: SegmenterBundle, start: Segmenter) -> list[dict[str, Any]]:
+def _before(context: StudyContext, bundle: SegmenterBundle, start: Segmenter) -> list[dict[str, Any]]:
     """What the pack says of the test cases as it is; nothing where it does not know the labels."""
-    if bundle.prompts is None or not set(shop.cohort.keys) <= set(bundle.prompts.keys):
+    if bundle.prompts is None or not set(context.cohort.keys) <= set(bundle.prompts.keys):
         return []
-    rows = torch.cat([bundle.queries([label], modality) for modality, label in (key.split("/", 1) for key in shop.cohort.keys)])
-    network = PromptedSegmenter(start, rows, learn_prompts=False).to(shop.accelerator.device)
-    return measure_network("before", network, shop.cohort, shop.windows(), shop.facts)
+    rows = torch.cat([bundle.queries([label], modality) for modality, label in (key.split("/", 1) for key in context.cohort.keys)])
+    network = PromptedSegmenter(start, rows, learn_prompts=False).to(context.accelerator.device)
+    return measure_network("before", network, context.cohort, context.windows(), context.facts)
 
 
 def _as_written(network: PromptedSegmenter, settings: FewShotSettings) -> PromptedSegmenter:

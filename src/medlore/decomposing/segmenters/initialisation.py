@@ -49,7 +49,7 @@ def start_from_teacher(student: Segmenter, teacher: Segmenter) -> list[str]:
 def evenly_spaced(many: int, few: int) -> Tensor:
     """`few` of `many` places, in order.
 
-    Example:
+    Examples:
         >>> evenly_spaced(8, 4).tolist()
         [0, 2, 4, 6]
     """

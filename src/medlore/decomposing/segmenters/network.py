@@ -70,14 +70,3 @@ def _without_first(gradient: Tensor, rows: int) -> Tensor:
 def new_prompts(count: int, width: int, *, seed: int) -> Tensor:
     """Random rows (count, width) of unit variance: prompts before a teacher has learned them."""
     return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
-
-
-def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Trainable parameters for AdamW: kernels and matrices decay; biases, norms and prompts do not."""
-    free: list[nn.Parameter] = []
-    decayed: list[nn.Parameter] = []
-    for name, parameter in network.named_parameters():
-        if parameter.requires_grad:
-            (free if parameter.ndim < 2 or name.endswith("prompts") else decayed).append(parameter)
-    groups: list[dict[str, object]] = [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]

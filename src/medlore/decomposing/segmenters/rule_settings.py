@@ -16,7 +16,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from medlore.data.volumes.patches import PatchRules
 from medlore.data.volumes.synthesis import SynthesisRules
 from medlore.errors import nearest_names
-from medlore.runs.settings import Place
+from medlore.runs.yaml_places import Place
 
 _SET_APART = ("synthesis", "intensity")  # a study says them elsewhere: under `synthesis` and `preprocessing`
 _STRICT = pydantic.ConfigDict(strict=True, allow_inf_nan=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,10 +11,13 @@ import pydantic
 from medlore.decomposing.segmenters.rule_settings import checked_patches, checked_synthesis
 from medlore.errors import InputError
 from medlore.linalg.matricize import Layout
+from medlore.models.segmenter.encoders import UNET
 from medlore.models.segmenter.manifest import preprocessing_faults
 from medlore.models.segmenter.network import SegmenterConfig
 from medlore.models.segmenter.vocabulary import MODALITIES
-from medlore.runs.settings import DeviceChoice, Settings
+from medlore.ranks.experts import GivenRank
+from medlore.runs.hardware import DeviceChoice
+from medlore.runs.settings import Settings, setting
 
 Variant = Literal["teacher", "experts", "shared", "single", "experts-uniform", "experts-given", "experts-stable-rank"]
 RankRule = Literal["uniform", "given", "stable-rank"]
@@ -31,27 +35,21 @@ DEFAULT_PREPROCESSING: dict[str, Any] = {
     "gaussian_sigma": 0.125,
     "threshold": 0.5,
 }
+KNOWN_PREPROCESSING = (*DEFAULT_PREPROCESSING, "tissues", "parts")
 _OF_INFERENCE = ("roi_size", "overlap", "threshold", "tissues", "parts")  # decide masks, not weights
 
 
 class DataSettings(Settings):
-    """One list of cases.
+    """One list of cases."""
 
-    Attributes:
-        name: for the report.
-        cases: jsonl with masks; relative to the study file.
-        weight: how often a sample is drawn from it, beside the other lists.
-        licence: of the data; goes into the pack.
-        held_out: share of the patients for validation and again for test, where the lines name no `split`; 0 trains on all.
-        note: what the report says beside its results, such as `no held-out patient`.
-    """
-
-    name: str
-    cases: Path
-    weight: float = pydantic.Field(default=1.0, gt=0)
-    licence: str = "not stated"
-    held_out: float = pydantic.Field(default=0.15, ge=0, lt=0.5)
-    note: str = ""
+    name: str = setting(..., "For the report.")
+    cases: Path = setting(..., "jsonl with masks; relative to the study file.")
+    weight: float = setting(1.0, "How often a sample is drawn from it, beside the other lists.", gt=0)
+    licence: str = setting("not stated", "Of the data; goes into the pack.")
+    held_out: float = setting(
+        0.15, "Share of the patients for validation and again for test, where the lines name no `split`; 0 trains on all.", ge=0, lt=0.5
+    )
+    note: str = setting("", "What the report says beside its results, such as `no held-out patient`.")
 
 
 class SizeSettings(Settings):
@@ -70,6 +68,7 @@ class SizeSettings(Settings):
     heads: int = 4
     feedforward: int = 256
     mask_activation: Literal["gelu", "none"] = "none"
+    encoder: str = UNET
 
     @pydantic.model_validator(mode="after")
     def _fit_each_other(self) -> SizeSettings:
@@ -78,6 +77,11 @@ class SizeSettings(Settings):
         except InputError as error:
             raise ValueError("; ".join(error.faults)) from error
         return self
+
+    @classmethod
+    def of(cls, config: SegmenterConfig) -> SizeSettings:
+        """The sizes of a network that is there."""
+        return cls(**asdict(config))
 
     def config(self) -> SegmenterConfig:
         """The network's own record.
@@ -91,138 +95,98 @@ class SizeSettings(Settings):
 
 
 class ScheduleSettings(Settings):
-    """How long and how fast one network is trained.
+    """How long and how fast one network is trained."""
 
-    Attributes:
-        steps: optimiser steps.
-        batch_size: patches a step and process.
-        accumulate: batches whose gradients are summed before a step.
-        learning_rate: peak, after the warm-up; a cosine leads to `final_share` of it.
-        weight_decay: of matrices and kernels; biases, norms and prompts have none.
-        ema: decay of the averaged weights that are kept instead of the last ones; None for none.
-    """
-
-    steps: int = pydantic.Field(default=2000, ge=1)
-    batch_size: int = pydantic.Field(default=2, ge=1)
-    accumulate: int = pydantic.Field(default=1, ge=1)
-    learning_rate: float = pydantic.Field(default=1e-3, gt=0)
-    final_share: float = pydantic.Field(default=0.0, ge=0, le=1)
-    weight_decay: float = pydantic.Field(default=1e-5, ge=0)
-    warmup_fraction: float = pydantic.Field(default=0.03, ge=0, lt=1)
-    clip: float = pydantic.Field(default=1.0, gt=0)
-    ema: float | None = pydantic.Field(default=None, gt=0, lt=1)
+    steps: int = setting(2000, "Optimiser steps.", ge=1)
+    batch_size: int = setting(2, "Patches per step and process.", ge=1)
+    accumulate: int = setting(1, "Batches whose gradients are summed before a step.", ge=1)
+    learning_rate: float = setting(1e-3, "Peak, after the warm-up; a cosine leads to `final_share` of it.", gt=0)
+    final_share: float = setting(0.0, "Share of the rate at which the cosine ends.", ge=0, le=1)
+    weight_decay: float = setting(1e-5, "Of matrices and kernels; biases, norms and prompts have none.", ge=0)
+    warmup_fraction: float = setting(0.03, "Share of the steps with a linear warm-up.", ge=0, lt=1)
+    clip: float = setting(1.0, "Largest norm of the gradient.", gt=0)
+    ema: float | None = setting(None, "Decay of the averaged weights that are kept instead of the last ones; default none.", gt=0, lt=1)
 
 
 class TeacherSettings(ScheduleSettings):
-    """The network that is decomposed.
+    """The network that is decomposed. Paths start from the folder of the study file."""
 
-    Attributes:
-        source: a pack or a published file (SAT, LoRKD), taken as it is; None trains one here, of these sizes.
-        text, prompt_embeddings: where the prompts of a published file come from.
-        sizes: of a teacher that is trained here.
-        start: a pack of these sizes whose weights and prompts the training begins with, in place of a draw: a further stage.
-    """
-
-    source: str | None = None
-    text: Path | None = None
-    prompt_embeddings: Path | None = None
-    sizes: SizeSettings = SizeSettings(features=(16, 32, 64, 128, 256))
-    start: str | None = None
+    source: str | None = setting(None, "A pack or a published file (SAT, LoRKD), taken as it is; else one is trained here, of these sizes.")
+    text: Path | None = setting(None, "Text encoder that a published file gets its prompts from.")
+    prompt_embeddings: Path | None = setting(None, "Table of prompts of a published file.")
+    sizes: SizeSettings = setting(SizeSettings(features=(16, 32, 64, 128, 256)), "Of a teacher that is trained here.")
+    start: str | None = setting(
+        None, "A pack of these sizes whose weights and prompts the training begins with, in place of a draw: a further stage."
+    )
 
 
 class StudentSettings(ScheduleSettings):
-    """The light network that experts are installed in.
+    """The light network that experts are installed in."""
 
-    Attributes:
-        sizes: prompts keep the teacher's width.
-        start: `teacher` begins with evenly spaced entries of the teacher's weights, `random` with a draw.
-    """
-
-    sizes: SizeSettings = SizeSettings(features=(8, 16, 32, 64, 128))
-    start: Literal["teacher", "random"] = "teacher"
+    sizes: SizeSettings = setting(SizeSettings(features=(8, 16, 32, 64, 128)), "Prompts keep the teacher's width.")
+    start: Literal["teacher", "random"] = setting(
+        "teacher", "`teacher` begins with evenly spaced entries of the teacher's weights, `random` with a draw."
+    )
 
 
 class ExpertSettings(Settings):
-    """One expert a region in every 3x3x3 convolution of the U-Net.
+    """One expert a region in every 3x3x3 convolution of the U-Net."""
 
-    Attributes:
-        rule: `uniform`: `rank` everywhere; `given`: region -> rank; `stable-rank`: per layer proportional to the stable rank of the
-            teacher's weight there, per region to the root of its number of labels. All three at the same number of parameters.
-        rank: of the encoder, or the mean.
-        decoder: the decoder's rank in units of the encoder's.
-        given: region -> rank.
-        scaling: factor before the product, whatever the rank.
-        layout: `channel` (PEFT's) or `interleaved` (LoRKD's).
-    """
-
-    rule: RankRule = "uniform"
-    rank: int = pydantic.Field(default=4, ge=1)
-    decoder: int = pydantic.Field(default=2, ge=1)
-    given: dict[str, Positive] = pydantic.Field(default_factory=dict)
-    scaling: float = pydantic.Field(default=2.0, gt=0)
-    layout: Layout = "channel"
+    rule: RankRule = setting(
+        "uniform",
+        "`uniform`: `rank` everywhere; `given`: region -> rank; `stable-rank`: per layer proportional to the stable rank of the "
+        "teacher's weight there, per region to the root of its number of labels. All three at the same number of parameters.",
+    )
+    rank: int = setting(4, "Of the encoder, or the mean.", ge=1)
+    decoder: int = setting(2, "The decoder's rank in units of the encoder's.", ge=1)
+    given: dict[str, GivenRank] = setting({}, "region -> rank, or the plan file of an expert (OUT/ranks/REGION.json of another study).")
+    scaling: float = setting(2.0, "Factor before the product, whatever the rank.", gt=0)
+    layout: Layout = setting("channel", "`channel` (PEFT's) or `interleaved` (LoRKD's).")
 
 
 class LossSettings(Settings):
-    """Weights of the terms; a weight of zero skips the term and its cost.
+    """Weights of the terms; a weight of zero skips the term and its cost. A teacher is not taught."""
 
-    Attributes:
-        bce: of the cross-entropy.
-        dice: of the Dice term.
-        distillation: of T² KL(teacher ‖ student) on the voxels' logits (students only).
-        temperature: T.
-    """
-
-    bce: float = pydantic.Field(default=1.0, ge=0)
-    dice: float = pydantic.Field(default=1.0, ge=0)
-    distillation: float = pydantic.Field(default=0.1, ge=0)
-    temperature: float = pydantic.Field(default=1.0, gt=0)
+    bce: float = setting(1.0, "Of the cross-entropy.", ge=0)
+    dice: float = setting(1.0, "Of the Dice term.", ge=0)
+    distillation: float = setting(0.1, "Of T² KL(teacher ‖ student) on the voxels' logits (students only).", ge=0, decides=("student",))
+    temperature: float = setting(1.0, "T.", gt=0, decides=("student",))
 
 
 class SegmentationSettings(Settings):
-    """A whole study of `medlore decompose` for segmenters.
+    """A whole study of `medlore decompose` for segmenters."""
 
-    Attributes:
-        name: of the pack.
-        regions: `modality/label` -> region, for labels that the vocabulary does not know or that another expert shall answer.
-        patch_size: of the training patches; multiples of the networks' patch.
-        max_prompts: asked of one patch, positives first.
-        patches: rules of drawing and augmenting a patch; see `medlore.data.volumes.patches.PatchRules`.
-        synthesis: rules of images that are made from label maps; see `medlore.data.volumes.synthesis.SynthesisRules`.
-        preprocessing: constants that the pack carries; laid over the defaults.
-        variants: what is trained and measured: the teacher, the student with experts (always), the student without (`shared`), one
-            student a region (`single`), the student with experts of another rank rule (`experts-uniform` and so on).
-        batches: `mixed` regions in a batch, or one `region` a batch.
-        validate_every: steps between two validations; 0 for the end alone.
-        validation_cases: at most so many a list, the first ones.
-        checkpoint_minutes: between two checkpoints.
-        workers: processes that load data; 0: a thread of this process.
-    """
-
-    kind: Literal["segmenter"] = "segmenter"
-    name: str
-    data: tuple[DataSettings, ...] = pydantic.Field(min_length=1)
-    regions: dict[str, str] = pydantic.Field(default_factory=dict)
-    cache: Path | None = None
-    patch_size: tuple[Positive, Positive, Positive] = (64, 64, 64)
-    max_prompts: int = pydantic.Field(default=8, ge=1)
-    patches: dict[str, Any] = pydantic.Field(default_factory=dict)
-    synthesis: dict[str, Any] = pydantic.Field(default_factory=dict)
-    preprocessing: dict[str, Any] = pydantic.Field(default_factory=dict)
-    teacher: TeacherSettings = TeacherSettings()
-    student: StudentSettings = StudentSettings()
-    experts: ExpertSettings = ExpertSettings()
-    loss: LossSettings = LossSettings()
-    batches: BatchMode = "mixed"
-    variants: tuple[Variant, ...] = ("teacher", "shared", "experts")
-    validate_every: int = pydantic.Field(default=0, ge=0)
-    validation_cases: int = pydantic.Field(default=8, ge=0)
-    checkpoint_minutes: float = pydantic.Field(default=5.0, ge=0)
-    workers: int = pydantic.Field(default=0, ge=0)
-    seed: int = pydantic.Field(default=0, ge=0, lt=2**32)
-    device: DeviceChoice = "auto"
-    precision: Precision = "fp32"
-    weights: Literal["fp32", "fp16"] = "fp16"
+    kind: Literal["segmenter"] = setting("segmenter", "What is decomposed.", decides=False)
+    name: str = setting(..., "Of the pack.", decides=False)
+    data: tuple[DataSettings, ...] = setting(..., "Lists of cases; their content decides, not their place.", min_length=1, decides=False)
+    regions: dict[str, str] = setting(
+        {}, "`modality/label` -> region, for labels that the vocabulary does not know or that another expert shall answer.", decides=False
+    )
+    cache: Path | None = setting(None, "Folder of the prepared cases; default OUT/cache.", decides=False)
+    patch_size: tuple[Positive, Positive, Positive] = setting((64, 64, 64), "Of the training patches; multiples of the networks' patch.")
+    max_prompts: int = setting(8, "Asked of one patch, positives first.", ge=1)
+    patches: dict[str, Any] = setting({}, "Rules of drawing and augmenting a patch; see PatchRules.")
+    synthesis: dict[str, Any] = setting({}, "Rules of images that are made from label maps; see SynthesisRules.")
+    preprocessing: dict[str, Any] = setting({}, "Constants that the pack carries; laid over the defaults.", decides=False)
+    teacher: TeacherSettings = setting(TeacherSettings(), "The network that is decomposed.", decides=("teacher",))
+    student: StudentSettings = setting(StudentSettings(), "The light network.", decides=("student",))
+    experts: ExpertSettings = setting(ExpertSettings(), "One expert a region.", decides=("experts",))
+    loss: LossSettings = setting(LossSettings(), "Weights of the terms.")
+    batches: BatchMode = setting("mixed", "`mixed` regions in a batch, or one `region` a batch.")
+    variants: tuple[Variant, ...] = setting(
+        ("teacher", "shared", "experts"),
+        "What is trained and measured: the teacher, the student with experts (always), the student without (`shared`), one student a "
+        "region (`single`), the student with experts of another rank rule (`experts-uniform` and so on).",
+        decides=False,
+    )
+    validate_every: int = setting(0, "Steps between two validations; 0 for the end alone.", ge=0, decides=False)
+    validation_cases: int = setting(8, "At most so many a list, the first ones.", ge=0, decides=False)
+    checkpoint_minutes: float = setting(5.0, "Between two checkpoints.", ge=0, decides=False)
+    workers: int = setting(0, "Processes that load data; 0: a thread of this process.", ge=0, decides=False)
+    seed: int = setting(0, "Of everything that is drawn.", ge=0, lt=2**32)
+    device: DeviceChoice = setting("auto", "Where it runs.", decides=False)
+    precision: Precision = setting("fp32", "Of the training.")
+    weights: Literal["fp32", "fp16"] = setting("fp16", "Type in which the pack is stored.", decides=False)
 
     _patches = pydantic.field_validator("patches")(checked_patches)
     _synthesis = pydantic.field_validator("synthesis")(checked_synthesis)
@@ -236,9 +200,8 @@ class SegmentationSettings(Settings):
             raise ValueError(f"variants name one twice in {list(self.variants)}")
         if faults := preprocessing_faults(self.full_preprocessing, "preprocessing"):
             raise ValueError("; ".join(faults))
-        known = (*DEFAULT_PREPROCESSING, "tissues", "parts")
-        if strange := sorted(set(self.preprocessing) - set(known)):
-            raise ValueError(f"preprocessing has {strange}; known are {', '.join(known)}")
+        if strange := sorted(set(self.preprocessing) - set(KNOWN_PREPROCESSING)):
+            raise ValueError(f"preprocessing has {strange}; known are {', '.join(KNOWN_PREPROCESSING)}")
         for who, sizes in (("teacher", self.teacher.sizes), ("student", self.student.sizes)):
             if any(side % sizes.patch for side in self.patch_size):
                 raise ValueError(f"patch_size {self.patch_size} must be multiples of {who}.sizes.patch {sizes.patch}")
@@ -268,13 +231,9 @@ class SegmentationSettings(Settings):
 
     def with_rule(self, rule: RankRule) -> SegmentationSettings:
         """The same study with experts of another rank rule."""
-        return self.model_copy(update={"experts": self.experts.model_copy(update={"rule": rule})})
+        return self.changed(experts=self.experts.changed(rule=rule))
 
     def decides(self, *parts: str) -> dict[str, Any]:
         """The settings that decide a network's weights; a finished one is taken over only when they are the same."""
-        common = {"seed", "patch_size", "max_prompts", "patches", "synthesis", "batches", "loss", "precision", *parts}
-        told = {name: value for name, value in self.model_dump(mode="json").items() if name in common}
-        told["preprocessing"] = {k: v for k, v in self.full_preprocessing.items() if k not in _OF_INFERENCE}
-        if "student" not in parts:  # a teacher is not taught
-            told["loss"] = {name: told["loss"][name] for name in ("bce", "dice")}
-        return told
+        preprocessing = {k: v for k, v in self.full_preprocessing.items() if k not in _OF_INFERENCE}
+        return {**self.decisive(*parts), "preprocessing": preprocessing}

@@ -19,8 +19,8 @@ from medlore.data.volumes.windows import sliding_windows
 from medlore.decomposing.segmenters.cohort import Cohort
 from medlore.decomposing.segmenters.network import PromptedSegmenter
 from medlore.decomposing.segmenters.settings import Precision
-from medlore.decomposing.segmenters.training import autocast
 from medlore.models.segmenter.vocabulary import WHOLE_BODY
+from medlore.training.accelerator import autocast
 
 
 @dataclass(frozen=True)

@@ -214,7 +214,7 @@ class ExpertLayer(nn.Module):
 class ExpertLinear(ExpertLayer):
     """A linear layer with experts: (b, ..., in) -> (b, ..., out).
 
-    Example:
+    Examples:
         >>> import torch
         >>> layer = ExpertLinear(torch.nn.Linear(4, 2), ranks={"liver": 2, "brain": 1}, alpha=2)
         >>> layer.scaling
@@ -253,7 +253,7 @@ def _padding_sides(base: nn.Conv2d | nn.Conv3d) -> list[tuple[int, int]]:
 class ExpertConv2d(_ExpertConv):
     """A 2D convolution with experts: (b, c, h, w) -> (b, out, h', w'); any kernel, stride, dilation, padding and groups.
 
-    Example:
+    Examples:
         >>> import torch
         >>> layer = ExpertConv2d(torch.nn.Conv2d(4, 8, 3), ranks={"liver": 2, "brain": 0})
         >>> tuple(layer.lora_A["liver"].shape), tuple(layer.lora_B["liver"].shape)
@@ -266,7 +266,7 @@ class ExpertConv2d(_ExpertConv):
 class ExpertConv3d(_ExpertConv):
     """A 3D convolution with experts: (b, c, x, y, z) -> (b, out, x', y', z').
 
-    Example:
+    Examples:
         >>> import torch
         >>> layer = ExpertConv3d(torch.nn.Conv3d(4, 8, 3), ranks={"liver": 2}, layout="interleaved", scaling=2.0)
         >>> tuple(layer.lora_A["liver"].shape), tuple(layer.lora_B["liver"].shape)

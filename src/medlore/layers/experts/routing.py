@@ -137,7 +137,7 @@ def route(model: nn.Module, experts: str | Sequence[str | None] | Tensor) -> Ite
         UnknownNameError: an expert has no such name.
         InputError: indices or weights of a wrong shape or range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from medlore.layers.experts.layer import ExpertLinear
         >>> layer = ExpertLinear(torch.nn.Linear(4, 2), ranks={"liver": 2, "brain": 1})

@@ -106,7 +106,7 @@ def install_experts(  # noqa: PLR0913 - one door for what is one decision
         TargetError: no layer is met, or one that cannot have experts; all of them are listed.
         InputError: BatchNorm with batchnorm="refuse" and every other wrong argument.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
         >>> install_experts(net, experts=["liver", "brain"], ranks={"liver": 4, "brain": 2}).expert_parameters
@@ -313,7 +313,7 @@ def merge(model: nn.Module, expert: str | None, *, mixture: Mapping[str, float] 
         UnknownNameError: no such expert.
         InputError: a mixture beside an expert, of a wrong length, or where norms hold statistics per expert.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> net = nn.Sequential(nn.Linear(3, 2))
         >>> _ = install_experts(net, experts=["liver"], ranks=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -72,12 +72,15 @@ class BlockFactor(nn.Module):
     Args:
         parts: part -> its columns.
         rows: part -> first and last-plus-one output row.
+        order: for matrices whose parts lie head after head: `rows` count in this order of the output rows; None: as they are.
         scalings: part -> what its product is multiplied with; folded into `weight`.
         rank: rank that PEFT was told.
         use_rslora: whether those scalings are alpha / √rank.
     """
 
     _like: Tensor
+    _order: Tensor | None
+    _back: Tensor | None
 
     def __init__(
         self,
@@ -89,6 +92,7 @@ class BlockFactor(nn.Module):
         rank: int,
         like: Tensor,
         use_rslora: bool = False,
+        order: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.out_features, self.rank, self.use_rslora = out_features, rank, use_rslora
@@ -96,6 +100,9 @@ class BlockFactor(nn.Module):
         self.part_names = tuple(parts)
         self.truncations: dict[str, Truncation] = {}
         self.register_buffer("_like", like.new_empty(0), persistent=False)
+        arranged = None if order is None else torch.tensor(order, device=like.device)
+        self.register_buffer("_order", arranged, persistent=False)
+        self.register_buffer("_back", None if arranged is None else arranged.argsort(), persistent=False)
         self.bias = None
         for name, columns in parts.items():
             self.register_parameter(name, nn.Parameter(columns.detach().clone()))
@@ -137,7 +144,8 @@ class BlockFactor(nn.Module):
             first, last = self.rows[name]
             pieces += [like.new_zeros(*lead, first - at), made[name]]
             at = last
-        return torch.cat([*pieces, like.new_zeros(*lead, self.out_features - at)], dim=-1)
+        whole = torch.cat([*pieces, like.new_zeros(*lead, self.out_features - at)], dim=-1)
+        return whole if self._back is None else whole.index_select(-1, self._back)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:  # noqa: FBT001 - torch's signature
         destination[prefix + "weight"] = self.weight if keep_vars else self.weight.detach()
@@ -146,7 +154,7 @@ class BlockFactor(nn.Module):
         weight = _stored(self, state_dict, prefix, rest)
         if weight is None:
             return
-        left, start = weight.clone(), 0
+        left, start = weight.clone() if self._order is None else weight[self._order.to(weight.device)], 0
         with torch.no_grad():
             for name in self.part_names:
                 part, (first, last) = self.part(name), self.rows[name]

@@ -14,7 +14,9 @@ share components, and the adapter can no longer be loaded through this door.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +29,7 @@ from medlore.layers.lora.fused_attention import AttentionLora, forbid_fast_path,
 from medlore.layers.lora.fused_factors import BlockFactor, StackedFactor
 from medlore.ranks.export import PeftModule, peft_modules
 from medlore.ranks.plan import RankPlan
-from medlore.ranks.planned import PlannedLayer
+from medlore.ranks.planned import PlannedLayer, row_indices
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -66,17 +68,27 @@ def get_peft_model(
 
     plan = plan.for_model(model, check=check)
     _refuse_lone_output(model, plan)
-    wide = [m for m in peft_modules(plan.layers) if m.kind != "single"]
+    wide = [m for m in peft_modules(plan.layers) if m.kind in ("fused", "attention")]
     if wide:
         _check_options(lora_options)
     config = plan.to_lora_config(folded=bool(wide), **lora_options)
     if any(m.kind == "attention" for m in wide):
         config._register_custom_module({nn.MultiheadAttention: AttentionLora})
-    tuned = peft.get_peft_model(model, config, adapter_name=adapter_name)
+    with _without_false_alarms():
+        tuned = peft.get_peft_model(model, config, adapter_name=adapter_name)
     for module in wide:
         _split(tuned.base_model.model.get_submodule(module.name), module, plan, adapter_name)
         forbid_fast_path(tuned.base_model.model, module.name)
     return tuned
+
+
+@contextlib.contextmanager
+def _without_false_alarms() -> Iterator[None]:
+    """PEFT looks for patterns among modules alone, not among parameters; and it sees for itself that a `Conv1D` is transposed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys did not match.*experts")
+        warnings.filterwarnings("ignore", message=r"fan_in_fan_out is set to False but the target module is `Conv1D`")
+        yield
 
 
 def save_adapter(model: PeftModel, plan: RankPlan, folder: str | Path) -> Path:
@@ -152,21 +164,36 @@ def _replace_pair(layer: Any, adapter: str, parts: list[PlannedLayer], plan: Ran
     """One trained pair for each part; `counted` is how often PEFT adds the product to the base weight."""
     A, B = layer.lora_A[adapter].weight.detach(), layer.lora_B[adapter].weight.detach()
     trains = layer.lora_A[adapter].weight.requires_grad
-    rows: dict[str, tuple[int, int]] = {p.part: p.rows or (0, B.shape[0]) for p in parts}
+    rows, order = _arranged(parts, B.shape[0])
     scalings: dict[str, float] = {p.part: plan.scaling(p) / counted for p in parts}
     ends: dict[str, tuple[int, int]] = {}
     for p in parts:
         start = max((end for _, end in ends.values()), default=0)
         ends[p.part] = (start, start + p.rank)
     stacked = {name: A[a:b] for name, (a, b) in ends.items()}
-    blocks = {name: B[slice(*rows[name]), a:b] / scalings[name] for name, (a, b) in ends.items()}
+    arranged = B if order is None else B[order]
+    blocks = {name: arranged[slice(*rows[name]), a:b] / scalings[name] for name, (a, b) in ends.items()}
     layer.lora_A[adapter] = StackedFactor(stacked, in_features=A.shape[1], rank=rank, like=A)
     layer.lora_B[adapter] = BlockFactor(
-        blocks, rows=rows, scalings=scalings, out_features=B.shape[0], rank=rank, like=B, use_rslora=plan.use_rslora
+        blocks, rows=rows, scalings=scalings, out_features=B.shape[0], rank=rank, like=B, use_rslora=plan.use_rslora, order=order
     )
     for factor in (layer.lora_A[adapter], layer.lora_B[adapter]):
         factor.requires_grad_(trains)
         factor.train(layer.training)
+
+
+def _arranged(parts: list[PlannedLayer], height: int) -> tuple[dict[str, tuple[int, int]], list[int] | None]:
+    """Rows of each part; where heads lie one after the other, in an order of all rows that brings those of a part together."""
+    if all(p.period is None for p in parts):
+        return {p.part: p.rows or (0, height) for p in parts}, None
+    rows: dict[str, tuple[int, int]] = {}
+    order: list[int] = []
+    for p in parts:
+        own = row_indices(p, height)
+        rows[p.part] = (len(order), len(order) + len(own))
+        order += own
+    taken = set(order)
+    return rows, [*order, *(row for row in range(height) if row not in taken)]
 
 
 def _refuse_lone_output(model: nn.Module, plan: RankPlan) -> None:

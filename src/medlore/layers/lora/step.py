@@ -65,7 +65,7 @@ def quicken(model: nn.Module, *, logits_only: bool = False, packed_bytes: int = 
     Returns:
         The handle; `restore()` undoes it.
 
-    Example:
+    Examples:
         >>> import peft
         >>> net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
         >>> tuned = peft.get_peft_model(net, peft.LoraConfig(target_modules=["0"]))

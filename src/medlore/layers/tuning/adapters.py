@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from medlore.errors import InputError, StepError
 from medlore.layers.tuning.anatomy import attends_in_windows, blocks_with_parts
 from medlore.layers.tuning.attach import Extra, add_to_linear, attach, attached, detach
-from medlore.layers.tuning.options import ADAPTER_SIZES, AdapterSizes, TuningOptions
+from medlore.layers.tuning.options import AdapterOptions, AdapterSizes
 
 REP_GROUPS = 2
 _LEAST_SHARE = 1e-4  # of the largest singular value of I + M; float32 keeps seven digits, three are left then
@@ -130,24 +130,24 @@ def _bias_before(matrix: Tensor, shift: Tensor) -> Tensor:
     return before
 
 
-def install_adapters(model: nn.Module, options: TuningOptions) -> None:
+def install_adapters(model: nn.Module, options: AdapterOptions) -> None:
     """Two serial adapters a block: behind the attention's output projection and behind the MLP."""
-    sizes = ADAPTER_SIZES["adapter"].chosen(options)
+    sizes = options.sizes()
     for block in blocks_with_parts(model, "--method adapter"):
         for place in (block.output, block.mlp):
             attach(model.get_submodule(place), SerialAdapter(block.width, sizes), name=place)
 
 
-def install_adaptformer(model: nn.Module, options: TuningOptions) -> None:
+def install_adaptformer(model: nn.Module, options: AdapterOptions) -> None:
     """One parallel adapter beside each MLP."""
-    sizes = ADAPTER_SIZES["adaptformer"].chosen(options)
+    sizes = options.sizes()
     for block in blocks_with_parts(model, "--method adaptformer"):
         attach(model.get_submodule(block.mlp), ParallelAdapter(block.width, sizes), name=block.mlp)
 
 
-def install_repadapters(model: nn.Module, options: TuningOptions) -> None:
+def install_repadapters(model: nn.Module, options: AdapterOptions) -> None:
     """Two linear adapters a block, behind its norms."""
-    sizes = ADAPTER_SIZES["repadapter"].chosen(options)
+    sizes = options.sizes()
     for block in blocks_with_parts(model, "--method repadapter"):
         for place in block.norms:
             attach(model.get_submodule(place), RepAdapter(block.width, sizes), name=place)

@@ -102,7 +102,7 @@ def shared_ranks(shares: Mapping[str, Float64], total: int) -> dict[str, int]:
         shares: largest first, by layer.
         total: directions of all layers together; fewer where there are fewer.
 
-    Example:
+    Examples:
         >>> shared_ranks({"a": np.array([0.5, 0.1]), "b": np.array([0.3, 0.2])}, 3)
         {'a': 1, 'b': 2}
     """

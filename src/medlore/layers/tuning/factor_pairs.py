@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from medlore.errors import InputError, TargetError
 from medlore.layers.adapter_folder import Factors
 from medlore.layers.tuning.attach import Foldable, add_to_linear, attach, attached
-from medlore.layers.tuning.options import TuningOptions
+from medlore.layers.tuning.options import MaskedPairOptions, MiniPairOptions, NoOptions
 
 if TYPE_CHECKING:
     from medlore.ranks.plan import RankPlan
@@ -55,7 +56,7 @@ class MiniPairs(FactorPair):
     would cross q, k and v, so only separate projections are taken.
     """
 
-    def __init__(self, layer: nn.Linear, rank: int, scaling: float, dropout: float, options: TuningOptions) -> None:
+    def __init__(self, layer: nn.Linear, rank: int, scaling: float, dropout: float, options: MiniPairOptions) -> None:
         super().__init__(scaling, dropout)
         count, rows, columns = options.mini_loras, layer.out_features, layer.in_features
         if count < 1 or rank % count or rows % count or columns % count:
@@ -82,7 +83,7 @@ class MixedPair(FactorPair):
     the paper finds to work (orthogonal, Kaiming).
     """
 
-    def __init__(self, layer: nn.Linear, rank: int, scaling: float, dropout: float, options: TuningOptions) -> None:
+    def __init__(self, layer: nn.Linear, rank: int, scaling: float, dropout: float, options: NoOptions) -> None:
         super().__init__(scaling, dropout)
         self.lora_A, self.lora_B = _plain_factors(layer, rank)
         self.mixer = nn.Parameter(torch.empty(rank, rank))
@@ -105,7 +106,7 @@ class MaskedPair(FactorPair):
     masks_in: Tensor
     masks_out: Tensor
 
-    def __init__(self, layer: nn.Linear, rank: int, scaling: float, dropout: float, options: TuningOptions) -> None:
+    def __init__(self, layer: nn.Linear, rank: int, scaling: float, dropout: float, options: MaskedPairOptions) -> None:
         super().__init__(scaling, dropout)
         count, density = options.tied_layers, options.mask_density
         if count < 1 or not 0 < density <= 1:
@@ -126,14 +127,14 @@ class MaskedPair(FactorPair):
         return Factors(A, B, self.scaling)
 
 
-_KINDS: dict[PairKind, type[MiniPairs | MixedPair | MaskedPair]] = {
+_KINDS: dict[PairKind, Callable[[nn.Linear, int, float, float, Any], FactorPair]] = {
     "melora": MiniPairs,
     "moslora": MixedPair,
     "capaboost": MaskedPair,
 }
 
 
-def install_pairs(model: nn.Module, kind: PairKind, plan: RankPlan, *, dropout: float, options: TuningOptions) -> None:
+def install_pairs(model: nn.Module, kind: PairKind, plan: RankPlan, *, dropout: float, options: Any) -> None:
     """One pair of this kind on each layer of the plan, with its rank and scaling.
 
     Raises:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from medlore.errors import TargetError
 from medlore.layers.tuning.attach import Foldable, add_to_linear, attach
-from medlore.layers.tuning.options import Support, TuningOptions, supports_of
+from medlore.layers.tuning.options import GeneralizedOptions, Support, supports_of
 
 
 class GeneralizedLora(Foldable):
@@ -87,7 +87,7 @@ class _Support(nn.Module):
         return values
 
 
-def install_generalized(model: nn.Module, options: TuningOptions, ranks: dict[str, int]) -> None:
+def install_generalized(model: nn.Module, options: GeneralizedOptions, ranks: dict[str, int]) -> None:
     """One on each linear layer of `ranks`.
 
     Raises:

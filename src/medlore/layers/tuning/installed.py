@@ -1,7 +1,9 @@
-"""The methods of this folder as tunings: added modules, factor pairs that are saved as LoRA, layer norms."""
+"""Tunings of methods that add something to the network: modules beside its layers, and factor pairs that are saved as LoRA."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +14,39 @@ from medlore.layers.adapter_folder import write_lora_folder
 from medlore.layers.tuning.attach import fold
 from medlore.layers.tuning.factor_pairs import PairKind, install_pairs, pairs_of
 from medlore.layers.tuning.interface import Request, Tuning, plan_of, weights_tuning
-from medlore.layers.tuning.modules import AddedModules, ModuleKind, absorb, add_modules
-from medlore.layers.tuning.scale_shift import thaw_norms
+from medlore.layers.tuning.modules import AddedModules, absorb
+
+Add = Callable[[nn.Module, Any, dict[str, int], str], None]
 
 
-def tune_modules(kind: ModuleKind, model: nn.Module, request: Request) -> Tuning:
-    """Freeze the network, add the modules of `kind` and train them and the head."""
+def tune_modules(kind: str, add: Add, model: nn.Module, request: Request, options: Any, *, ranked: bool) -> Tuning:
+    """Freeze the network, add the modules of a method and train them and the head.
+
+    Args:
+        kind: the method.
+        add: puts its modules into a network: model, options, layer -> rank, name of the head.
+        model: the backbone.
+        request: head and plan.
+        options: of the method.
+        ranked: whether its modules have the ranks of the plan.
+    """
     ranks = {}
-    if kind == "glora":
+    if ranked:
         ranks = {layer.name: layer.rank for layer in plan_of(request).for_model(model, check=False).layers}
-    added = AddedModules(kind, request.options, ranks)
+    added = AddedModules(kind, asdict(options), ranks)
     surgery.freeze(model)
-    add_modules(model, added, request.head)
+    add(model, options, ranks, request.head)
     surgery.thaw_head(model, request.head)
     tuning = weights_tuning(model)
     tuning.modules, tuning.merged = added, lambda: absorb(model)
     return tuning
 
 
-def tune_pairs(kind: PairKind, model: nn.Module, request: Request) -> Tuning:
+def tune_pairs(kind: PairKind, model: nn.Module, request: Request, options: Any) -> Tuning:
     """Freeze the network, add pairs of `kind` by the plan and train them and the head; saved as an ordinary LoRA folder."""
     plan = plan_of(request).for_model(model, check=False)
     surgery.freeze(model)
-    install_pairs(model, kind, plan, dropout=request.dropout, options=request.options)
+    install_pairs(model, kind, plan, dropout=request.dropout, options=options)
     surgery.thaw_head(model, request.head)
     config: Any = getattr(model, "config", None)
     base = str(getattr(config, "name_or_path", ""))
@@ -43,13 +55,3 @@ def tune_pairs(kind: PairKind, model: nn.Module, request: Request) -> Tuning:
         write_lora_folder(folder, pairs_of(model), head={request.head: model.get_submodule(request.head)}, base=base)
 
     return Tuning(model=model, form="adapter", save=save, merged=lambda: fold(model))
-
-
-def tune_norms(model: nn.Module, request: Request) -> Tuning:
-    """Train the layer norms and the head."""
-    surgery.freeze(model)
-    thaw_norms(model)
-    surgery.thaw_head(model, request.head)
-    unused = surgery.freeze_unused(model, request.sample)
-    notes = (f"frozen because no gradient reaches them: {', '.join(unused)}",) if unused else ()
-    return weights_tuning(model, notes)

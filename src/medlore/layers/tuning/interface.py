@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,7 +14,6 @@ from medlore.errors import InputError
 from medlore.files import atomic_folder
 from medlore.layers import surgery
 from medlore.layers.tuning.modules import AddedModules
-from medlore.layers.tuning.options import TuningOptions
 
 if TYPE_CHECKING:
     from medlore.ranks.plan import RankPlan
@@ -38,8 +37,7 @@ class Request:
         partial_update: stochastic partial update of SR-LoRA.
         component_masks: random masks over the components, guided by Shapley values.
         dropout: probability on the input of the factors.
-        last_blocks: blocks that `partial` trains.
-        options: sizes of what a method adds.
+        options: name -> value of options that single methods have; each takes its own.
         sample: (b, c, h, w) one small normalised batch.
         batches: a few normalised training batches, for methods that look at the data (EVA).
     """
@@ -52,8 +50,7 @@ class Request:
     partial_update: PartialUpdate = "off"
     component_masks: ComponentMasking = "off"
     dropout: float = 0.0
-    last_blocks: int = 2
-    options: TuningOptions = field(default_factory=TuningOptions)
+    options: Mapping[str, Any] = field(default_factory=dict)
     batches: Callable[[], list[Tensor]] = list
 
 

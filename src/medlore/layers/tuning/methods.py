@@ -1,40 +1,41 @@
-"""The tuning methods: one dictionary, one small function each. A new method is one new entry.
+"""The tuning methods: one table. A new method, with whatever options it has, is one new entry; nothing else names the methods.
 
-A method receives a model and a `Request`, installs itself and returns a `Tuning`: the model to train, what to do around a
-step, and how to write what was learnt. The training loop knows nothing else about it.
+A method receives a model, a `Request` and its own options, installs itself and returns a `Tuning`: the model to train, what to do
+around a step, and how to write what was learnt. The training loop knows nothing else about it.
+
+The table is read by the command line and by settings, so nothing heavy is imported before a method is installed.
 """
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor, nn
-
-from medlore.errors import InputError, UnknownNameError
-from medlore.files import atomic_folder
-from medlore.layers import surgery
-from medlore.layers.adapter_folder import Factors, write_lora_folder
-from medlore.layers.lora.step import quicken
-from medlore.layers.tuning.explained_variance import start_from_variance
-from medlore.layers.tuning.installed import tune_modules, tune_norms, tune_pairs
-from medlore.layers.tuning.interface import (
-    TRAINED_NAMES,
-    WEIGHTS_FILE,
-    ComponentMasking,
-    Form,
-    PartialUpdate,
-    Request,
-    Tuning,
-    plan_of,
-    weights_tuning,
+from medlore.errors import DataError, InputError, UnknownNameError
+from medlore.layers.tuning.options import (
+    AdapterOptions,
+    AdaptFormerOptions,
+    GeneralizedOptions,
+    MaskedPairOptions,
+    MiniPairOptions,
+    NoOptions,
+    PartialOptions,
+    PromptOptions,
+    RepAdapterOptions,
 )
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from medlore.layers.tuning.factor_pairs import PairKind
+    from medlore.layers.tuning.installed import Add
+    from medlore.layers.tuning.interface import Request, Tuning
+    from medlore.layers.tuning.modules import AddedModules
+
+Install = Callable[["nn.Module", "Request", Any], "Tuning"]
 
 
 @dataclass(frozen=True)
@@ -42,16 +43,43 @@ class Method:
     """A way of tuning.
 
     Attributes:
-        install: put it into a model.
+        install: put it into a model: model, request, options.
         rule: how its ranks are chosen when the user says nothing; None for methods without factors.
         learning_rate: where it starts when the user says nothing.
         caption: one line for help texts and tables.
+        options: dataclass of the options that it alone, or it with few others, has; their defaults are its own.
+        add: of methods that add modules: put them into a network again, as `medlore.json` describes them.
+        alpha: rule of its scaling when the user says nothing.
+        scaled: whether alpha and dropout act on its factors.
+        partial_update: whether its steps can be partial updates.
+        component_masks: whether its components can be masked.
+        augments: whether it looks at augmented images; otherwise features are computed once.
+        pairs: how many pairs share the rank of one.
     """
 
-    install: Callable[[nn.Module, Request], Tuning]
+    install: Install
     rule: Literal["stable-rank", "uniform"] | None
     learning_rate: float
     caption: str
+    options: type[Any] = NoOptions
+    add: Add | None = None
+    alpha: str = "rank"
+    scaled: bool = True
+    partial_update: bool = False
+    component_masks: bool = False
+    augments: bool = True
+    pairs: Callable[[Any], int] = lambda _options: 1
+
+    def chosen(self, values: Mapping[str, Any]) -> Any:
+        """Its options: of these values those that are its own and are not None; its defaults for the rest.
+
+        Raises:
+            pydantic.ValidationError: a value outside its limits.
+        """
+        import pydantic
+
+        own = {f.name: values[f.name] for f in dataclasses.fields(self.options) if values.get(f.name) is not None}
+        return pydantic.TypeAdapter(self.options).validate_python(own)
 
 
 def install_method(name: str, model: nn.Module, request: Request) -> Tuning:
@@ -61,294 +89,254 @@ def install_method(name: str, model: nn.Module, request: Request) -> Tuning:
         UnknownNameError: no such method.
         InputError: a partial update for a method without plain LoRA factors.
     """
+    import torch
+
+    from medlore.layers.tuning.low_rank import quiet_peft
+
     if name not in METHODS:
         raise UnknownNameError("--method", name, METHODS)
-    if request.partial_update != "off" and name not in ("sr-lora", "lora", "rslora", "dylora"):
-        raise InputError(
-            "--partial-update",
-            f"{request.partial_update!r} with --method {name}",
-            "sr-lora, lora, rslora or dylora",
-            "leave --partial-update off",
-        )
-    if request.component_masks != "off" and (name != "sr-lora" or request.partial_update != "off"):
+    method = METHODS[name]
+    if request.partial_update != "off" and not method.partial_update:
+        came = f"{request.partial_update!r} with --method {name}"
+        raise InputError("--partial-update", came, named(lambda m: m.partial_update), "leave --partial-update off")
+    if request.component_masks != "off" and (not method.component_masks or request.partial_update != "off"):
         came = f"{request.component_masks!r} with --method {name} and --partial-update {request.partial_update}"
-        raise InputError("--component-masks", came, "sr-lora without a partial update", "leave --component-masks off")
+        accepted = f"{named(lambda m: m.component_masks)} without a partial update"
+        raise InputError("--component-masks", came, accepted, "leave --component-masks off")
     with torch.random.fork_rng(devices=[]), quiet_peft():
         torch.manual_seed(request.seed)
-        return METHODS[name].install(model, request)
+        return method.install(model, request, method.chosen(request.options))
 
 
-@contextlib.contextmanager
-def quiet_peft() -> Iterator[None]:
-    """Inside, PEFT's notes that concern no user of ours are silent: old names it asks transformers for, memory hints of EVA."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-        warnings.filterwarnings("ignore", message="lora with eva initialization", category=UserWarning)
-        yield
+def add_modules(model: nn.Module, added: AddedModules, head: str) -> None:
+    """Add what `added` describes; every new parameter trains.
+
+    Args:
+        model: a backbone without additions.
+        added: what is added.
+        head: module name of its head, to which nothing is added.
+
+    Raises:
+        DataError: a description that is none.
+        TargetError: the network is not built as the method needs it.
+        InputError: sizes that do not fit it.
+    """
+    import pydantic
+
+    method = METHODS.get(added.kind)
+    # earlier versions wrote the options of all methods
+    known = {field.name for each in METHODS.values() for field in dataclasses.fields(each.options)}
+    strange = sorted(set(added.options) - known)
+    if method is None or method.add is None:
+        raise DataError("modules.kind", repr(added.kind), named(lambda m: m.add is not None), "tune again with this version")
+    if strange:
+        raise DataError("modules.options", ", ".join(strange), f"options of {added.kind}", "tune again with this version")
+    try:
+        options = method.chosen(added.options)
+    except pydantic.ValidationError as error:
+        faults = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise DataError("modules.options", f"{len(faults)} faults", f"options of {added.kind}", "tune again", faults=faults) from error
+    method.add(model, options, added.ranks, head)
+
+
+def named(fits: Callable[[Method], bool]) -> str:
+    """The methods that fit, as a list in a sentence.
+
+    Example:
+        >>> named(lambda method: method.partial_update)
+        'sr-lora, lora, rslora or dylora'
+    """
+    *first, last = (name for name, method in METHODS.items() if fits(method))
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 # ---- LoRA and its kin, through PEFT --------------------------------------------------------------------------------------
 
 
-def _lora(model: nn.Module, request: Request) -> Tuning:
-    return _peft_tuning(_with_factors(model, request), request)
+def _lora(model: nn.Module, request: Request, _options: Any) -> Tuning:
+    from medlore.layers.tuning.low_rank import lora
+
+    return lora(model, request)
 
 
-def _dylora(model: nn.Module, request: Request) -> Tuning:
-    """LoRA that is trained at every smaller rank too: each step works with the first b components, scaled by alpha / b.
+def _dylora(model: nn.Module, request: Request, _options: Any) -> Tuning:
+    from medlore.layers.tuning.low_rank import dylora
 
-    Source: Valipour et al., "DyLoRA", EACL 2023, algorithm 1; all b components train (`nested`), or with the option `single`
-    component b alone (there: frozen).
+    return dylora(model, request)
+
+
+def _dora(model: nn.Module, request: Request, _options: Any) -> Tuning:
+    from medlore.layers.tuning.low_rank import dora
+
+    return dora(model, request)
+
+
+def _eva(model: nn.Module, request: Request, _options: Any) -> Tuning:
+    from medlore.layers.tuning.low_rank import eva
+
+    return eva(model, request)
+
+
+def _pissa(model: nn.Module, request: Request, _options: Any) -> Tuning:
+    from medlore.layers.tuning.low_rank import pissa
+
+    return pissa(model, request)
+
+
+def _adalora(model: nn.Module, request: Request, _options: Any) -> Tuning:
+    from medlore.layers.tuning.low_rank import adalora
+
+    return adalora(model, request)
+
+
+def _pairs(kind: PairKind, model: nn.Module, request: Request, options: Any) -> Tuning:
+    from medlore.layers.tuning.installed import tune_pairs
+
+    return tune_pairs(kind, model, request, options)
+
+
+# ---- Methods that add modules --------------------------------------------------------------------------------------------
+
+
+def of_modules(kind: str, add: Add, caption: str, **facts: Any) -> Method:
+    """A method that adds modules to a frozen network and trains them and the head.
+
+    Args:
+        kind: its name.
+        add: puts its modules into a network.
+        caption: one line.
+        facts: what else `Method` says.
     """
-    return _lora(model, request if request.partial_update != "off" else replace(request, partial_update="nested"))
+
+    def install(model: nn.Module, request: Request, options: Any) -> Tuning:
+        from medlore.layers.tuning.installed import tune_modules
+
+        return tune_modules(kind, add, model, request, options, ranked=rule is not None)
+
+    rule = facts.pop("rule", None)
+    return Method(install, rule, facts.pop("learning_rate", 1e-3), caption, add=add, **facts)
 
 
-def _dora(model: nn.Module, request: Request) -> Tuning:
-    return _peft_tuning(_with_factors(model, request, use_dora=True), request)
+def _add_adapters(model: nn.Module, options: AdapterOptions, _ranks: dict[str, int], _head: str) -> None:
+    from medlore.layers.tuning.adapters import install_adapters
+
+    install_adapters(model, options)
 
 
-def _eva(model: nn.Module, request: Request) -> Tuning:
-    """Directions of largest variance of each layer's input, from one pass over a few batches; ranks are shared out anew.
+def _add_adaptformer(model: nn.Module, options: AdapterOptions, _ranks: dict[str, int], _head: str) -> None:
+    from medlore.layers.tuning.adapters import install_adaptformer
 
-    The total of the ranks stays. Unlike PEFT's own search, it sees each batch once and always ends (`explained_variance`).
-
-    Source: Paischer et al., "Parameter Efficient Fine-tuning via Explained Variance Adaptation", 2024.
-    """
-    from peft import EvaConfig
-
-    tuned = _with_factors(model, request, init_lora_weights="eva", eva_config=EvaConfig(rho=2.0))
-    start_from_variance(tuned, request.batches(), most=2.0)
-    config = tuned.peft_config["default"]
-    config.init_lora_weights, config.eva_config = True, None  # loading the folder must not ask for data again
-    return _peft_tuning(tuned, request)
+    install_adaptformer(model, options)
 
 
-def _pissa(model: nn.Module, request: Request) -> Tuning:
-    """Factors start as the leading singular directions, which leave the base; saved as plain LoRA on the untouched base.
+def _add_repadapters(model: nn.Module, options: AdapterOptions, _ranks: dict[str, int], _head: str) -> None:
+    from medlore.layers.tuning.adapters import install_repadapters
 
-    Source: Meng et al., "PiSSA", NeurIPS 2024.
-    """
-    tuned = _with_factors(model, request, init_lora_weights="pissa")
-    start = {name: (a.clone(), b.clone()) for name, (a, b, _) in _factors_of(tuned).items()}
-
-    def difference() -> dict[str, Factors]:
-        return {
-            name: Factors(torch.cat([a, start[name][0]]), torch.cat([b, -start[name][1]], dim=1), scaling)
-            for name, (a, b, scaling) in _factors_of(tuned).items()
-        }
-
-    return _peft_tuning(tuned, request, plain=difference)
+    install_repadapters(model, options)
 
 
-def _adalora(model: nn.Module, request: Request) -> Tuning:
-    """Starts at 1.5 times the ranks' mean and prunes singular values to it; saved as plain LoRA of the ranks that are left.
+def _add_prompts(model: nn.Module, options: PromptOptions, _ranks: dict[str, int], _head: str, *, deep: bool) -> None:
+    from medlore.layers.tuning.prompts import install_prompts
 
-    Source: Zhang et al., "AdaLoRA", ICLR 2023; the schedule follows `request.steps`.
-    """
-    import peft
-
-    plan = plan_of(request)
-    target = max(1, round(plan.uniform_rank))
-    config = peft.AdaLoraConfig(
-        target_r=target,
-        init_r=max(target + 1, round(1.5 * target)),
-        tinit=request.steps // 10,
-        tfinal=max(1, request.steps // 4),
-        deltaT=max(1, request.steps // 100),
-        total_step=max(request.steps, 3),
-        lora_alpha=max(1, round(plan.layers[0].alpha)),
-        lora_dropout=request.dropout,
-        target_modules=[layer.name for layer in plan.layers],
-        modules_to_save=[request.head],
-    )
-    tuned = peft.get_peft_model(model, config)
-    for name, parameter in tuned.named_parameters():
-        if "ranknum" in name:  # a constant of the scaling, which PEFT leaves trainable
-            parameter.requires_grad_(False)
-    allocator = tuned.base_model.rankallocator
-    kept = ("ipt", "exp_avg_ipt", "exp_avg_unc")
-
-    def state() -> dict[str, Any]:
-        # lora_E of pruned directions is zero in the trained tensors; the averages and the pattern decide what comes next
-        return {name: dict(getattr(allocator, name)) for name in kept} | {"rank_pattern": dict(tuned.peft_config["default"].rank_pattern)}
-
-    def restore(saved: dict[str, Any]) -> None:
-        for name in kept:
-            setattr(allocator, name, saved[name])
-        tuned.peft_config["default"].rank_pattern = saved["rank_pattern"]
-
-    def plain() -> dict[str, Factors]:
-        found = {}
-        for name, module in _adapted(tuned):
-            a, e, b = (getattr(module, f"lora_{part}")["default"].detach() for part in "AEB")
-            left = e.flatten() != 0
-            scaling = module.scaling["default"] / (float(module.ranknum["default"]) + 1e-5)
-            if left.any():
-                found[name] = Factors((a * e)[left], b[:, left], scaling)
-        return found
-
-    tuning = _peft_tuning(tuned, request, plain=plain)
-    tuning.state, tuning.restore = state, restore
-    tuning.after_backward = tuned.base_model.update_and_allocate
-    tuning.penalty = lambda: config.orth_reg_weight * orthogonality(tuned)
-    return tuning
+    install_prompts(model, options, deep=deep)
 
 
-def orthogonality(model: nn.Module) -> Tensor:
-    """Mean of ‖A Aᵀ - I‖_F and ‖Bᵀ B - I‖_F over all factors of AdaLoRA.
+def _add_scale_shift(model: nn.Module, _options: Any, _ranks: dict[str, int], head: str) -> None:
+    from medlore.layers.tuning.scale_shift import install_scale_shift
 
-    PEFT adds it to the loss only where the network computes the loss itself, which ours does not.
-
-    Source: Zhang et al., "AdaLoRA", ICLR 2023, equation 4 (there squared; PEFT's form is taken, for comparable numbers).
-    """
-    terms = []
-    for name, factor in model.named_parameters():
-        if "lora_A" in name or "lora_B" in name:
-            square = factor @ factor.T if "lora_A" in name else factor.T @ factor
-            terms.append(torch.linalg.matrix_norm(square - torch.eye(len(square), device=square.device, dtype=square.dtype)))
-    return torch.stack(terms).mean()
+    install_scale_shift(model, head)
 
 
-def _with_factors(model: nn.Module, request: Request, **options: Any) -> Any:
-    import peft
+def _add_generalized(model: nn.Module, options: GeneralizedOptions, ranks: dict[str, int], _head: str) -> None:
+    from medlore.layers.tuning.generalized import install_generalized
 
-    plan = plan_of(request)
-    config = plan.to_lora_config(model=model, check=False, modules_to_save=[request.head], lora_dropout=request.dropout, **options)
-    return peft.get_peft_model(model, config)
-
-
-def _peft_tuning(tuned: Any, request: Request, *, plain: Callable[[], dict[str, Factors]] | None = None) -> Tuning:
-    """The tuning of a PEFT model; `plain` gives the factors of an ordinary LoRA where PEFT's own folder would not do."""
-
-    def save(folder: Path) -> None:
-        if plain is not None:
-            head = tuned.base_model.model.get_submodule(request.head).modules_to_save["default"]
-            write_lora_folder(folder, plain(), head={request.head: head}, base=_base_name(tuned))
-            return
-        tuned.peft_config["default"].base_model_name_or_path = _base_name(tuned)
-        with atomic_folder(folder) as temporary:
-            tuned.save_pretrained(str(temporary), save_embedding_layers=False)
-
-    def merged() -> nn.Module:
-        quick.restore()
-        return cast("nn.Module", tuned.merge_and_unload())
-
-    quick = quicken(tuned, logits_only=request.component_masks == "off")  # the masks read every token
-    tuning = Tuning(model=tuned, form="adapter", save=save, merged=merged)
-    if request.partial_update != "off":
-        from medlore.layers.lora.partial_update import install_partial_update
-
-        handle = install_partial_update(tuned, mode=request.partial_update, seed=request.seed)
-        tuning.before_step, tuning.state, tuning.restore = handle.draw, handle.state_dict, handle.load_state_dict
-    if request.component_masks == "shapley":
-        from medlore.layers.tuning.component_masks import install_component_masks
-
-        masks = install_component_masks(tuned, steps=request.steps, seed=request.seed)
-        tuning.before_step, tuning.after_backward = masks.draw, masks.observe
-        tuning.state, tuning.restore = masks.state_dict, masks.load_state_dict
-    return tuning
-
-
-def _base_name(tuned: Any) -> str:
-    return str(getattr(tuned.base_model.model.config, "name_or_path", ""))
-
-
-def _adapted(tuned: Any) -> Iterable[tuple[str, Any]]:
-    """Adapted layers with their names in the base model."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for name, module in tuned.base_model.model.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            yield name, module
-
-
-def _factors_of(tuned: Any) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """A (r, in), B (out, r) and scaling of every adapted layer."""
-    return {
-        name: (m.lora_A["default"].weight.detach(), m.lora_B["default"].weight.detach(), float(m.scaling["default"]))
-        for name, m in _adapted(tuned)
-    }
+    install_generalized(model, options, ranks)
 
 
 # ---- Methods that train weights of the network itself ---------------------------------------------------------------------
 
 
-def _linear_probe(model: nn.Module, request: Request) -> Tuning:
-    surgery.freeze(model)
-    surgery.thaw_head(model, request.head)
-    tuning = weights_tuning(model)
-    tuning.head_only = True
-    return tuning
+def _layernorm(model: nn.Module, request: Request, _options: Any) -> Tuning:
+    from medlore.layers.tuning.own_weights import layernorm
+
+    return layernorm(model, request)
 
 
-def _full(model: nn.Module, request: Request) -> Tuning:
-    model.requires_grad_(True)
-    unused = surgery.freeze_unused(model, request.sample)
+def _linear_probe(model: nn.Module, request: Request, _options: Any) -> Tuning:
+    from medlore.layers.tuning.own_weights import linear_probe
 
-    def save(folder: Path) -> None:
-        with atomic_folder(folder) as temporary:
-            cast("Any", model).save_pretrained(str(temporary))
-
-    return Tuning(model=model, form="model", save=save, merged=lambda: model, notes=_about_unused(unused))
+    return linear_probe(model, request)
 
 
-def _partial(model: nn.Module, request: Request) -> Tuning:
-    surgery.freeze(model)
-    chosen = surgery.thaw_last_blocks(model, request.last_blocks)
-    surgery.thaw_head(model, request.head)
-    unused = surgery.freeze_unused(model, request.sample)
-    return weights_tuning(model, notes=(f"trained blocks: {', '.join(chosen)}", *_about_unused(unused)))
+def _bitfit(model: nn.Module, request: Request, _options: Any) -> Tuning:
+    from medlore.layers.tuning.own_weights import bitfit
+
+    return bitfit(model, request)
 
 
-def _bitfit(model: nn.Module, request: Request) -> Tuning:
-    surgery.freeze(model)
-    surgery.thaw_biases(model)
-    surgery.thaw_head(model, request.head)
-    unused = surgery.freeze_unused(model, request.sample)
-    return weights_tuning(model, notes=_about_unused(unused))
+def _partial(model: nn.Module, request: Request, options: PartialOptions) -> Tuning:
+    from medlore.layers.tuning.own_weights import partial as last_blocks
+
+    return last_blocks(model, request, options)
 
 
-def _about_unused(unused: list[str]) -> tuple[str, ...]:
-    return (f"frozen because no gradient reaches them: {', '.join(unused)}",) if unused else ()
+def _full(model: nn.Module, request: Request, _options: Any) -> Tuning:
+    from medlore.layers.tuning.own_weights import full
+
+    return full(model, request)
 
 
 METHODS: dict[str, Method] = {
-    "sr-lora": Method(_lora, "stable-rank", 1e-3, "LoRA with the rank of each layer taken from its stable rank"),
-    "lora": Method(_lora, "uniform", 1e-3, "LoRA with one rank"),
-    "rslora": Method(_lora, "uniform", 1e-3, "LoRA with one rank, scaled by 1/sqrt(rank)"),
+    "sr-lora": Method(
+        _lora,
+        "stable-rank",
+        1e-3,
+        "LoRA with the rank of each layer taken from its stable rank",
+        partial_update=True,
+        component_masks=True,
+    ),
+    "lora": Method(_lora, "uniform", 1e-3, "LoRA with one rank", partial_update=True),
+    "rslora": Method(_lora, "uniform", 1e-3, "LoRA with one rank, scaled by 1/sqrt(rank)", alpha="rslora", partial_update=True),
     "dora": Method(_dora, "uniform", 1e-3, "LoRA on directions, magnitudes trained apart"),
     "adalora": Method(_adalora, "uniform", 1e-3, "LoRA in SVD form whose ranks are pruned during training"),
     "eva": Method(_eva, "uniform", 1e-3, "LoRA that starts from the variance of the layer inputs"),
     "pissa": Method(_pissa, "uniform", 1e-3, "LoRA that starts from the leading singular directions"),
-    "dylora": Method(_dylora, "uniform", 1e-3, "LoRA that is trained at every smaller rank too"),
-    "melora": Method(partial(tune_pairs, "melora"), "uniform", 1e-3, "several small LoRA pairs along the diagonal"),
-    "moslora": Method(partial(tune_pairs, "moslora"), "uniform", 1e-3, "LoRA with a trained mixer between its factors"),
-    "capaboost": Method(partial(tune_pairs, "capaboost"), "uniform", 1e-3, "one LoRA pair under several fixed masks"),
-    "glora": Method(partial(tune_modules, "glora"), "uniform", 1e-3, "weights and biases changed through five supports"),
-    "adapter": Method(partial(tune_modules, "adapter"), None, 1e-3, "bottleneck adapters behind attention and MLP (Houlsby)"),
-    "adaptformer": Method(partial(tune_modules, "adaptformer"), None, 1e-3, "bottleneck adapters beside the MLP"),
-    "repadapter": Method(partial(tune_modules, "repadapter"), None, 1e-3, "linear adapters that merge into the next layer"),
-    "vpt-shallow": Method(partial(tune_modules, "vpt-shallow"), None, 1e-2, "prompt tokens in the first block"),
-    "vpt-deep": Method(partial(tune_modules, "vpt-deep"), None, 1e-2, "prompt tokens in every block"),
-    "ssf": Method(partial(tune_modules, "ssf"), None, 1e-3, "a scale and a shift behind every layer"),
-    "layernorm": Method(tune_norms, None, 1e-3, "layer norms and head"),
-    "linear-probe": Method(_linear_probe, None, 1e-2, "the head alone, on features that are computed once"),
+    "dylora": Method(_dylora, "uniform", 1e-3, "LoRA that is trained at every smaller rank too", partial_update=True),
+    "melora": Method(
+        partial(_pairs, "melora"),
+        "uniform",
+        1e-3,
+        "several small LoRA pairs along the diagonal",
+        MiniPairOptions,
+        pairs=lambda options: int(options.mini_loras),
+    ),
+    "moslora": Method(partial(_pairs, "moslora"), "uniform", 1e-3, "LoRA with a trained mixer between its factors"),
+    "capaboost": Method(partial(_pairs, "capaboost"), "uniform", 1e-3, "one LoRA pair under several fixed masks", MaskedPairOptions),
+    "glora": of_modules(
+        "glora",
+        _add_generalized,
+        "weights and biases changed through five supports",
+        rule="uniform",
+        options=GeneralizedOptions,
+        scaled=False,
+    ),
+    "adapter": of_modules("adapter", _add_adapters, "bottleneck adapters behind attention and MLP (Houlsby)", options=AdapterOptions),
+    "adaptformer": of_modules("adaptformer", _add_adaptformer, "bottleneck adapters beside the MLP", options=AdaptFormerOptions),
+    "repadapter": of_modules("repadapter", _add_repadapters, "linear adapters that merge into the next layer", options=RepAdapterOptions),
+    "vpt-shallow": of_modules(
+        "vpt-shallow",
+        partial(_add_prompts, deep=False),
+        "prompt tokens in the first block",
+        learning_rate=1e-2,
+        options=PromptOptions,
+    ),
+    "vpt-deep": of_modules(
+        "vpt-deep", partial(_add_prompts, deep=True), "prompt tokens in every block", learning_rate=1e-2, options=PromptOptions
+    ),
+    "ssf": of_modules("ssf", _add_scale_shift, "a scale and a shift behind every layer"),
+    "layernorm": Method(_layernorm, None, 1e-3, "layer norms and head"),
+    "linear-probe": Method(_linear_probe, None, 1e-2, "the head alone, on features that are computed once", augments=False),
     "bitfit": Method(_bitfit, None, 1e-3, "biases and head"),
-    "partial": Method(_partial, None, 1e-4, "the last blocks and head"),
+    "partial": Method(_partial, None, 1e-4, "the last blocks and head", PartialOptions),
     "full": Method(_full, None, 1e-4, "every weight"),
 }
-
-__all__ = [
-    "METHODS",
-    "TRAINED_NAMES",
-    "WEIGHTS_FILE",
-    "ComponentMasking",
-    "Form",
-    "Method",
-    "PartialUpdate",
-    "Request",
-    "Tuning",
-    "install_method",
-    "orthogonality",
-    "quiet_peft",
-]

@@ -1,11 +1,14 @@
-"""What a user may choose about the methods of this folder, with the values of their papers."""
+"""Options of single methods, with the values of their papers; each stands in the table of methods beside its method.
+
+A field says its type, limits and one sentence of help; flags, settings and tables are made from it.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Annotated, Literal, get_args
 
-import pydantic
+from pydantic import AfterValidator, Field
 
 from medlore.errors import InputError
 
@@ -21,61 +24,86 @@ _SUPPORTS: tuple[tuple[Support, ...], ...] = (
 
 
 @dataclass(frozen=True)
-class TuningOptions:
-    """Sizes of what is added. None takes the method's own default.
-
-    Attributes:
-        bottleneck: inner width of an adapter.
-        adapter_scale: factor on its output.
-        adapter_dropout: probability on its inner activations while training.
-        prompt_length: prompt tokens (VPT).
-        glora_path: form of the five supports A, B, C, D, E of GLoRA.
-        mini_loras: pairs along the diagonal (MELoRA).
-        tied_layers: masked copies of one pair (CapaBoost).
-        mask_density: share of the entries that a mask keeps (CapaBoost).
-    """
-
-    __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid")
-
-    bottleneck: int | None = None
-    adapter_scale: float | None = None
-    adapter_dropout: float | None = None
-    prompt_length: int = 10
-    glora_path: str = DEFAULT_PATH
-    mini_loras: int = 4
-    tied_layers: int = 2
-    mask_density: float = 0.5
+class NoOptions:
+    """Of methods that have none."""
 
 
 @dataclass(frozen=True)
 class AdapterSizes:
-    """What one kind of adapter has when the user says nothing."""
+    """Inner width of an adapter, factor on its output, dropout on its inner activations."""
 
     bottleneck: int
     scale: float
     dropout: float
 
-    def chosen(self, options: TuningOptions) -> AdapterSizes:
-        """These values, with those that were chosen in their place."""
-        return AdapterSizes(
-            self.bottleneck if options.bottleneck is None else options.bottleneck,
-            self.scale if options.adapter_scale is None else options.adapter_scale,
-            self.dropout if options.adapter_dropout is None else options.adapter_dropout,
-        )
+
+Bottleneck = Annotated[int, Field(ge=1, description="Inner width of adapters.")]
+AdapterScale = Annotated[float, Field(gt=0, description="Factor on the output of an adapter.")]
+AdapterDropout = Annotated[float, Field(ge=0, lt=1, description="Dropout on the inner activations of an adapter.")]
 
 
-# Houlsby et al. 2019 find 64 best of 8, 64 and 256 with a fixed size; AdaptFormer (section 4.1): 64, s = 0.1; RepAdapter: 8, s = 1
-ADAPTER_SIZES: dict[str, AdapterSizes] = {
-    "adapter": AdapterSizes(64, 1.0, 0.0),
-    "adaptformer": AdapterSizes(64, 0.1, 0.1),
-    "repadapter": AdapterSizes(8, 1.0, 0.1),
-}
+@dataclass(frozen=True)
+class AdapterOptions:
+    """Houlsby et al. 2019 find 64 best of 8, 64 and 256 with a fixed size."""
+
+    bottleneck: Bottleneck = 64
+    adapter_scale: AdapterScale = 1.0
+    adapter_dropout: AdapterDropout = 0.0
+
+    def sizes(self) -> AdapterSizes:
+        """For the modules."""
+        return AdapterSizes(self.bottleneck, self.adapter_scale, self.adapter_dropout)
+
+
+@dataclass(frozen=True)
+class AdaptFormerOptions(AdapterOptions):
+    """AdaptFormer, section 4.1."""
+
+    adapter_scale: AdapterScale = 0.1
+    adapter_dropout: AdapterDropout = 0.1
+
+
+@dataclass(frozen=True)
+class RepAdapterOptions(AdapterOptions):
+    """RepAdapter: 8, s = 1."""
+
+    bottleneck: Bottleneck = 8
+    adapter_dropout: AdapterDropout = 0.1
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """Of VPT."""
+
+    prompt_length: Annotated[int, Field(ge=1, description="Prompt tokens of vpt.")] = 10
+
+
+@dataclass(frozen=True)
+class MiniPairOptions:
+    """Of MELoRA."""
+
+    mini_loras: Annotated[int, Field(ge=1, description="Pairs along the diagonal of a matrix.")] = 4
+
+
+@dataclass(frozen=True)
+class MaskedPairOptions:
+    """Of CapaBoost."""
+
+    tied_layers: Annotated[int, Field(ge=1, description="Masked copies of one pair.")] = 2
+    mask_density: Annotated[float, Field(gt=0, le=1, description="Share of the entries that a mask keeps.")] = 0.5
+
+
+@dataclass(frozen=True)
+class PartialOptions:
+    """Of tuning the last blocks."""
+
+    last_blocks: Annotated[int, Field(ge=1, description="Blocks at the end that are trained.")] = 2
 
 
 def supports_of(path: str) -> tuple[Support, Support, Support, Support, Support]:
     """The five words of a GLoRA path.
 
-    Example:
+    Examples:
         >>> supports_of("lora,none,vector,scalar,none")
         ('lora', 'none', 'vector', 'scalar', 'none')
 
@@ -93,3 +121,18 @@ def supports_of(path: str) -> tuple[Support, Support, Support, Support, Support]
         raise InputError("glora_path", repr(path), "five words for A, B, C, D, E", f"take {DEFAULT_PATH}", faults=faults)
     a, b, c, d, e = words
     return a, b, c, d, e  # type: ignore[return-value]
+
+
+def _path(value: str) -> str:
+    try:
+        supports_of(value)
+    except InputError as error:
+        raise ValueError(f"five words for A, B, C, D, E: {'; '.join(error.faults)}") from error
+    return value
+
+
+@dataclass(frozen=True)
+class GeneralizedOptions:
+    """Of GLoRA."""
+
+    glora_path: Annotated[str, AfterValidator(_path), Field(description="Form of the five supports A, B, C, D, E.")] = DEFAULT_PATH

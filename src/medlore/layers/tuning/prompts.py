@@ -20,10 +20,10 @@ from torch.nn import functional as F
 from medlore.errors import InputError, TargetError
 from medlore.layers.tuning.anatomy import BIAS_TABLE, Block, attends_in_windows, blocks_with_parts
 from medlore.layers.tuning.attach import Extra, attach
-from medlore.layers.tuning.options import TuningOptions
+from medlore.layers.tuning.options import PromptOptions
 
 
-def install_prompts(model: nn.Module, options: TuningOptions, *, deep: bool) -> None:
+def install_prompts(model: nn.Module, options: PromptOptions, *, deep: bool) -> None:
     """Prompts in the form that the network's attention asks for: global tokens, or windows.
 
     Raises:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from medlore.errors import TargetError
 from medlore.layers.surgery import blocks_of
 from medlore.layers.tuning.attach import Foldable, attach
-from medlore.layers.tuning.options import TuningOptions
 
 
 class ScaleShift(Foldable):
@@ -43,7 +42,7 @@ class ScaleShift(Foldable):
                 layer.bias.mul_(self.scale).add_(self.shift)
 
 
-def install_scale_shift(model: nn.Module, options: TuningOptions, head: str) -> None:
+def install_scale_shift(model: nn.Module, head: str) -> None:
     """One behind every linear layer, convolution and layer norm.
 
     None behind the norm after the last block, whose scale and shift the head that follows would only repeat; that gives the

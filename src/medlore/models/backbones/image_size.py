@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 
 from medlore.errors import InputError
+from medlore.models.backbones.families import Family
+
+_BIASES = "relative_position_bias_table"
+_CLASS_ROWS = 3  # from the class token to a patch, from a patch to it, and from it to itself
 
 
 def vision_config(config: Any) -> Any:
@@ -22,49 +26,55 @@ def image_size_of(model: Any) -> int:
     return int(size[0] if isinstance(size, list | tuple) else size)
 
 
-def with_image_size(model: Any, image_size: int) -> Any:
-    """The same network for another input size: built anew, with position embeddings that are resampled once.
+def with_image_size(model: Any, image_size: int, family: Family) -> Any:
+    """The same network for another input size: built anew, with tables of positions that are resampled once.
 
     Raises:
         InputError: the size is no multiple of the patch size, or too small for the network.
     """
     config = type(model.config)(**model.config.to_dict())
     vision_config(config).image_size = image_size
-    patch = int(getattr(vision_config(config), "patch_size", 1))
-    swin = config.model_type == "swin"
-    if image_size < patch or (not swin and image_size % patch):
-        fix = f"take {max(1, round(image_size / patch)) * patch}"
-        raise InputError("image_size", f"got {image_size}", f"a multiple of the patch size {patch}", fix)
-    if config.model_type in ("resnet", "medlore-resnet", "medlore-shufflenet"):
+    if family.any_size:
         model.config = config
         return model
+    patch = int(getattr(vision_config(config), "patch_size", 1))
+    if image_size < patch or (family.whole_patches and image_size % patch):
+        fix = f"take {max(1, round(image_size / patch)) * patch}"
+        raise InputError("image_size", f"got {image_size}", f"a multiple of the patch size {patch}", fix)
     resized = type(model)(config)
-    weights = {k: v for k, v in model.state_dict().items() if not k.endswith("position_ids")}
-    tables = [k for k in weights if k.endswith(("position_embeddings", "position_embedding.weight"))]
-    weights |= {k: resize_positions(weights[k], (image_size // patch) ** 2, class_token=not swin) for k in tables}
+    shapes = {name: tensor.shape for name, tensor in resized.state_dict().items()}
+
+    def fitted(name: str, tensor: Tensor) -> Tensor:
+        if name.endswith(("position_embeddings", "position_embedding.weight")):
+            return resize_positions(tensor, (image_size // patch) ** 2, prefix=family.prefix_tokens)
+        if name.endswith(_BIASES) and tensor.shape != shapes[name]:
+            return resize_biases(tensor, shapes[name][0])
+        return tensor
+
+    weights = {name: fitted(name, tensor) for name, tensor in model.state_dict().items() if not name.endswith("position_ids")}
     resized.load_state_dict(weights)
     return resized
 
 
-def resize_positions(table: Tensor, patches: int, *, class_token: bool = True) -> Tensor:
+def resize_positions(table: Tensor, patches: int, *, prefix: int = 1) -> Tensor:
     """Resample learned position embeddings to another square grid: bicubic, with antialiasing when the grid shrinks.
 
     Args:
-        table: (n, d) or (1, n, d); the class token's row first, if there is one. It is passed through untouched.
+        table: (n, d) or (1, n, d).
         patches: number of patches of the new grid, a square number.
-        class_token: whether the first row belongs to the class token.
+        prefix: so many first rows belong to the class token and its like; they are passed through untouched.
 
     Returns:
-        A table of the same form with `patches` rows, plus one for the class token.
+        A table of the same form with `prefix` and `patches` rows.
 
-    Example:
+    Examples:
         >>> resize_positions(torch.ones(1, 5, 8), 16).shape
         torch.Size([1, 17, 8])
 
     Source: Dosovitskiy et al., ICLR 2021, section 3.2 (2D interpolation); the filter is ours, as in timm.
     """
     rows = table.reshape(-1, table.shape[-1]).float()
-    first, grid = (rows[:1], rows[1:]) if class_token else (rows[:0], rows)
+    first, grid = rows[:prefix], rows[prefix:]
     old, new = math.isqrt(grid.shape[0]), math.isqrt(patches)
     if old != new:
         image = grid.T.reshape(1, -1, old, old)  # 1 d g g
@@ -73,18 +83,23 @@ def resize_positions(table: Tensor, patches: int, *, class_token: bool = True) -
     return torch.cat([first, grid]).reshape(*table.shape[:-2], -1, table.shape[-1]).to(table.dtype)
 
 
-def check_image_size(model: Any) -> None:
-    """A Swin's last feature map must hold one attention window, else its bias table does not fit.
+def resize_biases(table: Tensor, rows: int) -> Tensor:
+    """Resample BEiT's table of relative positions: (2g - 1)^2 distances and three rows of the class token, by heads.
+
+    Args:
+        table: distances and last three rows, heads.
+        rows: of the table for the new grid.
+    """
+    return torch.cat([resize_positions(table[:-_CLASS_ROWS], rows - _CLASS_ROWS, prefix=0), table[-_CLASS_ROWS:]])
+
+
+def check_image_size(model: Any, family: Family) -> None:
+    """Refuse an input below the smallest that the network can take.
 
     Raises:
         InputError: the input is too small.
     """
-    config = model.config
-    if config.model_type != "swin":
-        return
-    side = -(-image_size_of(model) // int(config.patch_size))
-    for _ in range(len(config.depths) - 1):
-        side = -(-side // 2)
-    if side < config.window_size:
-        smallest = config.window_size * 2 ** (len(config.depths) - 1) * int(config.patch_size)
-        raise InputError("image_size", f"got {image_size_of(model)}", f"at least {smallest} for this Swin", f"take {smallest}")
+    config = vision_config(model.config)
+    smallest, whole = (1, 1) if family.smallest is None else family.smallest(config)
+    if image_size_of(model) < smallest:
+        raise InputError("image_size", f"got {image_size_of(model)}", f"at least {whole} for this {family.caption}", f"take {whole}")

@@ -1,10 +1,10 @@
-"""2D backbones through transformers: ViT, Swin, DINOv2, the vision half of CLIP, ResNet; a fresh seeded head on top."""
+"""2D backbones through transformers, of the families of `families.FAMILIES`; a fresh seeded head on top."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,21 +12,17 @@ from typing import TYPE_CHECKING, Any
 from medlore.assets import PREFIX, asset_path
 from medlore.errors import CheckpointError, InputError, UnknownNameError
 from medlore.files import sha256_of
+from medlore.models.backbones.families import FAMILIES, Family, Triple, family_of
 from medlore.models.backbones.keymaps import convert_state_dict, read_weights
-from medlore.models.backbones.statistics import Family, Interpolation, Statistics, Triple, read_statistics
+from medlore.models.backbones.statistics import Interpolation, Statistics, read_statistics
+from medlore.ranks.model_folders import own_code, refuse_own_code, timm_weights
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-# transformers' model_type -> our family
-_FAMILIES: dict[str, Family] = {
-    "vit": "vit", "swin": "swin", "dinov2": "dinov2", "clip": "clip", "clip_vision_model": "clip", "resnet": "resnet",
-    "medlore-shufflenet": "shufflenet", "medlore-resnet": "resnet",
-}  # fmt: skip
-
-
 _NETWORK_FILES = "a .safetensors, .bin, .pth, .pt, .th or .ckpt file of timm, DINOv2 or mmpretrain, or a transformers folder"
+_MOST_TIMES_THE_FILES, _SMALL_NETWORK = 4, 1_000_000
 _OTHER_FORM = "give the transformers folder of this model (`medlore ranks` reads more forms, but a network is built from these alone)"
 
 
@@ -36,7 +32,7 @@ class Backbone:
 
     Attributes:
         model: `model(pixel_values=x).logits`, x of shape (b, 3, image_size, image_size), logits of shape (b, classes).
-        family: architecture.
+        family: name of the architecture, a key of `families.FAMILIES`.
         image_size: side of the square input, pixels.
         mean: per channel, of images in [0, 1].
         std: per channel, of images in [0, 1].
@@ -49,7 +45,7 @@ class Backbone:
     """
 
     model: nn.Module
-    family: Family
+    family: str
     image_size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -108,7 +104,7 @@ def load_backbone(
     if classes < 1:
         raise InputError("classes", f"got {classes}", "a whole number from 1", "give the number of classes")
     stored = read_backbone(source, image_size=image_size, heads=heads, keep_head=keep_head, mean=mean, std=std)
-    _place_head(stored.model, stored.head_name, classes, seed, keep=keep_head, where=str(source))
+    _place_head(stored, stored.model, classes, seed, keep=keep_head, where=str(source))
     return stored
 
 
@@ -127,19 +123,22 @@ def read_backbone(
     from medlore.models.backbones.image_size import check_image_size, image_size_of, with_image_size
 
     path = asset_path(str(source)) if str(source).startswith(PREFIX) else Path(source)
+    timm = timm_weights(path)
     with quiet_transformers():
-        if path.is_file():
+        if timm is not None and not keep_head:
+            family, model, notes, beside = *_from_file(timm, heads), path
+        elif path.is_file():
             if keep_head:
                 raise InputError("keep_head", f"True with the weights file {path}", "a transformers folder", "name the folder")
-            model, notes, beside = *_from_file(path, heads), path.parent
+            family, model, notes, beside = *_from_file(path, heads), path.parent
         else:
-            model, notes, beside = *_from_transformers(path if path.is_dir() else None, str(source), keep_head=keep_head), path
-    family = _FAMILIES[model.config.model_type]
+            family, model, beside = *_from_transformers(path if path.is_dir() else None, str(source), keep_head=keep_head), path
+            notes = ()
     _check_values(model, str(source))
     if image_size is not None and image_size != image_size_of(model):
         notes = (*notes, f"input resized from {image_size_of(model)} to {image_size} pixels")
-        model = with_image_size(model, image_size)
-    check_image_size(model)
+        model = with_image_size(model, image_size, family)
+    check_image_size(model, family)
     model.config.name_or_path = str(source)
     if mean is None or std is None:
         statistics = read_statistics(beside if beside.is_dir() else None, str(source), family)
@@ -147,7 +146,7 @@ def read_backbone(
         statistics = Statistics(mean, std, "bicubic", "settings")
     return Backbone(
         model=model.eval(),
-        family=family,
+        family=family.name,
         image_size=image_size_of(model),
         mean=statistics.mean,
         std=statistics.std,
@@ -163,7 +162,7 @@ def read_backbone(
 def with_fresh_head(stored: Backbone, *, classes: int, seed: int = 0) -> Backbone:
     """A copy of what `read_backbone` gave, with the head that `load_backbone` would put on it; `stored` stays as it is."""
     model = copy.deepcopy(stored.model)
-    _place_head(model, stored.head_name, classes, seed, keep=False, where=stored.source)
+    _place_head(stored, model, classes, seed, keep=False, where=stored.source)
     return replace(stored, model=model)
 
 
@@ -183,8 +182,8 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _from_file(path: Path, heads: int | None) -> tuple[Any, tuple[str, ...]]:
-    import transformers
+def _from_file(path: Path, heads: int | None) -> tuple[Family, Any, tuple[str, ...]]:
+    from transformers import AutoConfig
 
     from medlore.weightfiles import TORCH_SUFFIXES
 
@@ -192,15 +191,11 @@ def _from_file(path: Path, heads: int | None) -> tuple[Any, tuple[str, ...]]:
         what = "a JAX .npz file" if path.suffix.lower() == ".npz" else f"a file of type {path.suffix or 'without suffix'!r}"
         raise CheckpointError(str(path), what, _NETWORK_FILES, _OTHER_FORM)
     converted = convert_state_dict(read_weights(path), where=str(path), heads=heads)
-    kinds: dict[str, tuple[Any, Any]] = {
-        "vit": (transformers.ViTConfig, transformers.ViTForImageClassification),
-        "dinov2": (transformers.Dinov2Config, transformers.Dinov2ForImageClassification),
-        "swin": (transformers.SwinConfig, transformers.SwinForImageClassification),
-    }
-    configuration, network = kinds[converted.model_type]
-    model = network(configuration(**converted.config, num_labels=2))
+    family = FAMILIES[converted.model_type]
+    config = AutoConfig.for_model(converted.model_type, **converted.config, num_labels=2)
+    model = family.network(config)(config)
     _load_strictly(model, converted.weights, str(path))
-    return model, (f"read as {converted.naming}", *converted.notes)
+    return family, model, (f"read as {converted.naming}", *converted.notes)
 
 
 def _load_strictly(model: Any, weights: dict[str, torch.Tensor], where: str) -> None:
@@ -220,7 +215,7 @@ def _load_strictly(model: Any, weights: dict[str, torch.Tensor], where: str) -> 
     model.load_state_dict({k: v.float() for k, v in weights.items()}, strict=False)
 
 
-def _from_transformers(folder: Path | None, name: str, *, keep_head: bool) -> tuple[Any, tuple[str, ...]]:
+def _from_transformers(folder: Path | None, name: str, *, keep_head: bool) -> tuple[Family, Any]:
     """Read a transformers folder, or fetch a hub name; old and new parameter names are both understood by transformers."""
     import transformers
     from safetensors import SafetensorError
@@ -235,60 +230,76 @@ def _from_transformers(folder: Path | None, name: str, *, keep_head: bool) -> tu
             "name the folder that holds config.json, or a weights file",
         )
     place = str(folder) if folder is not None else name
+    values = None if folder is None else _values_beside(folder, name)
     try:
-        config = transformers.AutoConfig.from_pretrained(place, local_files_only=folder is not None)
-        network = _network_of(config, name)
+        config = transformers.AutoConfig.from_pretrained(place, local_files_only=folder is not None, trust_remote_code=False)
+        refuse_own_code(config.to_dict(), name)
+        family = _known_family(config.model_type, name)
+        config = family.prepare(config)
+        config.num_labels = _stored_labels(config)
+        network = family.network(config)
+        _refuse_more_than_the_files_hold(network, config, values, name)
         model, report = network.from_pretrained(
-            place, num_labels=_stored_labels(config), ignore_mismatched_sizes=True, output_loading_info=True, dtype="float32"
+            place, config=config, ignore_mismatched_sizes=True, output_loading_info=True, dtype="float32"
         )
     except (SafetensorError, RuntimeError, EOFError) as error:
         raise CheckpointError(name, f"cannot be read ({_first_line(error)})", "whole weights files", "fetch the folder again") from error
+    except ImportError as error:
+        came = f"a network for which transformers needs another library ({_first_line(error)})"
+        raise CheckpointError(name, came, "a ViT, Swin, DINOv2, CLIP or ResNet of transformers", _OTHER_FORM) from error
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise own_code(name, "code of its own") from error
         raise _not_found(name, error, local=folder is not None) from error
-    bare_clip = network is transformers.CLIPVisionModel
-    _check_report(report, name, head_wanted=keep_head, has_head=not bare_clip)
-    return (_clip_classifier(model), ()) if bare_clip else (model, ())
+    _check_report(report, name, head_wanted=keep_head, has_head=hasattr(model, "classifier"))
+    return family, model if family.classifier is None else family.classifier(model)
+
+
+def _values_beside(folder: Path, name: str) -> int | None:
+    """Number of values in the weights of a folder, its configuration checked against them; None for weights of another form."""
+    from medlore.ranks.model_folders import read_config
+    from medlore.ranks.sources import open_source
+
+    refuse_own_code(read_config(folder) or {}, name)
+    try:
+        return open_source(folder).parameters
+    except CheckpointError:
+        raise
+    except InputError:  # of a form that only transformers reads, or absent: it says so
+        return None
+
+
+def _refuse_more_than_the_files_hold(network: Any, config: Any, values: int | None, name: str) -> None:
+    """A configuration that asks for far more than the files hold is wrong; known before any of it is made."""
+    import torch
+
+    if values is None:
+        return
+    with torch.device("meta"):
+        wanted = sum(p.numel() for n, p in network(config).named_parameters() if not n.startswith("classifier"))
+    if wanted > _MOST_TIMES_THE_FILES * values + _SMALL_NETWORK:
+        came = f"a configuration of {wanted:,} parameters beside weights of {values:,}"
+        raise CheckpointError(name, came, "the configuration that belongs to the weights", "fetch the folder again")
 
 
 def _stored_labels(config: Any) -> int:
     return max(1, int(getattr(config, "num_labels", 2)))
 
 
-def _network_of(config: Any, name: str) -> Any:
-    import transformers
-
-    from medlore.models.backbones.shufflenet import ShuffleNetConfig, ShuffleNetV2
-    from medlore.models.backbones.students import GroupNormResNet, GroupNormResNetConfig
-
-    kinds = {
-        ShuffleNetConfig.model_type: ShuffleNetV2,
-        GroupNormResNetConfig.model_type: GroupNormResNet,
-        "vit": transformers.ViTForImageClassification,
-        "swin": transformers.SwinForImageClassification,
-        "dinov2": transformers.Dinov2ForImageClassification,
-        "resnet": transformers.ResNetForImageClassification,
-        "clip": transformers.CLIPVisionModel,
-        "clip_vision_model": transformers.CLIPVisionModel,
-    }
-    if config.model_type not in kinds:
-        raise UnknownNameError(f"{name}, model_type", config.model_type, kinds, "take a ViT, Swin, DINOv2, CLIP or ResNet")
-    if "CLIPForImageClassification" in (config.architectures or ()):
-        return transformers.CLIPForImageClassification
-    return kinds[config.model_type]
-
-
-def _clip_classifier(vision: Any) -> Any:
-    """The vision half of CLIP below transformers' own classifier, which averages the patch tokens."""
-    import transformers
-
-    model = transformers.CLIPForImageClassification(transformers.CLIPConfig(vision_config=vision.config.to_dict(), num_labels=2))
-    model.vision_model = vision
-    return model
+def _known_family(model_type: str, name: str) -> Family:
+    family = family_of(model_type)
+    if family is None:
+        known = [word for each in FAMILIES.values() for word in each.model_types]
+        fix = f"take one of {', '.join(each.caption for each in FAMILIES.values())}"
+        raise UnknownNameError(f"{name}, model_type", model_type, known, fix)
+    return family
 
 
 # Parts that other uses of a checkpoint bring along or leave out; anything else that is missing or left over is an error.
-_MAY_BE_LEFT_OVER = ("classifier", "head", "pooler", "lm_head", "decoder", "text_", "visual_projection", "logit_scale", "cls_classifier",
-                     "distillation_classifier", "relative_position_index", "position_ids", "mask_token", "num_batches_tracked")  # fmt: skip
+_MAY_BE_LEFT_OVER = (
+    "classifier", "head", "pooler", "lm_head", "decoder", "text_", "visual_projection", "logit_scale", "logit_bias", "cls_classifier",
+    "distillation_classifier", "relative_position_index", "position_ids", "mask_token", "num_batches_tracked",
+)  # fmt: skip
 _MAY_BE_MISSING = ("classifier", "mask_token", "position_ids", "num_batches_tracked")
 
 
@@ -349,32 +360,22 @@ def _head_name(model: Any) -> str:
     return str(next(n for n, m in modules if n.split(".")[0] == "classifier" and not list(m.children())))
 
 
-def _place_head(model: Any, name: str, classes: int, seed: int, *, keep: bool, where: str) -> None:
+def _place_head(stored: Backbone, model: Any, classes: int, seed: int, *, keep: bool, where: str) -> None:
     import torch
     from torch import nn
 
+    from medlore.models.backbones.image_size import vision_config
+
+    name = stored.head_name
     old = model.get_submodule(name)
     if keep:
         if not isinstance(old, nn.Linear) or old.out_features != classes:
             raise CheckpointError(where, f"a head of {getattr(old, 'out_features', 0)} outputs", f"{classes} outputs", "retrain the head")
         return
-    width = old.in_features if isinstance(old, nn.Linear) else _feature_width(model)
+    width = old.in_features if isinstance(old, nn.Linear) else FAMILIES[stored.family].width(vision_config(model.config))
     head = nn.Linear(width, classes)
     nn.init.normal_(head.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
     nn.init.zeros_(head.bias)
     model.set_submodule(name, head)
     model.num_labels = classes
     model.config.num_labels = classes
-
-
-def _feature_width(model: Any) -> int:
-    """Input width of a head that the checkpoint left out (`num_labels` 0)."""
-    from medlore.models.backbones.image_size import vision_config
-
-    config = vision_config(model.config)
-    widths: dict[str, Callable[[], int]] = {
-        "dinov2": lambda: 2 * config.hidden_size,
-        "swin": lambda: config.embed_dim * 2 ** (len(config.depths) - 1),
-        "resnet": lambda: config.hidden_sizes[-1],
-    }
-    return int(widths.get(model.config.model_type, lambda: config.hidden_size)())

@@ -8,20 +8,10 @@ from typing import Any, Literal
 
 from medlore.errors import CheckpointError
 from medlore.files import read_json
+from medlore.models.backbones.families import Family, Triple
 
-Family = Literal["vit", "swin", "dinov2", "clip", "resnet", "shufflenet"]
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
-Triple = tuple[float, float, float]
 
-_HALF = (0.5, 0.5, 0.5)
-_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-# Mean and standard deviation with which the published checkpoints of a family were trained; used only when the checkpoint
-# itself says nothing, and the report says so.
-FAMILY_STATISTICS: dict[Family, tuple[Triple, Triple]] = {
-    "vit": (_HALF, _HALF), "swin": _IMAGENET, "dinov2": _IMAGENET, "clip": _CLIP, "resnet": _IMAGENET,
-    "shufflenet": (_HALF, _HALF),
-}  # fmt: skip
 _PUBLISHED = "published statistics of"
 _PILLOW_MODES: dict[int, Interpolation] = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 
@@ -51,8 +41,8 @@ def read_statistics(folder: Path | None, name: str, family: Family) -> Statistic
     """
     stated = _preprocessor(folder, name)
     if "image_mean" not in stated or "image_std" not in stated:
-        mean, std = FAMILY_STATISTICS[family]
-        return Statistics(mean, std, "bicubic", f"{_PUBLISHED} {family}")
+        mean, std = family.statistics
+        return Statistics(mean, std, "bicubic", f"{_PUBLISHED} {family.name}")
     where = f"{name}, preprocessor_config.json"
     interpolation = _PILLOW_MODES.get(int(stated.get("resample", 3)), "bicubic")
     return Statistics(_triple(stated["image_mean"], where), _triple(stated["image_std"], where), interpolation, "checkpoint")
@@ -68,8 +58,19 @@ def _preprocessor(folder: Path | None, name: str) -> dict[str, Any]:
         if found is None:
             return {}
         file = Path(found)
-    loaded = read_json(file) if file.is_file() else {}
+    loaded = read_json(file) if file.is_file() else _timm_preprocessor(file.parent)
     return loaded if isinstance(loaded, dict) else {}
+
+
+def _timm_preprocessor(folder: Path) -> dict[str, Any]:
+    """What timm states in the `config.json` of its own folders, in transformers' words."""
+    file = folder / "config.json"
+    loaded = read_json(file) if file.is_file() else {}
+    stated = loaded.get("pretrained_cfg") if isinstance(loaded, dict) else None
+    if not isinstance(stated, dict) or "mean" not in stated or "std" not in stated:
+        return {}
+    modes: dict[str, int] = {name: number for number, name in _PILLOW_MODES.items()}
+    return {"image_mean": stated["mean"], "image_std": stated["std"], "resample": modes.get(str(stated.get("interpolation")), 3)}
 
 
 def _triple(values: Any, where: str) -> Triple:

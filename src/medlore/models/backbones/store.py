@@ -10,8 +10,8 @@ from typing import Any, TypeVar, cast
 
 from medlore.assets import PREFIX, asset_path
 from medlore.errors import InputError
+from medlore.models.backbones.families import Triple
 from medlore.models.backbones.reading import Backbone, read_backbone, with_fresh_head
-from medlore.models.backbones.statistics import Triple
 
 Answer = TypeVar("Answer")
 

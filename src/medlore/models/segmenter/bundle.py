@@ -16,10 +16,19 @@ from medlore.assets import PREFIX, asset_path
 from medlore.errors import CheckpointError, InputError, UnknownNameError
 from medlore.files import sha256_of
 from medlore.models import packs
-from medlore.models.segmenter.checkpoints import Expert, SegmenterWeights, expected_shapes, expert_faults, misfits, read_segmenter
+from medlore.models.segmenter.checkpoints import (
+    Expert,
+    SegmenterWeights,
+    expected_shapes,
+    expert_faults,
+    misfits,
+    not_finite,
+    read_segmenter,
+    refuse_sizes,
+)
 from medlore.models.segmenter.network import Segmenter, SegmenterConfig
 from medlore.models.segmenter.prompts import PromptTable
-from medlore.models.segmenter.text import TextEncoder, read_text_encoder
+from medlore.models.segmenter.text import LORKD_TOKENS, TextEncoder, read_text_encoder
 from medlore.models.segmenter.vocabulary import MODALITIES, REGIONS, WHOLE_BODY
 from medlore.models.statefile import State
 
@@ -201,6 +210,8 @@ def load_segmenter(
         weights = read_segmenter(path, lora_alpha=lora_alpha)
         bundle, bound_to = SegmenterBundle(weights, source=path, prompts=table, text=encoder, notes=_scaling_notes(weights)), None
     _check_width(bundle)
+    if encoder is not None and (bundle.weights.experts or bundle.region is not None):  # LoRKD's, or one merged out of it
+        encoder.max_tokens = LORKD_TOKENS
     if expert is not None:
         _keep(bundle, expert)
     _warn_unbound(bundle, [given.sha256 for given in (encoder,) if given] + [given.text_sha256 for given in (table,) if given], bound_to)
@@ -257,7 +268,8 @@ def _load_pack(path: Path, table: PromptTable | None, encoder: TextEncoder | Non
     manifest = packs.read_manifest(path, kind=KIND)
     config = _config_of(path, manifest)
     base = _in_32_bits(packs.read_pack_file(path, manifest, BASE_FILE, verify=verify))
-    faults = misfits(base, expected_shapes(config))
+    refuse_sizes(config, base, f"{path / packs.MANIFEST}: config")
+    faults = [*misfits(base, expected_shapes(config)), *not_finite(base)]
     if faults:
         raise _unfit(path / BASE_FILE, faults, config.name)
     told_experts: dict[str, dict[str, Any]] = manifest["experts"]
@@ -314,7 +326,7 @@ class _PackExperts(Mapping[str, Expert]):
             whole = {t for t in targets if f"{t}.lora_A" in state and f"{t}.lora_B" in state}
             expert = Expert({t: (state[f"{t}.lora_A"], state[f"{t}.lora_B"]) for t in whole}, told["scaling"], told["layout"])
             strange = [f"unexpected: {key}" for key in state if not key.endswith((".lora_A", ".lora_B"))]
-            faults = [*expert_faults(expert, self._base), *strange]
+            faults = [*expert_faults(expert, self._base), *strange, *not_finite(state)]
             if faults:
                 raise _unfit(self._path / told["file"], faults, f"the base for {name}")
             self._read[name] = expert
@@ -331,7 +343,7 @@ def _config_of(path: Path, manifest: Mapping[str, Any]) -> SegmenterConfig:
 
 
 def _unfit(place: Path, faults: list[str], to_what: str) -> CheckpointError:
-    counts = {word: sum(fault.startswith(word) for fault in faults) for word in ("missing", "unexpected", "misshapen")}
+    counts = {word: sum(fault.startswith(word) for fault in faults) for word in ("missing", "unexpected", "misshapen", "not finite")}
     came = f"does not fit {to_what}: " + ", ".join(f"{count} {word}" for word, count in counts.items() if count)
     return CheckpointError(str(place), came, "the weights that the manifest describes", "copy or export the pack again", faults=faults)
 

@@ -124,7 +124,7 @@ def recognise(names: Iterable[str]) -> Kind | None:
     Raises:
         CheckpointError: a backbone of SAT's that is not supported; it is named.
 
-    Example:
+    Examples:
         >>> recognise(["module.backbone.encoder.stages.0.0.convs.0.conv.weight"])
         'segmenter'
     """
@@ -188,7 +188,7 @@ def segmenter_weights(state: State, *, lora_alpha: float | None = None) -> Segme
     weights = _canonical(state)
     factors = {name: weights.pop(name) for name in list(weights) if _FACTOR.match(name)}
     config = _best_config(weights)
-    faults = [*misfits(weights, expected_shapes(config)), *_factor_faults(factors, weights)]
+    faults = [*misfits(weights, expected_shapes(config)), *_factor_faults(factors, weights), *not_finite(weights), *not_finite(factors)]
     if faults:
         raise _partial(config.name, faults)
     base = {name: tensor.float() for name, tensor in weights.items()}
@@ -228,7 +228,7 @@ def _scaled(weights: SegmenterWeights, lora_alpha: float | None) -> SegmenterWei
 def bare_name(name: str) -> str:
     """A weight's name without `model.` and `module.` in front.
 
-    Example:
+    Examples:
         >>> bare_name("module.text_tower.biolord.pooler.dense.bias")
         'text_tower.biolord.pooler.dense.bias'
     """
@@ -240,7 +240,7 @@ def bare_name(name: str) -> str:
 def canonical_name(name: str) -> str:
     """SAT's name of a weight, without prefixes, for any of its published names.
 
-    Example:
+    Examples:
         >>> canonical_name("model.module.backbone.encoder.stages.0.0.stages.1.conv.conv.weight")
         'backbone.encoder.stages.0.0.convs.1.conv.weight'
         >>> canonical_name("unet.decoder.stages.2.stages.0.conv.lora_A_list.7")
@@ -296,6 +296,8 @@ def _config_from_shapes(weights: State) -> SegmenterConfig | None:
     blocks = 1 + _highest(weights, r"backbone\.encoder\.stages\.\d+\.0\.convs\.(\d+)\.conv\.weight")
     layers = 1 + _highest(weights, r"transformer_decoder\.layers\.(\d+)\.linear1\.weight")
     deep = 1 + _highest(weights, r"mid_mask_embed_proj\.(\d+)\.0\.weight")
+    if max(stages, blocks, layers, deep) > len(weights):  # numbers in names that no whole file can have
+        return None
     try:
         convs = [weights[f"backbone.encoder.stages.{s}.0.convs.0.conv.weight"] for s in range(stages)]
         ups = [weights[f"backbone.decoder.transpconvs.{s}.weight"] for s in range(stages - 1)]
@@ -329,6 +331,28 @@ def misfits(weights: State, expected: dict[str, tuple[int, ...]]) -> list[str]:
         if name in expected and tuple(tensor.shape) != expected[name]
     ]
     return [*missing, *unexpected, *misshapen]
+
+
+def not_finite(weights: State) -> list[str]:
+    """Weights with NaN or infinity in them: one line each."""
+    return [f"not finite: {name}" for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())]
+
+
+def refuse_sizes(config: SegmenterConfig, weights: State, where: str) -> None:
+    """Refuse sizes that weights cannot have, before anything of these sizes is made.
+
+    Raises:
+        CheckpointError: more layers than tensors, or widths beyond the number of values.
+    """
+    values = sum(tensor.numel() for tensor in weights.values())
+    counts = {"convs_per_stage": config.convs_per_stage, "decoder_layers": config.decoder_layers, "features": len(config.features)}
+    widths = [*config.features, config.query_width, config.projection_width, config.mask_width, *config.deep_widths, config.feedforward]
+    faults = [f"{name}: {count} for {len(weights)} tensors" for name, count in counts.items() if count > len(weights)]
+    faults += [f"a width of {width} for {values} values" for width in widths if width > values]
+    if faults:
+        raise CheckpointError(
+            where, f"{len(faults)} sizes that the weights cannot have", "the sizes of these weights", "export the pack again", faults=faults
+        )
 
 
 def _factor_faults(factors: State, weights: State) -> list[str]:
@@ -396,7 +420,7 @@ def _pairs(factors: State) -> list[dict[str, tuple[Tensor, Tensor]]]:
 
 
 def _partial(name: str, faults: list[str]) -> CheckpointError:
-    counts = {word: sum(fault.startswith(word) for fault in faults) for word in ("missing", "unexpected", "misshapen")}
+    counts = {word: sum(fault.startswith(word) for fault in faults) for word in ("missing", "unexpected", "misshapen", "not finite")}
     came = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
     return CheckpointError(
         "weights",

@@ -32,7 +32,7 @@ def segmenter_faults(manifest: Mapping[str, Any]) -> list[str]:
 def preprocessing_faults(told: Mapping[str, Any], where: str) -> list[str]:
     """One line for each constant of a training that no volume could be prepared with; those left out are the published ones.
 
-    Example:
+    Examples:
         >>> preprocessing_faults({"roi_size": [96, 96], "overlap": 1.5}, "preprocessing")
         ['preprocessing.roi_size: [96, 96] is no three whole numbers from 1', 'preprocessing.overlap: 1.5 is no number from 0 below 1']
     """

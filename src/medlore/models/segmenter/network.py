@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medlore.errors import InputError
+from medlore.models.segmenter.encoders import ENCODERS, UNET
 from medlore.models.segmenter.positional import positional_encoding
-from medlore.models.segmenter.unet3d import UNet3d
 
 MASK_ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "none": nn.Identity}
 PUBLISHED_ACTIVATION = "gelu"
@@ -38,6 +38,7 @@ class SegmenterConfig:
         feedforward: hidden width of a decoder layer's perceptron.
         mask_activation: after the mask embedding: `gelu` as published, or `none`. With GELU no entry of an embedding goes below
             -0.17 and logits of the background become negative slowly; without it a network learns much faster from nothing.
+        encoder: which image encoder, a key of `encoders.ENCODERS`.
 
     Raises:
         InputError: sizes that do not fit each other.
@@ -56,6 +57,7 @@ class SegmenterConfig:
     heads: int = 8
     feedforward: int = 2048
     mask_activation: str = PUBLISHED_ACTIVATION
+    encoder: str = UNET
 
     def __post_init__(self) -> None:
         faults = list(_config_faults(self))
@@ -74,8 +76,9 @@ class SegmenterConfig:
         return next((name for name, config in PUBLISHED.items() if _bare(config) == _bare(self)), "segmenter")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {f.name: list(v) if isinstance(v := getattr(self, f.name), tuple) else v for f in fields(self)}
+        """Plain JSON values; the encoder is named where it is not the U-Net, as in every file from before there was another."""
+        values = {f.name: list(v) if isinstance(v := getattr(self, f.name), tuple) else v for f in fields(self)}
+        return values if self.encoder != UNET else {name: value for name, value in values.items() if name != "encoder"}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SegmenterConfig:
@@ -85,7 +88,7 @@ class SegmenterConfig:
 
 
 def _config_faults(c: SegmenterConfig) -> list[str]:
-    numbers = {f.name: getattr(c, f.name) for f in fields(c) if f.name != "mask_activation"}
+    numbers = {f.name: getattr(c, f.name) for f in fields(c) if f.name not in ("mask_activation", "encoder")}
     lists = ("features", "strides", "deep_widths")
     faults = [
         f"{name} {value!r} is no {'list of whole numbers' if name in lists else 'whole number'}"
@@ -105,6 +108,8 @@ def _config_faults(c: SegmenterConfig) -> list[str]:
         faults.append(f"{len(c.deep_widths)} deep_widths; the decoder has {len(c.features) - 2} maps below full resolution")
     if not isinstance(c.mask_activation, str) or c.mask_activation not in MASK_ACTIVATIONS:
         faults.append(f"mask_activation {c.mask_activation!r} is none of {', '.join(MASK_ACTIVATIONS)}")
+    if not isinstance(c.encoder, str) or c.encoder not in ENCODERS:
+        faults.append(f"encoder {c.encoder!r} is none of {', '.join(ENCODERS)}")
     small = [name for name, value in numbers.items() if min(value if isinstance(value, tuple) else (value,), default=1) < 1]
     if small:
         faults.append(f"{', '.join(small)} must be at least 1")
@@ -193,16 +198,16 @@ class QueryDecoder(nn.Module):
 
 
 class Segmenter(nn.Module):
-    """A U-Net whose pixels are compared with the decoded embedding of each prompt.
+    """An image encoder whose pixels are compared with the decoded embedding of each prompt.
 
-    The U-Net runs once a window (`encode`); prompts are asked of its result (`decode`) in groups of any size, since the
-    answer to one prompt never depends on the others. Names in the state dict are SAT's, without `module.`.
+    The encoder (`encoders.ENCODERS`) runs once a window (`encode`); prompts are asked of its result (`decode`) in groups of any
+    size, since the answer to one prompt never depends on the others. Names in the state dict are SAT's, without `module.`.
 
     Args:
         config: the sizes; only they are built.
         dropout: in the query decoder, in train mode.
 
-    Example:
+    Examples:
         >>> tiny = SegmenterConfig((4, 8), strides=(1, 2), patch=2, query_width=12, heads=2, projection_width=8,
         ...                        mask_width=8, feedforward=16, decoder_layers=1)
         >>> Segmenter(tiny)(torch.zeros(1, 3, 4, 4, 2), torch.zeros(5, 12)).shape
@@ -213,7 +218,7 @@ class Segmenter(nn.Module):
         super().__init__()
         self.config = config
         width = config.query_width
-        self.backbone = UNet3d(config.image_channels, config.features, blocks=config.convs_per_stage, strides=config.strides)
+        self.backbone = ENCODERS[config.encoder].build(config)
         self.projection_layer = _perceptron(config.pooled_width, config.projection_width, width, last=nn.GELU())
         self.transformer_decoder = QueryDecoder(
             width, layers=config.decoder_layers, heads=config.heads, feedforward=config.feedforward, dropout=dropout
@@ -235,9 +240,10 @@ class Segmenter(nn.Module):
             InputError: a window of the wrong channels or sides.
         """
         grid = self._token_grid(x)
-        encoded = self.backbone.encoder(x)
+        backbone: Any = self.backbone
+        encoded = backbone.encoder(x)
         pooled = torch.cat([_pooled(stage, grid) for stage in encoded], dim=1)  # b c gh gw gd
-        decoded = self.backbone.decoder(encoded)  # frees each map of the encoder once it was used
+        decoded = backbone.decoder(encoded)  # frees each map of the encoder once it was used
         tokens = self.projection_layer(pooled.flatten(2).transpose(1, 2))  # b t width
         lower = tuple(decoded[1 : 1 + len(self.config.deep_widths)]) if deep else ()
         return Features(decoded[0], tokens, grid, lower)
@@ -315,7 +321,7 @@ def compare(embeddings: Tensor, pixels: Tensor) -> Tensor:
 def count_parameters(config: SegmenterConfig) -> int:
     """Number of weights of a segmenter of these sizes, without allocating any.
 
-    Example:
+    Examples:
         >>> count_parameters(LORKD_NANO)
         57235872
     """
@@ -324,19 +330,14 @@ def count_parameters(config: SegmenterConfig) -> int:
 
 
 def expert_targets(config: SegmenterConfig) -> dict[str, int]:
-    """Module names that LoRKD adapts (every 3x3x3 convolution), each with its rank in units of the expert's rank.
+    """Module names that experts adapt, each with its rank in units of the expert's rank; with the U-Net those of LoRKD.
 
-    The encoder has one unit, the decoder two.
-
-    Example:
+    Examples:
         >>> targets = expert_targets(LORKD_NANO)
         >>> len(targets), targets["backbone.decoder.stages.0.convs.0.conv"]
         (18, 2)
     """
-    stages, blocks = len(config.features), range(config.convs_per_stage)
-    encoder = {f"backbone.encoder.stages.{s}.0.convs.{i}.conv": 1 for s in range(stages) for i in blocks}
-    decoder = {f"backbone.decoder.stages.{s}.convs.{i}.conv": 2 for s in range(stages - 1) for i in blocks}
-    return {**encoder, **decoder}
+    return {f"backbone.{name}": units for name, units in ENCODERS[config.encoder].targets(config).items()}
 
 
 def _perceptron(inputs: int, hidden: int, outputs: int, *, last: nn.Module) -> nn.Sequential:

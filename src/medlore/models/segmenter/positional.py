@@ -24,7 +24,7 @@ def positional_encoding(grid: tuple[int, int, int], width: int, *, device: torch
 
     Source: SAT's positional encoding (768 channels, 256 an axis).
 
-    Example:
+    Examples:
         >>> positional_encoding((1, 1, 2), 6)[0, 0, 1, :4].tolist()
         [0.0, 1.0, 0.0, 1.0]
     """

@@ -19,7 +19,8 @@ from medlore.models.segmenter.checkpoints import bare_name, recognise
 from medlore.models.segmenter.vocabulary import canonical_modality
 from medlore.models.statefile import State, read_state
 
-MAX_TOKENS = 256
+MAX_TOKENS, LORKD_TOKENS = 256, 64  # of a prompt with its marks: SAT's, and what LoRKD's networks were trained with
+_NORM_EPSILON = 1e-5  # of MPNet and BioLORD; transformers' default for MPNet is another
 # The published embeddings were made with the words [CLS] and [SEP] looked up in MPNet's list, where they are ordinary entries,
 # and with 0 for padding; MPNet's own marks (0, 1, 2) are not used. Repeating that is what makes the embeddings agree.
 PAD, UNKNOWN, FIRST, LAST = 0, 104, 105, 106
@@ -106,15 +107,15 @@ def _words_of_json(path: Path) -> dict[str, int]:
     return {str(word): int(index) for word, index in words.items()}
 
 
-def prompt_ids(pieces: Sequence[int]) -> list[int]:
-    """Ids of one prompt with its marks, at most 256; a longer one loses its tail, not its end mark.
+def prompt_ids(pieces: Sequence[int], *, most: int = MAX_TOKENS) -> list[int]:
+    """Ids of one prompt with its marks, at most `most`; a longer one loses its tail, not its end mark.
 
-    Example:
+    Examples:
         >>> prompt_ids([11, 12])
         [105, 11, 12, 106]
     """
     ids = [FIRST, *pieces, LAST]
-    return ids if len(ids) <= MAX_TOKENS else [*ids[: MAX_TOKENS - 1], LAST]
+    return ids if len(ids) <= most else [*ids[: most - 1], LAST]
 
 
 def padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -131,15 +132,19 @@ class TextEncoder(nn.Module):
         state: canonical weights (`text_tower.biolord.*`, `projection_layer.*`, `modality_embed.weight`); they tell all sizes.
         wordpieces: the tokenizer; None if only ids are embedded.
         sha256: hash of the file, for binding.
+        max_tokens: where prompts are cut: 256 for SAT, 64 for LoRKD.
 
     Raises:
         CheckpointError: missing, unexpected or misshapen weights.
     """
 
-    def __init__(self, state: State, *, wordpieces: Wordpieces | None = None, sha256: str | None = None) -> None:
+    def __init__(
+        self, state: State, *, wordpieces: Wordpieces | None = None, sha256: str | None = None, max_tokens: int = MAX_TOKENS
+    ) -> None:
         from transformers import MPNetModel
 
         super().__init__()
+        self.max_tokens = max_tokens
         self.wordpieces, self.sha256 = wordpieces, sha256
         with torch.device("meta"):
             self.tower = MPNetModel(_tower_config(state))
@@ -179,9 +184,14 @@ class TextEncoder(nn.Module):
             )
         parts = []
         for start in range(0, len(labels), batch_size):
-            ids, mask = padded([prompt_ids(self.wordpieces(label.lower())) for label in labels[start : start + batch_size]])
+            ids, mask = padded(
+                [prompt_ids(self.wordpieces(label.lower()), most=self.max_tokens) for label in labels[start : start + batch_size]]
+            )
             parts.append(self.embed_ids(ids, mask, modality))
-        return torch.cat(parts) if parts else torch.zeros(0, self.width)
+        embeddings = torch.cat(parts) if parts else torch.zeros(0, self.width)
+        if not bool(torch.isfinite(embeddings).all()):
+            raise CheckpointError("text encoder", "embeddings that are not finite", "finite weights", "fetch the file again")
+        return embeddings
 
     def _load(self, state: State) -> None:
         """Assign every weight, and say at once what is missing, unexpected or misshapen."""
@@ -192,6 +202,7 @@ class TextEncoder(nn.Module):
         faults += [
             f"misshapen: {n} {tuple(w.shape)}, should be {own[n]}" for n, w in given.items() if n in own and tuple(w.shape) != own[n]
         ]
+        faults += [f"not finite: {name}" for name, w in given.items() if not bool(torch.isfinite(w).all())]
         if faults:
             raise CheckpointError(
                 "text encoder",
@@ -260,4 +271,5 @@ def _tower_config(state: State) -> Any:
         intermediate_size=state[f"{_TOWER}encoder.layer.0.intermediate.dense.weight"].shape[0],
         max_position_embeddings=state[f"{_TOWER}embeddings.position_embeddings.weight"].shape[0],
         relative_attention_num_buckets=buckets,
+        layer_norm_eps=_NORM_EPSILON,
     )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from medlore.models.segmenter.encoders import ENCODERS
 from medlore.models.segmenter.network import Segmenter
 from medlore.models.segmenter.unet3d import NEGATIVE_SLOPE, ConvBlock, ConvStack, UNet3d
 
@@ -24,18 +25,19 @@ _LAYOUT = torch.channels_last_3d
 
 
 def ready_for_cpu(network: Segmenter, dtype: torch.dtype = torch.float32) -> Segmenter:
-    """A copy for inference on this processor; where it has no oneDNN, the network itself.
+    """A copy for inference on this processor; where it has no oneDNN or the encoder no such form, the network itself.
 
-    Everything but the U-Net is shared with `network`, which is left as it is.
+    Everything but the encoder is shared with `network`, which is left as it is.
 
     Args:
         network: on the CPU.
-        dtype: of the U-Net: float32, or bfloat16 on a processor that multiplies it.
+        dtype: of the encoder: float32, or bfloat16 on a processor that multiplies it.
     """
-    if not torch.backends.mkldnn.is_available() or dtype not in (torch.float32, torch.bfloat16):
+    make_ready = ENCODERS[network.config.encoder].ready
+    if make_ready is None or not torch.backends.mkldnn.is_available() or dtype not in (torch.float32, torch.bfloat16):
         return network
     ready = copy.copy(network)
-    ready._modules = {**network._modules, "backbone": InferenceUNet3d(network.backbone, dtype)}
+    ready._modules = {**network._modules, "backbone": make_ready(network.backbone, dtype)}
     return ready
 
 
@@ -68,10 +70,15 @@ class _Block(nn.Module):
         self._eps = norm.eps
         self._weight = conv.weight.detach().to(dtype).contiguous(memory_format=_LAYOUT)
         self._bias = None if conv.bias is None else conv.bias.detach().to(dtype)
+        # oneDNN refuses bfloat16 on a processor without AVX-512 or AVX-NE-CONVERT; PyTorch itself multiplies it there, slowly
+        self._direct = dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
         self._scale, self._shift = norm.weight.detach().float(), norm.bias.detach().float()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = torch.mkldnn_convolution(x, self._weight, self._bias, (1, 1, 1), self._stride, (1, 1, 1), 1)
+        if self._direct:
+            y = torch.mkldnn_convolution(x, self._weight, self._bias, (1, 1, 1), self._stride, (1, 1, 1), 1)
+        else:
+            y = F.conv3d(x, self._weight, self._bias, self._stride, 1)
         return F.leaky_relu_(F.group_norm(y, y.shape[1], self._scale, self._shift, self._eps), NEGATIVE_SLOPE)
 
 

@@ -57,7 +57,7 @@ def canonical_modality(word: str) -> str:
     Raises:
         UnknownNameError: none of them.
 
-    Example:
+    Examples:
         >>> canonical_modality("T1ce"), canonical_modality("PT")
         ('mri', 'pet')
     """
@@ -103,7 +103,7 @@ class Vocabulary:
         labels: label -> {"regions": {modality: region}, "synonyms": [...], "published": [modality, ...]}.
         datasets: published data-set name -> region, as LoRKD chose its expert.
 
-    Example:
+    Examples:
         >>> words = default_vocabulary()
         >>> words.lookup("Kidney_left", "ct").label
         'left kidney'
@@ -227,7 +227,7 @@ class Vocabulary:
         Raises:
             UnknownNameError: neither.
 
-        Example:
+        Examples:
             >>> default_vocabulary().region_of_dataset("AMOS22_CT_abdomen"), default_vocabulary().region_of_dataset("SKI10")
             ('abdomen', 'lower limb')
         """

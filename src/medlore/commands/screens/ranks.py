@@ -1,0 +1,74 @@
+"""What `medlore ranks` prints: a table of the layers, totals, notes, and a bar while matrices are measured."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.measure import Measurement
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from medlore.inspecting.ranks import cut_layers
+from medlore.ranks.plan import RankPlan
+
+
+def print_plan(plan: RankPlan, written: dict[str, str]) -> None:
+    """The table to stdout; notes and written files to stderr."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("layer", "part", "shape", "measured", "stable rank", "rank", "alpha", "parameters", "decided by"):
+        table.add_column(title, justify="left" if title in ("layer", "part", "decided by") else "right", no_wrap=True)
+    for x in plan.layers:
+        measured = "" if x.measured_shape is None or x.measured_shape == x.shape else f"{x.measured_shape[0]}x{x.measured_shape[1]}"
+        value = "" if x.stable_rank is None else f"{x.stable_rank:.3f}"
+        shape = f"{x.shape[0]}x{x.shape[1]}"
+        table.add_row(x.name, x.part, shape, measured, value, str(x.rank), f"{x.alpha:g}", f"{x.parameters:,}", x.decided_by)
+    console = Console(soft_wrap=True)
+    console.width = max(console.width, Measurement.get(console, console.options.update_width(1000), table).maximum)
+    console.print(table)
+    console.print()
+    for line in _totals(plan):
+        console.print(line, highlight=False)
+    notes = Console(stderr=True, soft_wrap=True, highlight=False)
+    if cut := cut_layers(plan):
+        notes.print(f"note: {len(cut)} of {len(plan.layers)} layers have the smaller side of their matrix as rank: the rule asked for more")
+    for kind, path in written.items():
+        notes.print(f"{kind} written to {path}", markup=False)
+    if "peft" in written and any(layer.rows is not None for layer in plan.layers):
+        notes.print("q, k and v are one matrix here: with this file PEFT trains one factor pair over all three. To train q and v apart,")
+        notes.print("write the plan with --out and use medlore.get_peft_model(model, plan).")
+
+
+def _totals(plan: RankPlan) -> Iterator[str]:
+    share = f", {100 * plan.parameters / plan.model_parameters:.2f} % of {plan.model_parameters:,}" if plan.model_parameters else ""
+    yield f"{len(plan.layers)} factor pairs, {plan.parameters:,} parameters{share}"
+    yield f"the same parameters at one rank for all: {plan.uniform_rank:.1f}"
+    ways = ", ".join(f"{count} {how}" for how, count in Counter(x.decided_by for x in plan.layers).items())
+    chance = (
+        ""
+        if plan.proof or not {"lanczos", "cholesky"} & {x.decided_by for x in plan.layers}
+        else " (chance of a wrong integer below 1e-12 each; --proof for none)"
+    )
+    yield f"rule {plan.rule}, granularity {plan.granularity}, alpha {plan.alpha_rule}; decided: {ways}{chance}"
+    yield f"weights {(plan.sha256 or 'without values')[:16]} ({plan.layout} names)"
+
+
+@contextmanager
+def progress_bar() -> Iterator[Any]:
+    """A bar on stderr, where someone watches."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    )
+    with bar:
+        task = bar.add_task("measuring", total=None)
+        yield lambda done, of, _name: bar.update(task, completed=done, total=of)

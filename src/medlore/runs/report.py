@@ -1,0 +1,173 @@
+"""The `report.json` that each run leaves: what was asked, with what, on what, and what came out."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from medlore.errors import InputError, StepError
+from medlore.files import read_json, sha256_of, write_json
+from medlore.runs.settings import Settings
+
+REPORT_SCHEMA = "medlore/report/1"
+_REPORTED_PACKAGES = ("medlore", "torch", "transformers", "peft", "accelerate", "numpy", "safetensors", "nibabel", "scikit-learn")
+
+
+class Run:
+    """One run of a recipe; as a context manager it writes `OUT/report.json` however the run ends.
+
+    Args:
+        verb: the command, e.g. `finetune`.
+        out: folder of the outputs; created.
+        settings: what the run was asked to do; written out in full.
+        seed: seed of the run, if it draws at random.
+        device: device on which it runs, if any.
+
+    The report holds: schema, verb, command, state (`done`, `failed`, `interrupted`), versions, git, machine, settings, seed,
+    device, inputs (path -> sha256), outputs (name -> path below OUT), results, seconds, peak_memory_bytes.
+    """
+
+    def __init__(
+        self, verb: str, out: str | Path, *, settings: Settings | Mapping[str, Any], seed: int | None = None, device: str | None = None
+    ) -> None:
+        self.out = Path(out)
+        self.results: dict[str, Any] = {}
+        self._inputs: dict[str, str] = {}
+        self._outputs: dict[str, str] = {}
+        self._head: dict[str, Any] = {
+            "schema": REPORT_SCHEMA,
+            "verb": verb,
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "settings": settings.model_dump(mode="json") if isinstance(settings, Settings) else dict(settings),
+            "seed": seed,
+            "device": device,
+        }
+        self._start = time.perf_counter()
+
+    def add_input(self, path: str | Path) -> None:
+        """Record an input file or folder with its hash."""
+        self._inputs[str(path)] = sha256_of(path)
+
+    def add_output(self, name: str, path: str | Path) -> None:
+        """Record an output below the run's folder."""
+        self._outputs[name] = os.path.relpath(path, self.out)
+
+    def write(self, state: str) -> Path:
+        """Write `report.json` as it stands."""
+        report = {
+            **self._head,
+            "state": state,
+            "inputs": self._inputs,
+            "outputs": self._outputs,
+            "results": self.results,
+            "seconds": round(time.perf_counter() - self._start, 3),
+            "peak_memory_bytes": peak_memory_bytes(),
+            **describe_machine(),
+        }
+        return write_json(self.out / "report.json", report)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None:
+            self.results["error"] = f"{kind.__name__ if kind else ''}: {error}"
+        self.write("done" if error is None else "interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+
+
+def refuse_finished(out: str | Path, *, overwrite: bool, settings: Settings | None = None) -> None:
+    """Keep the results of a finished run from being replaced without a word.
+
+    Args:
+        out: folder of the outputs.
+        overwrite: replace them.
+        settings: of the new run, where the same ones may run again: they give the same results.
+
+    Raises:
+        InputError: OUT/report.json says that a run is finished.
+    """
+    report = Path(out) / "report.json"
+    if overwrite or not report.is_file():
+        return
+    try:
+        found = read_json(report)
+    except InputError:  # cut off: nothing finished
+        return
+    same = settings is not None and isinstance(found, dict) and found.get("settings") == settings.model_dump(mode="json")
+    if isinstance(found, dict) and found.get("state") == "done" and not same:
+        came = f"{out} holds a finished run of {found.get('verb')}, which would be replaced"
+        raise InputError("--out", came, "a new folder", "name another folder, or give --overwrite")
+
+
+@contextlib.contextmanager
+def next_run(name: str, folder: str | Path = "runs") -> Iterator[Path]:
+    """A new folder `FOLDER/NAME-NUMBER`, the first number that is free; no two runs get the same one.
+
+    It is taken away again if nothing was written into it.
+
+    Raises:
+        InputError: several processes train together: each would take a number of its own.
+        StepError: it cannot be made.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("--out", "nothing", "a folder that all processes share", "give --out runs/NAME")
+    for number in itertools.count(1):
+        found = Path(folder) / f"{name}-{number}"
+        try:
+            found.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise StepError(str(found), error.strerror or str(error), "a folder that can be made", "give --out") from error
+        break
+    try:
+        yield found
+    finally:
+        with contextlib.suppress(OSError):
+            found.rmdir()
+
+
+def describe_machine() -> dict[str, Any]:
+    """Versions, git state and machine, for reports."""
+    return {
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _REPORTED_PACKAGES}},
+        "git": _git_state(),
+        "machine": {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count()},
+    }
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Commit of the working copy that medlore itself was imported from; None for an installed wheel."""
+    root = Path(__file__).resolve().parents[3]
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10, check=True)  # noqa: S607
+        status = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, timeout=30, check=True)  # noqa: S607
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit.stdout.strip(), "modified": bool(status.stdout.strip())}
