@@ -87,3 +87,19 @@ def test_images_of_a_folder(tmp_path: Path) -> None:
     for name in ("b.nii.gz", "a.nii", "notes.txt", "c.nrrd"):
         (tmp_path / name).touch()
     assert [p.name for p in find_images(tmp_path)] == ["a.nii", "b.nii.gz", "c.nrrd"]
+
+
+def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
+    """Other characters that Python counts as ends of lines may stand in a text of JSON."""
+    told = {"note": "a\u2028b\x85c\x0bd"}
+    write_cases(tmp_path / "c.jsonl", [Case(tmp_path / "a.nii", ("liver",), "ct", other=told)] * 2)
+    assert [case.other for case in read_cases(tmp_path / "c.jsonl")] == [told, told]
+    (tmp_path / "w.jsonl").write_bytes((tmp_path / "c.jsonl").read_bytes().replace(b"\n", b"\r\n"))
+    assert [case.line for case in read_cases(tmp_path / "w.jsonl")] == [1, 2]
+
+
+def test_every_suffix_of_the_table_is_left_out_of_names() -> None:
+    from medlore.data.formats import FORMATS
+
+    for suffix in (suffix for format_ in FORMATS for suffix in format_.suffixes):
+        assert Case(Path(f"a/ct.v2{suffix}"), (), "ct").name == Case(Path(f"a/ct.v2{suffix.upper()}"), (), "ct").name == "ct.v2"

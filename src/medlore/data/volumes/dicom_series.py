@@ -204,8 +204,8 @@ def values_of(file: DicomFile, dataset: Any, source: Path | ArchiveMember) -> tu
     if whole:
         values: Array = raw.astype(np.int64) * int(slope) + int(intercept)
     else:
-        floats: Array = raw.astype(np.float32 if raw.dtype.itemsize <= 2 else np.float64)
-        values = floats * slope + intercept
+        wide: Array = raw.astype(np.float32 if raw.dtype.itemsize <= 2 else np.float64)
+        values = wide * slope + intercept
     if file.text("Modality") == "CT" and (outside := _padding(file, raw)) is not None:
         values = np.where(outside, np.minimum(values, -1024), values)  # outside the scanner's circle is air
     return values.T, whole
