@@ -32,6 +32,10 @@ def ranks(
     out: Path | None = typer.Option(None, help="Write the plan: plan.json."),
     plot: Path | None = typer.Option(None, help="Draw the ranks by depth: ranks.png."),
     peft: Path | None = typer.Option(None, help="Write adapter_config.json for PEFT into this new folder."),
+    tower: str = typer.Option("auto", help="Of an image-text model: vision, text or both; auto takes the image half."),
+    ema: bool = typer.Option(False, "--ema", help="Take the moving average of the weights from a torch file that holds both."),
+    full: bool = typer.Option(False, "--full", help="A line for each matrix in place of one for each block."),
+    quiet: bool = typer.Option(False, "--quiet", "-q", help="The totals alone."),
     seed: int = typer.Option(0, help="Of the random start vectors; the ranks do not depend on it."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
@@ -47,6 +51,8 @@ def ranks(
         plot=plot,
         peft=peft,
         as_json=as_json,
+        full=full,
+        quiet=quiet,
         targets=targets,
         granularity=granularity,
         rule=rule,
@@ -60,5 +66,7 @@ def ranks(
         min_rank=min_rank,
         max_rank=max_rank,
         check=not any_weights,
+        tower=tower,
+        ema=ema,
         seed=seed,
     )

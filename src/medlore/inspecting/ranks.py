@@ -20,14 +20,25 @@ from medlore.extras import require
 from medlore.files import atomic_path, json_text
 from medlore.ranks.allocate import plan_ranks
 from medlore.ranks.export import refuse_a_trained_adapter, write_peft_config
-from medlore.ranks.plan import PLAN_SCHEMA, RankPlan
+from medlore.ranks.plan import PLAN_SCHEMA, RankPlan, place_of
 from medlore.ranks.planned import PlannedLayer
+from medlore.ranks.summary import coverage_lines, short_table, totals_line
 
 _PART_NAMES = {"q": "query", "k": "key", "v": "value", "o": "output projection", "mlp": "MLP", "conv": "convolution", "linear": "linear"}
 _PART_COLOURS = {"q": "#0072b2", "k": "#999999", "v": "#d55e00", "o": "#009e73", "mlp": "#cc79a7", "conv": "#e69f00", "linear": "#56b4e9"}
 
 
-def show_ranks(source: str, *, out: Path | None, plot: Path | None, peft: Path | None, as_json: bool, **options: Any) -> RankPlan:
+def show_ranks(
+    source: str,
+    *,
+    out: Path | None,
+    plot: Path | None,
+    peft: Path | None,
+    as_json: bool,
+    full: bool = False,
+    quiet: bool = False,
+    **options: Any,
+) -> RankPlan:
     """Compute a plan, write what was asked for, and print it.
 
     Args:
@@ -36,6 +47,8 @@ def show_ranks(source: str, *, out: Path | None, plot: Path | None, peft: Path |
         plot: where the picture goes (`.png`, `.pdf`, `.svg`).
         peft: new folder for `adapter_config.json`.
         as_json: print one JSON object in place of the table.
+        full: a line for each matrix in place of one for each block.
+        quiet: the totals alone, without table and notes.
         options: further arguments of `plan_ranks`.
     """
     if peft is not None:
@@ -51,11 +64,14 @@ def show_ranks(source: str, *, out: Path | None, plot: Path | None, peft: Path |
     if plot is not None:
         written["plot"] = str(draw_profile(plan, plot))
     if peft is not None and config is not None:
+        config.base_model_name_or_path = place_of(plan)
         written["peft"] = str(write_peft_config(config, peft))
     if as_json:
         sys.stdout.write(json_text(summary(plan) | {"written": written}) + "\n")
+    elif quiet:
+        sys.stdout.write(totals_line(plan) + "\n")
     else:
-        print_plan(plan, written)
+        print_plan(plan, written, full=full)
     return plan
 
 
@@ -89,23 +105,21 @@ def cut_layers(plan: RankPlan) -> list[str]:
     return [layer.name for layer in plan.layers if wished(layer) >= min(layer.shape) + 1]
 
 
-def print_plan(plan: RankPlan, written: dict[str, str]) -> None:
+def print_plan(plan: RankPlan, written: dict[str, str], *, full: bool = False) -> None:
     """The table to stdout; notes and written files to stderr."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("layer", "part", "shape", "measured", "stable rank", "rank", "alpha", "parameters", "decided by"):
-        table.add_column(title, justify="left" if title in ("layer", "part", "decided by") else "right", no_wrap=True)
-    for x in plan.layers:
-        measured = "" if x.measured_shape is None or x.measured_shape == x.shape else f"{x.measured_shape[0]}x{x.measured_shape[1]}"
-        value = "" if x.stable_rank is None else f"{x.stable_rank:.3f}"
-        shape = f"{x.shape[0]}x{x.shape[1]}"
-        table.add_row(x.name, x.part, shape, measured, value, str(x.rank), f"{x.alpha:g}", f"{x.parameters:,}", x.decided_by)
     console = Console(soft_wrap=True)
-    console.width = max(console.width, Measurement.get(console, console.options.update_width(1000), table).maximum)
-    console.print(table)
+    if full:
+        table = _full_table(plan)
+        console.width = max(console.width, Measurement.get(console, console.options.update_width(1000), table).maximum)
+        console.print(table)
+    else:
+        console.print(short_table(plan), highlight=False, markup=False)
     console.print()
     for line in _totals(plan):
         console.print(line, highlight=False)
     notes = Console(stderr=True, soft_wrap=True, highlight=False)
+    for line in coverage_lines(plan.coverage):
+        notes.print(line, markup=False)
     if cut := cut_layers(plan):
         notes.print(f"note: {len(cut)} of {len(plan.layers)} layers have the smaller side of their matrix as rank: the rule asked for more")
     for kind, path in written.items():
@@ -115,9 +129,20 @@ def print_plan(plan: RankPlan, written: dict[str, str]) -> None:
         notes.print("write the plan with --out and use medlore.get_peft_model(model, plan).")
 
 
+def _full_table(plan: RankPlan) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("layer", "part", "shape", "measured", "stable rank", "rank", "alpha", "parameters", "decided by"):
+        table.add_column(title, justify="left" if title in ("layer", "part", "decided by") else "right", no_wrap=True)
+    for x in plan.layers:
+        measured = "" if x.measured_shape is None or x.measured_shape == x.shape else f"{x.measured_shape[0]}x{x.measured_shape[1]}"
+        value = "" if x.stable_rank is None else f"{x.stable_rank:.3f}"
+        shape = f"{x.shape[0]}x{x.shape[1]}" if x.experts == 1 else f"{x.experts} of {x.shape[0]}x{x.shape[1]}"
+        table.add_row(x.name, x.part, shape, measured, value, str(x.rank), f"{x.alpha:g}", f"{x.parameters:,}", x.decided_by)
+    return table
+
+
 def _totals(plan: RankPlan) -> Iterator[str]:
-    share = f", {100 * plan.parameters / plan.model_parameters:.2f} % of {plan.model_parameters:,}" if plan.model_parameters else ""
-    yield f"{len(plan.layers)} factor pairs, {plan.parameters:,} parameters{share}"
+    yield totals_line(plan)
     yield f"the same parameters at one rank for all: {plan.uniform_rank:.1f}"
     ways = ", ".join(f"{count} {how}" for how, count in Counter(x.decided_by for x in plan.layers).items())
     chance = (

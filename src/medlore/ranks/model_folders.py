@@ -42,18 +42,20 @@ _NARROWEST = 16  # a label costs a row of the head; no network here is narrower
 
 def read_config(folder: Path) -> dict[str, Any] | None:
     """The configuration of a transformers folder; None where there is none, or one of another library (timm has no `model_type`)."""
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        return None
-    content = read_json(path)
-    return content if isinstance(content, dict) and isinstance(content.get("model_type"), str) else None
+    content = read_json_object(folder / CONFIG_FILE)
+    return content if isinstance(content.get("model_type"), str) else None
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no such file, or one that holds something else."""
+    content = read_json(path) if path.is_file() else None
+    return content if isinstance(content, dict) else {}
 
 
 def timm_weights(folder: Path) -> Path | None:
     """The weights file of a folder that timm wrote for the hub; its names say what it is. None for any other folder or file."""
-    path = folder / CONFIG_FILE
-    content = read_json(path) if path.is_file() else None
-    if not isinstance(content, dict) or "model_type" in content or not isinstance(content.get("architecture"), str):
+    content = read_json_object(folder / CONFIG_FILE)
+    if "model_type" in content or not isinstance(content.get("architecture"), str):
         return None
     return next((folder / n for n in ("model.safetensors", "pytorch_model.bin") if (folder / n).is_file()), None)
 

@@ -164,10 +164,10 @@ class SafetensorsSource(WeightSource):
 class TorchFileSource(WeightSource):
     """One or several files written by `torch.save`."""
 
-    def __init__(self, label: str, files: Iterable[Path]) -> None:
+    def __init__(self, label: str, files: Iterable[Path], *, averaged: bool = False) -> None:
         self._tensors: dict[str, Tensor] = {}
         for path in files:
-            self._tensors |= unwrapped(load_torch_file(path), path)
+            self._tensors |= unwrapped(load_torch_file(path), path, averaged=averaged)
         super().__init__(label, {k: tuple(t.shape) for k, t in self._tensors.items()})
         places: dict[tuple[Any, ...], str] = {}
         self.tied = {}
@@ -220,14 +220,19 @@ class JaxSource(WeightSource):
         return torch.from_numpy(np.ascontiguousarray(kernel.reshape(shape[1], shape[0]).T))
 
 
-def open_source(source: nn.Module | str | Path) -> WeightSource:
+def open_source(source: nn.Module | str | Path, *, averaged: bool = False) -> WeightSource:
     """The weights behind a module, a path, a shipped name or a hub name.
+
+    Args:
+        source: one of these.
+        averaged: of a torch file, the moving average that was saved beside the weights.
 
     Raises:
         InputError: no such file, or a kind of file that holds no weights.
         CheckpointError: the file is broken, or would run code when read.
     """
     if isinstance(source, nn.Module):
+        _refuse_a_tuned_model(source)
         return ModuleSource(source)
     label = str(source)
     if label.startswith(PREFIX):
@@ -236,17 +241,44 @@ def open_source(source: nn.Module | str | Path) -> WeightSource:
         path = Path(source)
         if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", label) and not path.suffix:
             path = _from_hub(label)
-    return _open_folder(label, path) if path.is_dir() else _open_file(label, existing_file(path))
+    if path.is_dir():
+        return _open_folder(label, path)
+    opened = _open_file(label, existing_file(path), averaged=averaged)
+    if opened.shapes and all("lora_" in name for name in opened.shapes):
+        raise _adapter(label, path.parent)
+    return opened
 
 
-def _open_file(label: str, path: Path) -> WeightSource:
+def _refuse_a_tuned_model(model: nn.Module) -> None:
+    """The factors of a PEFT model are no weights to plan for, and its base has other names."""
+    configs = getattr(model, "peft_config", None)
+    if isinstance(configs, Mapping) and configs:
+        name, config = next(iter(configs.items()))
+        base = getattr(config, "base_model_name_or_path", None) or type(getattr(model, "get_base_model", lambda: model)()).__name__
+        came = f"a PEFT model already (adapter {name!r} on {base})"
+        fix = "give its base: model.unload() takes the adapter off, merge_and_unload() merges it"
+        raise InputError(type(model).__name__, came, "a model without adapters", fix)
+
+
+def _adapter(label: str, folder: Path) -> InputError:
+    """What is said of an adapter that was given in place of a model."""
+    from medlore.ranks.model_folders import read_json_object
+
+    base = read_json_object(folder / "adapter_config.json").get("base_model_name_or_path")
+    fix = f"name its base, {base}" if base else "name the model that it was trained on"
+    return InputError(label, "an adapter, not a model" + (f"; its base is {base}" if base else ""), _ACCEPTED, fix)
+
+
+def _open_file(label: str, path: Path, *, averaged: bool = False) -> WeightSource:
     suffix = path.suffix.lower()
+    if averaged and suffix not in TORCH_SUFFIXES:
+        raise InputError("--ema", f"with {label}", f"a torch file ({', '.join(TORCH_SUFFIXES)}) that holds both", "leave it out")
     if suffix == ".safetensors":
         return SafetensorsSource(label, [path])
     if suffix == ".npz":
         return JaxSource(label, path)
     if suffix in TORCH_SUFFIXES:
-        return TorchFileSource(label, [path])
+        return TorchFileSource(label, [path], averaged=averaged)
     if path.name.endswith(".index.json"):
         return _open_shards(label, path)
     raise InputError(label, f"a file of type {suffix or 'without suffix'!r}", _ACCEPTED, "give the weights file itself")
@@ -254,6 +286,8 @@ def _open_file(label: str, path: Path) -> WeightSource:
 
 def _open_folder(label: str, folder: Path) -> WeightSource:
     present = [folder / name for name in _FOLDER_FILES if (folder / name).is_file()]
+    if not present and (folder / "adapter_config.json").is_file():
+        raise _adapter(label, folder)
     if not present:
         raise InputError(label, "a folder without weights", f"a folder with {' or '.join(_FOLDER_FILES)}", "name the weights file instead")
     source = _open_shards(label, present[0]) if present[0].suffix == ".json" else _open_file(label, present[0])
