@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from medlore.errors import CheckpointError
+from medlore.errors import CheckpointError, InputError
 from medlore.files import read_json
 
 CONFIG_FILE = "config.json"
@@ -75,6 +75,24 @@ def own_code(where: str, came: str) -> CheckpointError:
     """What is said of a folder or hub name that wants its own code to be run."""
     fix = "take a model that transformers itself knows, or name the weights file alone"
     return CheckpointError(where, f"{came}, which is never executed", "a network that needs no code from its folder", fix)
+
+
+def refuse_a_tuned_model(model: nn.Module) -> None:
+    """The factors of a PEFT model are no weights to plan for, and its base has other names."""
+    configs = getattr(model, "peft_config", None)
+    if isinstance(configs, Mapping) and configs:
+        name, config = next(iter(configs.items()))
+        base = getattr(config, "base_model_name_or_path", None) or type(getattr(model, "get_base_model", lambda: model)()).__name__
+        came = f"a PEFT model already (adapter {name!r} on {base})"
+        fix = "give its base: model.unload() takes the adapter off, merge_and_unload() merges it"
+        raise InputError(type(model).__name__, came, "a model without adapters", fix)
+
+
+def adapter_in_place_of_a_model(label: str, folder: Path, accepted: str) -> InputError:
+    """What is said of an adapter that was given in place of a model."""
+    base = read_json_object(folder / "adapter_config.json").get("base_model_name_or_path")
+    fix = f"name its base, {base}" if base else "name the model that it was trained on"
+    return InputError(label, "an adapter, not a model" + (f"; its base is {base}" if base else ""), accepted, fix)
 
 
 def check_counts(config: Mapping[str, Any], *, tensors: int, values: int, where: str) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from medlore.assets import PREFIX, asset_path
 from medlore.errors import CheckpointError, InputError
 from medlore.files import existing_file, read_json
-from medlore.ranks.model_folders import check_counts, read_config
+from medlore.ranks.model_folders import adapter_in_place_of_a_model, check_counts, read_config, refuse_a_tuned_model
 from medlore.ranks.quantised import dequantised, is_quantised
 from medlore.ranks.roles import split_name
 from medlore.weightfiles import TORCH_SUFFIXES, broken_file, check_header, load_torch_file, unwrapped
@@ -232,7 +232,7 @@ def open_source(source: nn.Module | str | Path, *, averaged: bool = False) -> We
         CheckpointError: the file is broken, or would run code when read.
     """
     if isinstance(source, nn.Module):
-        _refuse_a_tuned_model(source)
+        refuse_a_tuned_model(source)
         return ModuleSource(source)
     label = str(source)
     if label.startswith(PREFIX):
@@ -245,28 +245,8 @@ def open_source(source: nn.Module | str | Path, *, averaged: bool = False) -> We
         return _open_folder(label, path)
     opened = _open_file(label, existing_file(path), averaged=averaged)
     if opened.shapes and all("lora_" in name for name in opened.shapes):
-        raise _adapter(label, path.parent)
+        raise adapter_in_place_of_a_model(label, path.parent, _ACCEPTED)
     return opened
-
-
-def _refuse_a_tuned_model(model: nn.Module) -> None:
-    """The factors of a PEFT model are no weights to plan for, and its base has other names."""
-    configs = getattr(model, "peft_config", None)
-    if isinstance(configs, Mapping) and configs:
-        name, config = next(iter(configs.items()))
-        base = getattr(config, "base_model_name_or_path", None) or type(getattr(model, "get_base_model", lambda: model)()).__name__
-        came = f"a PEFT model already (adapter {name!r} on {base})"
-        fix = "give its base: model.unload() takes the adapter off, merge_and_unload() merges it"
-        raise InputError(type(model).__name__, came, "a model without adapters", fix)
-
-
-def _adapter(label: str, folder: Path) -> InputError:
-    """What is said of an adapter that was given in place of a model."""
-    from medlore.ranks.model_folders import read_json_object
-
-    base = read_json_object(folder / "adapter_config.json").get("base_model_name_or_path")
-    fix = f"name its base, {base}" if base else "name the model that it was trained on"
-    return InputError(label, "an adapter, not a model" + (f"; its base is {base}" if base else ""), _ACCEPTED, fix)
 
 
 def _open_file(label: str, path: Path, *, averaged: bool = False) -> WeightSource:
@@ -287,7 +267,7 @@ def _open_file(label: str, path: Path, *, averaged: bool = False) -> WeightSourc
 def _open_folder(label: str, folder: Path) -> WeightSource:
     present = [folder / name for name in _FOLDER_FILES if (folder / name).is_file()]
     if not present and (folder / "adapter_config.json").is_file():
-        raise _adapter(label, folder)
+        raise adapter_in_place_of_a_model(label, folder, _ACCEPTED)
     if not present:
         raise InputError(label, "a folder without weights", f"a folder with {' or '.join(_FOLDER_FILES)}", "name the weights file instead")
     source = _open_shards(label, present[0]) if present[0].suffix == ".json" else _open_file(label, present[0])
