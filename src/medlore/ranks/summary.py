@@ -4,18 +4,33 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from medlore.ranks.places import Seen
+from medlore.ranks.planned import PlannedLayer
 
-if TYPE_CHECKING:
-    from medlore.ranks.plan import RankPlan
+
+class Plan(Protocol):
+    """What is shown of a plan."""
+
+    @property
+    def layers(self) -> tuple[PlannedLayer, ...]:
+        """Its factor pairs."""
+
+    @property
+    def parameters(self) -> int:
+        """Of all of them."""
+
+    @property
+    def model_parameters(self) -> int:
+        """Of the model."""
+
 
 _MOST_LINES = 32
 _REASONS_SHOWN = 6
 
 
-def short_table(plan: RankPlan) -> str:
+def short_table(plan: Plan) -> str:
     """Ranks of each block, one line a block and one column a part; layers outside blocks have a line each.
 
     Examples:
@@ -35,7 +50,7 @@ def short_table(plan: RankPlan) -> str:
     return aligned([["block", *parts], *rows])
 
 
-def totals_line(plan: RankPlan) -> str:
+def totals_line(plan: Plan) -> str:
     """Factor pairs and parameters."""
     share = f", {100 * plan.parameters / plan.model_parameters:.2f} % of {plan.model_parameters:,}" if plan.model_parameters else ""
     return f"{len(plan.layers)} factor pairs, {plan.parameters:,} parameters{share}"

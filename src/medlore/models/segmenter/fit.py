@@ -103,4 +103,4 @@ def expert_faults(
             faults.append(f"missing: the scaling of {target}")
         else:
             faults.extend(_pair_faults(target, {"A": lora_A, "B": lora_B}, tuple(weight.shape), layout))
-    return [*faults, *(f"missing: factors of {target}" for target in expert.scaling if target not in expert.pairs)]
+    return [*faults, *(f"missing: factors of {target}" for target in scaling if target not in pairs)]
