@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from medlore.errors import CheckpointError, InputError, TargetError
-from medlore.linalg.spectra import Rounding, StableRank, rounded_rank, stable_rank
+from medlore.linalg.spectra import Decision, Rounding, StableRank, rounded_rank, stable_rank
 from medlore.ranks.places import Attention, Found, Target
 from medlore.ranks.planned import digest, matrix_of
 from medlore.ranks.rules import alpha_rule
@@ -131,7 +131,7 @@ def _of_experts(stack: Tensor, options: Options) -> StableRank:
         for m in stack
     ]
     value, lower, upper = (float(np.mean([getattr(r, name) for r in results])) for name in ("value", "lower", "upper"))
-    decided = next((r.decided_by for r in results if r.decided_by != "exact"), "exact")
+    decided: Decision = next((r.decided_by for r in results if r.decided_by != "exact"), "exact")
     if _rounded(lower, options, stack) != _rounded(upper, options, stack):
         squares = [np.linalg.svd(m.double().numpy(), compute_uv=False) ** 2 for m in stack]
         value = lower = upper = float(np.mean([s.sum() / s[0] for s in squares]))

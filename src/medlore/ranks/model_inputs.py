@@ -92,8 +92,8 @@ def _handed_over(model: nn.Module, owner: nn.Module, arguments: Mapping[str, Any
 def _network_inputs(model: nn.Module) -> Iterator[dict[str, Any]]:
     """Inputs that a network may take: what transformers' networks name, else pictures."""
     parameter = next(model.parameters(), torch.empty(0))
-    place = {"device": parameter.device}
-    kind = {"device": parameter.device, "dtype": parameter.dtype}
+    place: dict[str, Any] = {"device": parameter.device}
+    kind: dict[str, Any] = {"device": parameter.device, "dtype": parameter.dtype}
     config = getattr(model, "config", None)
     name = str(getattr(model, "main_input_name", ""))
     if name and config is not None:

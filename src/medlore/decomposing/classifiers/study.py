@@ -278,7 +278,7 @@ def _finish(
 ) -> None:
     """Train a network, or take over a finished one of the same settings."""
     folder = shop.out / "networks" / variant
-    told = [shop.settings.parameters_of(variant), {name: fingerprint(task) for name, task in tasks.items()}]
+    told: list[Any] = [shop.settings.parameters_of(variant), {name: fingerprint(task) for name, task in tasks.items()}]
     told += [plans] if (plans := given_digest(shop.settings.ranks.given, shop.folder)) else []
     identity = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
     weights, done = folder / "best.pt", folder / "history.json"
