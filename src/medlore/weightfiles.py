@@ -22,6 +22,7 @@ from medlore.files import existing_file
 
 TORCH_SUFFIXES = (".bin", ".pth", ".pt", ".th", ".ckpt")
 WRAPPERS = ("state_dict", "model", "model_state_dict", "teacher", "student")
+AVERAGES = ("model_ema", "state_dict_ema", "ema_state_dict", "ema", "model_ema_state_dict", "ema_model")
 ACCEPTED = "a whole .safetensors file, or a torch file that holds tensors and plain values only (read with weights_only=True)"
 _LONGEST_HEADER = 32 << 20  # that of 200,000 tensors; parsing takes several times its length in memory
 _PICKLE_START = b"\x80"
@@ -95,12 +96,24 @@ def load_torch_file(path: Path, *, mapped: bool = True) -> Any:
         raise broken_file(path, f"not a whole torch file ({type(error).__name__})") from error
 
 
-def unwrapped(content: Any, path: Path) -> dict[str, Tensor]:
+def unwrapped(content: Any, path: Path, *, averaged: bool = False) -> dict[str, Tensor]:
     """The state dict inside what a training script saved: bare, or up to two wrappers deep.
+
+    Args:
+        content: as loaded.
+        path: for messages.
+        averaged: take the exponential moving average that was saved beside the weights.
 
     Raises:
         CheckpointError: there is none.
     """
+    kept = [name for name in AVERAGES if isinstance(content, Mapping) and isinstance(content.get(name), Mapping)]
+    if averaged:
+        if not kept:
+            held = ", ".join(map(repr, list(content)[:5])) if isinstance(content, Mapping) else type(content).__name__
+            accepted = f"averaged weights under {', '.join(AVERAGES[:3])}"
+            raise CheckpointError(str(path), f"no averaged weights: keys {held}", accepted, "leave out --ema")
+        content = content[kept[0]]
     for _ in range(3):
         if not isinstance(content, Mapping):
             break
@@ -111,6 +124,9 @@ def unwrapped(content: Any, path: Path) -> dict[str, Tensor]:
                 return tensors
             break
         content = inner
+    if kept and not averaged:
+        came, fix = f"averaged weights alone ({kept[0]!r})", "give --ema to take them"
+        raise CheckpointError(str(path), came, f"a state dict, plain or under {', '.join(WRAPPERS[:3])}", fix)
     held = f"keys {', '.join(map(repr, list(content)[:5]))}" if isinstance(content, Mapping) else f"a {type(content).__name__}"
     raise CheckpointError(
         str(path), f"no state dict: {held}", f"a state dict, plain or under {', '.join(WRAPPERS[:3])}", "save model.state_dict()"

@@ -8,9 +8,11 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+import medlore
 from medlore.cli import main
+from medlore.errors import InputError
 from medlore.ranks import RankPlan
 
 
@@ -41,6 +43,7 @@ def test_everything_at_once(weights: Path, capsys: pytest.CaptureFixture[str]) -
             f"{out}/ranks.png",
             "--peft",
             f"{out}/peft",
+            "--full",
         ]
     )
     shown = capsys.readouterr()
@@ -134,3 +137,80 @@ def test_a_trained_adapter_is_never_replaced_by_a_configuration(weights: Path, t
     assert "holds a trained adapter" in capsys.readouterr().err
     assert (adapter / "adapter_model.safetensors").read_bytes() == b"weeks of work"
     assert not (tmp_path / "fresh.json").exists()
+
+
+def test_a_short_table_by_default_and_the_totals_alone_when_quiet(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ranks", str(weights)]) == 0
+    shown = capsys.readouterr()
+    plan = medlore.plan_ranks(weights)
+    for i in range(3):
+        ranks = [str(x.rank) for x in plan.layers if x.block == i]
+        assert f"blocks.{i}.attn" in shown.out
+        assert any(line.split() == [f"blocks.{i}.attn", *ranks] for line in shown.out.splitlines())
+    assert "3 attention modules seen: 3 taken; rows of 3 fused told by name" in shown.err
+    assert shown.out.splitlines()[0].split() == ["block", "q", "v", "o"]
+    assert repr(plan).splitlines()[1:5] == shown.out.splitlines()[:4]
+    assert main(["ranks", str(weights), "--quiet"]) == 0
+    quiet = capsys.readouterr()
+    assert quiet.out == f"9 factor pairs, {plan.parameters:,} parameters, {100 * plan.parameters / 12288:.2f} % of 12,288\n"
+    assert quiet.err == ""
+
+
+def test_moving_averages_are_taken_when_asked_for(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = load_file(weights)
+    averaged = {k: v * torch.arange(1, 33) for k, v in state.items()}
+    both, alone = weights.parent / "both.pth", weights.parent / "alone.pth"
+    torch.save({"model": state, "model_ema": averaged, "epoch": 3}, both)
+    torch.save({"model_ema": {"module." + k: v for k, v in averaged.items()}}, alone)
+    assert medlore.plan_ranks(both).sha256 == medlore.plan_ranks(weights).sha256
+    assert main(["ranks", str(both), "--ema", "--json"]) == 0
+    taken = json.loads(capsys.readouterr().out)["sha256"]
+    assert taken == medlore.plan_ranks(alone, ema=True).sha256
+    assert taken != medlore.plan_ranks(weights).sha256
+    assert main(["ranks", str(alone)]) == 2
+    assert "averaged weights alone ('model_ema')" in capsys.readouterr().err
+    torch.save(state, both)
+    assert main(["ranks", str(both), "--ema"]) == 2
+    assert "no averaged weights" in capsys.readouterr().err
+    assert main(["ranks", str(weights), "--ema"]) == 2
+
+
+def test_an_adapter_names_its_base(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = weights.parent / "peft"
+    assert main(["ranks", str(weights), "--peft", str(out), "--quiet"]) == 0
+    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == str(weights)
+    capsys.readouterr()
+    save_file({"base_model.model.q.lora_A.weight": torch.ones(1, 4)}, out / "adapter_model.safetensors")
+    for place in (out, out / "adapter_model.safetensors"):
+        assert main(["ranks", str(place)]) == 2
+        assert f"an adapter, not a model; its base is {weights}" in capsys.readouterr().err
+
+
+def test_a_tuned_model_is_refused_and_a_bare_one_is_planned_for() -> None:
+    net = torch.nn.ModuleDict({"attn": torch.nn.ModuleDict({n: torch.nn.Linear(8, 8) for n in ("q", "k", "v", "o")})})
+    wanted = medlore.plan_ranks(net)
+    tuned = medlore.get_peft_model(net)
+    assert sum(p.numel() for p in tuned.parameters() if p.requires_grad) == wanted.parameters
+    with pytest.raises(InputError, match="a PEFT model already \\(adapter 'default' on ModuleDict\\)"):
+        medlore.plan_ranks(tuned)
+
+
+def test_a_network_without_q_and_v_says_which_targets_would_match() -> None:
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ModuleDict({"up": torch.nn.Linear(4, 8), "down": torch.nn.Linear(8, 4)}))
+    with pytest.raises(InputError) as caught:
+        medlore.plan_ranks(net)
+    assert caught.value.fix == r"take --targets all-linear or --targets '.*\.(down|up)' or --targets conv"
+    for wanted in ("all-linear", r".*\.(down|up)", "conv"):
+        assert medlore.plan_ranks(net, targets=wanted, rule="uniform:1").layers
+
+
+def test_a_tower_is_chosen_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = {f"{t}.blocks.0.attn.{n}.weight": torch.randn(8, 8) for t in ("visual", "text") for n in ("q_proj", "v_proj", "out_proj")}
+    save_file(blocks, tmp_path / "two.safetensors")
+    for tower, names in (("auto", {"visual"}), ("vision", {"visual"}), ("text", {"text"}), ("both", {"visual", "text"})):
+        assert main(["ranks", str(tmp_path / "two.safetensors"), "--tower", tower, "--json"]) == 0
+        shown = json.loads(capsys.readouterr().out)
+        assert {x["name"].split(".")[0] for x in shown["layers"]} == names
+        assert len(shown["coverage"]) == 2
+    assert main(["ranks", str(tmp_path / "two.safetensors"), "--tower", "left"]) == 2
+    assert "--tower: unknown name 'left'" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from medlore.commands.flags import Given, Output, command
 from medlore.runs.settings import Settings, setting
@@ -35,6 +36,10 @@ class RanksSettings(Settings):
     rounding: str = setting("half-even", "half-even, half-up, floor or ceil.", group=_RULE)
     min_rank: int = setting(1, "Smallest rank of a layer.", group=_RULE)
     max_rank: int | None = setting(None, "Largest rank of a layer.", group=_RULE)
+    tower: Literal["auto", "vision", "text", "both"] = setting(
+        "auto", "Of an image-text model: vision, text or both; auto takes the image half.", group=_RULE
+    )
+    ema: bool = setting(False, "Take the moving average of the weights from a torch file that holds both.", group=_RULE)
     any_weights: bool = setting(False, "Take a given plan although it was computed for other weights.", group=_RULE)
     seed: int = setting(0, "Of the random start vectors; the ranks do not depend on it.", group=_RULE)
 
@@ -45,6 +50,8 @@ class RanksOutput(Output):
     out: Path | None = setting(None, "Write the plan: plan.json.", group=_WRITTEN)
     plot: Path | None = setting(None, "Draw the ranks by depth: ranks.png.", group=_WRITTEN)
     peft: Path | None = setting(None, "Write adapter_config.json for PEFT into this new folder.", group=_WRITTEN)
+    full: bool = setting(False, "A line for each matrix in place of one for each block.")
+    quiet: bool = setting(False, "The totals alone.", flags=("--quiet", "-q"))
 
 
 def ranks(given: Given) -> None:
@@ -66,7 +73,7 @@ def ranks(given: Given) -> None:
     if output.as_json:
         print_json(summary(plan) | {"written": written})
     else:
-        print_plan(plan, written)
+        print_plan(plan, written, full=output.full, quiet=output.quiet)
 
 
 app = command(ranks, RanksSettings, RanksOutput)

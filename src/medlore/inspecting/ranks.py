@@ -13,7 +13,7 @@ from medlore.extras import require
 from medlore.files import atomic_path
 from medlore.ranks.allocate import plan_ranks
 from medlore.ranks.export import refuse_a_trained_adapter, write_peft_config
-from medlore.ranks.plan import PLAN_SCHEMA, RankPlan
+from medlore.ranks.plan import PLAN_SCHEMA, RankPlan, place_of
 from medlore.ranks.planned import PlannedLayer
 
 _PART_NAMES = {"q": "query", "k": "key", "v": "value", "o": "output projection", "mlp": "MLP", "conv": "convolution", "linear": "linear"}
@@ -54,6 +54,7 @@ def make_plan(
     if plot is not None:
         written["plot"] = str(draw_profile(plan, plot))
     if peft is not None and config is not None:
+        config.base_model_name_or_path = place_of(plan)
         written["peft"] = str(write_peft_config(config, peft))
     return plan, written
 

@@ -39,6 +39,7 @@ def plan_ranks(  # noqa: PLR0913 - every option is one decision that the plan re
     seed: int = 0,
     check: bool = True,
     tower: Tower = "auto",
+    ema: bool = False,
     progress: Progress | None = None,
 ) -> RankPlan:
     """Ranks for the low-rank updates of a model, from its weights alone: no data, no search.
@@ -66,6 +67,7 @@ def plan_ranks(  # noqa: PLR0913 - every option is one decision that the plan re
         seed: of the random start vectors; the ranks do not depend on it.
         check: refuse a given plan that was computed for other weights.
         tower: which half of an image-text model counts: `vision`, `text`, `both`; `auto` takes the image half where there are two.
+        ema: of a torch file that holds both, the moving average of the weights.
         progress: called as `progress(done, of, name)` after each matrix.
 
     Returns:
@@ -85,7 +87,7 @@ def plan_ranks(  # noqa: PLR0913 - every option is one decision that the plan re
 
     Source: Zhang, Wang and Gu, "Beyond Low-Rank Tuning", ICCV 2025, for the rule; certificates, budgets and alpha rules are ours.
     """
-    opened = open_source(source)
+    opened = open_source(source, averaged=ema)
     if isinstance(ranks, str | Path) and is_plan_file(ranks):
         given = RankPlan.load(ranks).for_source(opened, check=check)
         asked: dict[str, tuple[Any, Any, Any]] = {

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from medlore.errors import CheckpointError
+from medlore.errors import CheckpointError, InputError
 from medlore.files import read_json
 
 CONFIG_FILE = "config.json"
@@ -42,18 +42,20 @@ _NARROWEST = 16  # a label costs a row of the head; no network here is narrower
 
 def read_config(folder: Path) -> dict[str, Any] | None:
     """The configuration of a transformers folder; None where there is none, or one of another library (timm has no `model_type`)."""
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        return None
-    content = read_json(path)
-    return content if isinstance(content, dict) and isinstance(content.get("model_type"), str) else None
+    content = read_json_object(folder / CONFIG_FILE)
+    return content if isinstance(content.get("model_type"), str) else None
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no such file, or one that holds something else."""
+    content = read_json(path) if path.is_file() else None
+    return content if isinstance(content, dict) else {}
 
 
 def timm_weights(folder: Path) -> Path | None:
     """The weights file of a folder that timm wrote for the hub; its names say what it is. None for any other folder or file."""
-    path = folder / CONFIG_FILE
-    content = read_json(path) if path.is_file() else None
-    if not isinstance(content, dict) or "model_type" in content or not isinstance(content.get("architecture"), str):
+    content = read_json_object(folder / CONFIG_FILE)
+    if "model_type" in content or not isinstance(content.get("architecture"), str):
         return None
     return next((folder / n for n in ("model.safetensors", "pytorch_model.bin") if (folder / n).is_file()), None)
 
@@ -73,6 +75,24 @@ def own_code(where: str, came: str) -> CheckpointError:
     """What is said of a folder or hub name that wants its own code to be run."""
     fix = "take a model that transformers itself knows, or name the weights file alone"
     return CheckpointError(where, f"{came}, which is never executed", "a network that needs no code from its folder", fix)
+
+
+def refuse_a_tuned_model(model: nn.Module) -> None:
+    """The factors of a PEFT model are no weights to plan for, and its base has other names."""
+    configs = getattr(model, "peft_config", None)
+    if isinstance(configs, Mapping) and configs:
+        name, config = next(iter(configs.items()))
+        base = getattr(config, "base_model_name_or_path", None) or type(getattr(model, "get_base_model", lambda: model)()).__name__
+        came = f"a PEFT model already (adapter {name!r} on {base})"
+        fix = "give its base: model.unload() takes the adapter off, merge_and_unload() merges it"
+        raise InputError(type(model).__name__, came, "a model without adapters", fix)
+
+
+def adapter_in_place_of_a_model(label: str, folder: Path, accepted: str) -> InputError:
+    """What is said of an adapter that was given in place of a model."""
+    base = read_json_object(folder / "adapter_config.json").get("base_model_name_or_path")
+    fix = f"name its base, {base}" if base else "name the model that it was trained on"
+    return InputError(label, "an adapter, not a model" + (f"; its base is {base}" if base else ""), accepted, fix)
 
 
 def check_counts(config: Mapping[str, Any], *, tensors: int, values: int, where: str) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 import pydantic
 from torch import nn
 
+from medlore.assets import PREFIX
 from medlore.errors import DataError, TargetError
 from medlore.files import read_json, write_json
 from medlore.ranks.export import lora_config
@@ -68,7 +69,7 @@ class RankPlan:
 
     def __repr__(self) -> str:
         notes = coverage_lines(self.coverage)
-        head, totals = f"RankPlan of {self.source} ({self.rule}, {self.targets})", totals_line(self.layers, self.model_parameters or 0)
+        head, totals = f"RankPlan of {self.source} ({self.rule}, {self.targets})", totals_line(self.layers, self.model_parameters)
         return "\n".join([head, short_table(self.layers), totals, *notes])
 
     @property
@@ -248,6 +249,12 @@ def found_in(source: WeightSource, targets: str, *, include_k: bool, tower: Towe
     return find_targets(
         source.shapes, targets, include_k=include_k, kinds=source.kinds, tower=tower, orders=source.orders(), tied=source.tied
     )
+
+
+def place_of(plan: RankPlan) -> str | None:
+    """The file, folder, shipped or hub name that a plan was made from; None for a module in memory, which has only a class."""
+    is_place = Path(plan.source).exists() or plan.source.startswith(PREFIX) or "/" in plan.source
+    return plan.source if is_place else None
 
 
 def is_plan_file(path: str | Path) -> bool:

@@ -86,8 +86,8 @@ def matrix_of(place: PlannedLayer | Target, tensor: Tensor) -> Tensor:
     first, last = place.rows
     if place.period is None:
         return matrix[first:last]
-    rows: Tensor = matrix.unflatten(0, (-1, place.period))[:, first:last].flatten(0, 1)
-    return rows
+    heads: Tensor = matrix.unflatten(0, (-1, place.period))  # heads, rows of one, columns
+    return heads[:, first:last].flatten(0, 1)
 
 
 def row_indices(place: PlannedLayer | Target, height: int) -> list[int]:

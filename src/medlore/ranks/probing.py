@@ -118,7 +118,8 @@ class _Spy(TorchFunctionMode):
     def __init__(self, weights: tuple[Tensor, Tensor, Tensor | None], factors: Tensor | None, q_factor: float, *, leaf: bool) -> None:
         super().__init__()
         fused, output, q = weights
-        self.fused, self.output, self.q = [fused], [output], [q]  # each with its transposes and other views
+        self.fused, self.output = [fused], [output]  # each with its transposes and other views
+        self.q = [] if q is None else [q]
         self.factors, self.q_factor, self.leaf = factors, q_factor, leaf
         self.made: Tensor | None = None
         self.read: Tensor | None = None
@@ -148,7 +149,7 @@ class _Spy(TorchFunctionMode):
         return result
 
 
-def _among(operands: Iterable[Tensor], weight: Iterable[Tensor | None]) -> bool:
+def _among(operands: Iterable[Tensor], weight: Iterable[Tensor]) -> bool:
     return any(a is w for a in operands for w in weight)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from medlore.assets import PREFIX, asset_path
 from medlore.errors import CheckpointError, InputError
 from medlore.files import existing_file, read_json
-from medlore.ranks.model_folders import check_counts, read_config
+from medlore.ranks.model_folders import adapter_in_place_of_a_model, check_counts, read_config, refuse_a_tuned_model
 from medlore.ranks.quantised import dequantised, is_quantised
 from medlore.ranks.roles import split_name
 from medlore.weightfiles import TORCH_SUFFIXES, broken_file, check_header, load_torch_file, unwrapped
@@ -164,10 +164,10 @@ class SafetensorsSource(WeightSource):
 class TorchFileSource(WeightSource):
     """One or several files written by `torch.save`."""
 
-    def __init__(self, label: str, files: Iterable[Path]) -> None:
+    def __init__(self, label: str, files: Iterable[Path], *, averaged: bool = False) -> None:
         self._tensors: dict[str, Tensor] = {}
         for path in files:
-            self._tensors |= unwrapped(load_torch_file(path), path)
+            self._tensors |= unwrapped(load_torch_file(path), path, averaged=averaged)
         super().__init__(label, {k: tuple(t.shape) for k, t in self._tensors.items()})
         places: dict[tuple[Any, ...], str] = {}
         self.tied = {}
@@ -220,14 +220,19 @@ class JaxSource(WeightSource):
         return torch.from_numpy(np.ascontiguousarray(kernel.reshape(shape[1], shape[0]).T))
 
 
-def open_source(source: nn.Module | str | Path) -> WeightSource:
+def open_source(source: nn.Module | str | Path, *, averaged: bool = False) -> WeightSource:
     """The weights behind a module, a path, a shipped name or a hub name.
+
+    Args:
+        source: one of these.
+        averaged: of a torch file, the moving average that was saved beside the weights.
 
     Raises:
         InputError: no such file, or a kind of file that holds no weights.
         CheckpointError: the file is broken, or would run code when read.
     """
     if isinstance(source, nn.Module):
+        refuse_a_tuned_model(source)
         return ModuleSource(source)
     label = str(source)
     if label.startswith(PREFIX):
@@ -236,17 +241,24 @@ def open_source(source: nn.Module | str | Path) -> WeightSource:
         path = Path(source)
         if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", label) and not path.suffix:
             path = _from_hub(label)
-    return _open_folder(label, path) if path.is_dir() else _open_file(label, existing_file(path))
+    if path.is_dir():
+        return _open_folder(label, path)
+    opened = _open_file(label, existing_file(path), averaged=averaged)
+    if opened.shapes and all("lora_" in name for name in opened.shapes):
+        raise adapter_in_place_of_a_model(label, path.parent, _ACCEPTED)
+    return opened
 
 
-def _open_file(label: str, path: Path) -> WeightSource:
+def _open_file(label: str, path: Path, *, averaged: bool = False) -> WeightSource:
     suffix = path.suffix.lower()
+    if averaged and suffix not in TORCH_SUFFIXES:
+        raise InputError("--ema", f"with {label}", f"a torch file ({', '.join(TORCH_SUFFIXES)}) that holds both", "leave it out")
     if suffix == ".safetensors":
         return SafetensorsSource(label, [path])
     if suffix == ".npz":
         return JaxSource(label, path)
     if suffix in TORCH_SUFFIXES:
-        return TorchFileSource(label, [path])
+        return TorchFileSource(label, [path], averaged=averaged)
     if path.name.endswith(".index.json"):
         return _open_shards(label, path)
     raise InputError(label, f"a file of type {suffix or 'without suffix'!r}", _ACCEPTED, "give the weights file itself")
@@ -254,6 +266,8 @@ def _open_file(label: str, path: Path) -> WeightSource:
 
 def _open_folder(label: str, folder: Path) -> WeightSource:
     present = [folder / name for name in _FOLDER_FILES if (folder / name).is_file()]
+    if not present and (folder / "adapter_config.json").is_file():
+        raise adapter_in_place_of_a_model(label, folder, _ACCEPTED)
     if not present:
         raise InputError(label, "a folder without weights", f"a folder with {' or '.join(_FOLDER_FILES)}", "name the weights file instead")
     source = _open_shards(label, present[0]) if present[0].suffix == ".json" else _open_file(label, present[0])

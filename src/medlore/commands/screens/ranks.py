@@ -15,25 +15,34 @@ from rich.table import Table
 
 from medlore.inspecting.ranks import cut_layers
 from medlore.ranks.plan import RankPlan
+from medlore.ranks.summary import coverage_lines, short_table, totals_line
 
 
-def print_plan(plan: RankPlan, written: dict[str, str]) -> None:
-    """The table to stdout; notes and written files to stderr."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("layer", "part", "shape", "measured", "stable rank", "rank", "alpha", "parameters", "decided by"):
-        table.add_column(title, justify="left" if title in ("layer", "part", "decided by") else "right", no_wrap=True)
-    for x in plan.layers:
-        measured = "" if x.measured_shape is None or x.measured_shape == x.shape else f"{x.measured_shape[0]}x{x.measured_shape[1]}"
-        value = "" if x.stable_rank is None else f"{x.stable_rank:.3f}"
-        shape = f"{x.shape[0]}x{x.shape[1]}"
-        table.add_row(x.name, x.part, shape, measured, value, str(x.rank), f"{x.alpha:g}", f"{x.parameters:,}", x.decided_by)
+def print_plan(plan: RankPlan, written: dict[str, str], *, full: bool = False, quiet: bool = False) -> None:
+    """The table to stdout; notes and written files to stderr.
+
+    Args:
+        plan: to be shown.
+        written: kind of file -> path.
+        full: a line for each matrix in place of one for each block.
+        quiet: the totals alone, without table and notes.
+    """
     console = Console(soft_wrap=True)
-    console.width = max(console.width, Measurement.get(console, console.options.update_width(1000), table).maximum)
-    console.print(table)
+    if quiet:
+        console.print(totals_line(plan.layers, plan.model_parameters), highlight=False)
+        return
+    if full:
+        table = _full_table(plan)
+        console.width = max(console.width, Measurement.get(console, console.options.update_width(1000), table).maximum)
+        console.print(table)
+    else:
+        console.print(short_table(plan.layers), highlight=False, markup=False)
     console.print()
     for line in _totals(plan):
         console.print(line, highlight=False)
     notes = Console(stderr=True, soft_wrap=True, highlight=False)
+    for line in coverage_lines(plan.coverage):
+        notes.print(line, markup=False)
     if cut := cut_layers(plan):
         notes.print(f"note: {len(cut)} of {len(plan.layers)} layers have the smaller side of their matrix as rank: the rule asked for more")
     for kind, path in written.items():
@@ -43,9 +52,20 @@ def print_plan(plan: RankPlan, written: dict[str, str]) -> None:
         notes.print("write the plan with --out and use medlore.get_peft_model(model, plan).")
 
 
+def _full_table(plan: RankPlan) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("layer", "part", "shape", "measured", "stable rank", "rank", "alpha", "parameters", "decided by"):
+        table.add_column(title, justify="left" if title in ("layer", "part", "decided by") else "right", no_wrap=True)
+    for x in plan.layers:
+        measured = "" if x.measured_shape is None or x.measured_shape == x.shape else f"{x.measured_shape[0]}x{x.measured_shape[1]}"
+        value = "" if x.stable_rank is None else f"{x.stable_rank:.3f}"
+        shape = f"{x.shape[0]}x{x.shape[1]}" if x.experts == 1 else f"{x.experts} of {x.shape[0]}x{x.shape[1]}"
+        table.add_row(x.name, x.part, shape, measured, value, str(x.rank), f"{x.alpha:g}", f"{x.parameters:,}", x.decided_by)
+    return table
+
+
 def _totals(plan: RankPlan) -> Iterator[str]:
-    share = f", {100 * plan.parameters / plan.model_parameters:.2f} % of {plan.model_parameters:,}" if plan.model_parameters else ""
-    yield f"{len(plan.layers)} factor pairs, {plan.parameters:,} parameters{share}"
+    yield totals_line(plan.layers, plan.model_parameters)
     yield f"the same parameters at one rank for all: {plan.uniform_rank:.1f}"
     ways = ", ".join(f"{count} {how}" for how, count in Counter(x.decided_by for x in plan.layers).items())
     chance = (

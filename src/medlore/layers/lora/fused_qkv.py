@@ -27,8 +27,9 @@ from medlore.errors import CheckpointError, InputError, TargetError
 from medlore.files import atomic_folder, existing_file
 from medlore.layers.lora.fused_attention import AttentionLora, forbid_fast_path, times_out_proj_is_added
 from medlore.layers.lora.fused_factors import BlockFactor, StackedFactor
+from medlore.ranks.allocate import plan_ranks
 from medlore.ranks.export import PeftModule, peft_modules
-from medlore.ranks.plan import RankPlan
+from medlore.ranks.plan import RankPlan, place_of
 from medlore.ranks.planned import PlannedLayer, row_indices
 
 if TYPE_CHECKING:
@@ -39,13 +40,14 @@ _LAST_TO_ADD_TWICE = Version("0.21.2")
 
 
 def get_peft_model(
-    model: nn.Module, plan: RankPlan, *, check: bool = True, adapter_name: str = "default", **lora_options: Any
+    model: nn.Module, plan: RankPlan | None = None, *, check: bool = True, adapter_name: str = "default", **lora_options: Any
 ) -> PeftModel:
     """A PEFT model with the ranks of a plan; `model` is changed in place, as PEFT does it.
 
     Args:
         model: the model that is to be tuned.
-        plan: ranks and alphas; its names are matched to the model by structure where they differ.
+        plan: ranks and alphas; its names are matched to the model by structure where they differ. None plans for the model itself, as
+            `medlore.plan_ranks(model)` does.
         check: refuse a model whose planned weights are not those of the plan.
         adapter_name: PEFT's name of the adapter.
         lora_options: further fields of `peft.LoraConfig` (`lora_dropout`, `modules_to_save`, ...).
@@ -66,7 +68,7 @@ def get_peft_model(
     """
     import peft
 
-    plan = plan.for_model(model, check=check)
+    plan = plan_ranks(model) if plan is None else plan.for_model(model, check=check)
     _refuse_lone_output(model, plan)
     wide = [m for m in peft_modules(plan.layers) if m.kind in ("fused", "attention")]
     if wide:
@@ -76,10 +78,18 @@ def get_peft_model(
         config._register_custom_module({nn.MultiheadAttention: AttentionLora})
     with _without_false_alarms():
         tuned = peft.get_peft_model(model, config, adapter_name=adapter_name)
+    written = tuned.peft_config[adapter_name]
+    written.base_model_name_or_path = written.base_model_name_or_path or _name_of(model, plan)
     for module in wide:
         _split(tuned.base_model.model.get_submodule(module.name), module, plan, adapter_name)
         forbid_fast_path(tuned.base_model.model, module.name)
     return tuned
+
+
+def _name_of(model: nn.Module, plan: RankPlan) -> str | None:
+    """Where the base model came from, as far as the model or the plan knows."""
+    config = getattr(model, "config", None)
+    return str(getattr(config, "name_or_path", "") or "") or place_of(plan)
 
 
 @contextlib.contextmanager

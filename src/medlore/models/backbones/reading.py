@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from medlore.assets import PREFIX, asset_path
 from medlore.errors import CheckpointError, InputError, UnknownNameError
 from medlore.files import sha256_of
+from medlore.models.backbones.bounds import refuse_more_than_the_files_hold, values_beside
 from medlore.models.backbones.families import FAMILIES, Family, Triple, family_of
 from medlore.models.backbones.keymaps import convert_state_dict, read_weights
 from medlore.models.backbones.statistics import Interpolation, Statistics, read_statistics
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 _NETWORK_FILES = "a .safetensors, .bin, .pth, .pt, .th or .ckpt file of timm, DINOv2 or mmpretrain, or a transformers folder"
-_MOST_TIMES_THE_FILES, _SMALL_NETWORK = 4, 1_000_000
 _OTHER_FORM = "give the transformers folder of this model (`medlore ranks` reads more forms, but a network is built from these alone)"
 
 
@@ -230,7 +230,7 @@ def _from_transformers(folder: Path | None, name: str, *, keep_head: bool) -> tu
             "name the folder that holds config.json, or a weights file",
         )
     place = str(folder) if folder is not None else name
-    values = None if folder is None else _values_beside(folder, name)
+    values = None if folder is None else values_beside(folder, name)
     try:
         config = transformers.AutoConfig.from_pretrained(place, local_files_only=folder is not None, trust_remote_code=False)
         refuse_own_code(config.to_dict(), name)
@@ -238,7 +238,7 @@ def _from_transformers(folder: Path | None, name: str, *, keep_head: bool) -> tu
         config = family.prepare(config)
         config.num_labels = _stored_labels(config)
         network = family.network(config)
-        _refuse_more_than_the_files_hold(network, config, values, name)
+        refuse_more_than_the_files_hold(network, config, values, name)
         model, report = network.from_pretrained(
             place, config=config, ignore_mismatched_sizes=True, output_loading_info=True, dtype="float32"
         )
@@ -253,33 +253,6 @@ def _from_transformers(folder: Path | None, name: str, *, keep_head: bool) -> tu
         raise _not_found(name, error, local=folder is not None) from error
     _check_report(report, name, head_wanted=keep_head, has_head=hasattr(model, "classifier"))
     return family, model if family.classifier is None else family.classifier(model)
-
-
-def _values_beside(folder: Path, name: str) -> int | None:
-    """Number of values in the weights of a folder, its configuration checked against them; None for weights of another form."""
-    from medlore.ranks.model_folders import read_config
-    from medlore.ranks.sources import open_source
-
-    refuse_own_code(read_config(folder) or {}, name)
-    try:
-        return open_source(folder).parameters
-    except CheckpointError:
-        raise
-    except InputError:  # of a form that only transformers reads, or absent: it says so
-        return None
-
-
-def _refuse_more_than_the_files_hold(network: Any, config: Any, values: int | None, name: str) -> None:
-    """A configuration that asks for far more than the files hold is wrong; known before any of it is made."""
-    import torch
-
-    if values is None:
-        return
-    with torch.device("meta"):
-        wanted = sum(p.numel() for n, p in network(config).named_parameters() if not n.startswith("classifier"))
-    if wanted > _MOST_TIMES_THE_FILES * values + _SMALL_NETWORK:
-        came = f"a configuration of {wanted:,} parameters beside weights of {values:,}"
-        raise CheckpointError(name, came, "the configuration that belongs to the weights", "fetch the folder again")
 
 
 def _stored_labels(config: Any) -> int:

@@ -69,7 +69,7 @@ def _timm_preprocessor(folder: Path) -> dict[str, Any]:
     stated = loaded.get("pretrained_cfg") if isinstance(loaded, dict) else None
     if not isinstance(stated, dict) or "mean" not in stated or "std" not in stated:
         return {}
-    modes: dict[str, int] = {name: number for number, name in _PILLOW_MODES.items()}
+    modes = {str(name): number for number, name in _PILLOW_MODES.items()}
     return {"image_mean": stated["mean"], "image_std": stated["std"], "resample": modes.get(str(stated.get("interpolation")), 3)}
 
 

@@ -16,16 +16,8 @@ from medlore.assets import PREFIX, asset_path
 from medlore.errors import CheckpointError, InputError, UnknownNameError
 from medlore.files import sha256_of
 from medlore.models import packs
-from medlore.models.segmenter.checkpoints import (
-    Expert,
-    SegmenterWeights,
-    expected_shapes,
-    expert_faults,
-    misfits,
-    not_finite,
-    read_segmenter,
-    refuse_sizes,
-)
+from medlore.models.segmenter.checkpoints import Expert, SegmenterWeights, expected_shapes, read_segmenter
+from medlore.models.segmenter.fit import expert_faults, misfits, not_finite, refuse_sizes
 from medlore.models.segmenter.network import Segmenter, SegmenterConfig
 from medlore.models.segmenter.prompts import PromptTable
 from medlore.models.segmenter.text import LORKD_TOKENS, TextEncoder, read_text_encoder
@@ -326,7 +318,7 @@ class _PackExperts(Mapping[str, Expert]):
             whole = {t for t in targets if f"{t}.lora_A" in state and f"{t}.lora_B" in state}
             expert = Expert({t: (state[f"{t}.lora_A"], state[f"{t}.lora_B"]) for t in whole}, told["scaling"], told["layout"])
             strange = [f"unexpected: {key}" for key in state if not key.endswith((".lora_A", ".lora_B"))]
-            faults = [*expert_faults(expert, self._base), *strange, *not_finite(state)]
+            faults = [*expert_faults(expert.pairs, expert.scaling, expert.layout, self._base), *strange, *not_finite(state)]
             if faults:
                 raise _unfit(self._path / told["file"], faults, f"the base for {name}")
             self._read[name] = expert
