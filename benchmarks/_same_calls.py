@@ -71,7 +71,9 @@ class Caller:
         code = "import pathlib, medlore; print(pathlib.Path(medlore.__file__).resolve().parent)"
         return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
-    def call(self, module: str, arguments: Sequence[str], *, folder: Path, streams: Path, kill: bool = False) -> Ended:
+    def call(
+        self, module: str, arguments: Sequence[str], *, folder: Path, streams: Path, kill: bool = False, root: Path | None = None
+    ) -> Ended:
         """Run `python -m MODULE ARGUMENTS` in a folder.
 
         Args:
@@ -79,22 +81,25 @@ class Caller:
             arguments: what follows.
             folder: working folder.
             streams: stem of the files that take stdout and stderr.
+            root: folder whose packages can be imported beside the installed ones.
             kill: kill it (SIGKILL) as soon as a checkpoint lies below the folder.
 
         Raises:
             RuntimeError: it was to be killed and ended before, or ran for too long.
         """
         out, err = streams.with_suffix(".out"), streams.with_suffix(".err")
-        process = self._started(module, list(arguments), folder, out, err)
+        process = self._started(module, list(arguments), folder, out, err, root)
         status, seconds = _waited(process, folder, kill=kill)
         self.seconds += seconds
         return Ended(status, out.read_text(encoding="utf-8", errors="replace"), err.read_text(encoding="utf-8", errors="replace"), seconds)
 
-    def _started(self, module: str, arguments: list[str], folder: Path, out: Path, err: Path) -> int:
+    def _started(self, module: str, arguments: list[str], folder: Path, out: Path, err: Path, root: Path | None) -> int:
         if self.plain:
             how = [module] if module.endswith(".py") else ["-m", module]
             with out.open("w") as to_out, err.open("w") as to_err:
-                return subprocess.Popen([sys.executable, *how, *arguments], cwd=folder, stdout=to_out, stderr=to_err).pid
+                return subprocess.Popen(
+                    [sys.executable, *how, *arguments], cwd=folder, stdout=to_out, stderr=to_err, env=_with_path(root)
+                ).pid
         if "medlore" in sys.modules:
             raise RuntimeError("medlore was imported before the fork: its modules would be those of this process")
         sys.stdout.flush()
@@ -102,8 +107,14 @@ class Caller:
         process = os.fork()
         if process == 0:
             importlib.import_module("torch").manual_seed(self._seed)
+            sys.path[:0] = [] if root is None else [str(root)]
             _become(module, arguments, folder, out, err)
         return process
+
+
+def _with_path(root: Path | None) -> dict[str, str]:
+    paths = ([] if root is None else [str(root)]) + [path for path in [os.environ.get("PYTHONPATH")] if path]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def _become(module: str, arguments: list[str], folder: Path, out: Path, err: Path) -> None:

@@ -37,7 +37,9 @@ class Step:
     record: dict[str, Any] = field(default_factory=dict)
     skipped: set[str] = field(default_factory=set)
 
-    def run(self, label: str, *arguments: Any, status: int = 0, kill: bool = False, module: str = "medlore") -> Ended:
+    def run(
+        self, label: str, *arguments: Any, status: int = 0, kill: bool = False, module: str = "medlore", root: Path | None = None
+    ) -> Ended:
         """Run one command line and keep its status and what it printed.
 
         Args:
@@ -46,10 +48,11 @@ class Step:
             status: expected; another one is kept and told.
             kill: kill it at its first checkpoint; nothing of it is kept but its files.
             module: program.
+            root: folder whose packages it needs beside medlore.
         """
         streams = self.work / ".streams" / f"{self.name}-{label}".replace("/", "-")
         streams.parent.mkdir(parents=True, exist_ok=True)
-        ended = self.caller.call(module, [str(a) for a in arguments], folder=self.folder, streams=streams, kill=kill)
+        ended = self.caller.call(module, [str(a) for a in arguments], folder=self.folder, streams=streams, kill=kill, root=root)
         if kill:
             return ended
         found: dict[str, Any] = {"status": ended.status, "expected": status, "seconds": round(ended.seconds, 1)}

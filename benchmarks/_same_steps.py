@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmarks._same_inputs import write_fused
@@ -197,11 +198,11 @@ def segment(step: Step, label: str, *arguments: Any, status: int = 0) -> None:
 def segment_volumes(step: Step) -> None:
     """Real volumes of several modalities and grids, one label and many, settings of memory and windows, DICOM."""
     place = step.inputs / "volumes"
-    head = ("--image", place / "head.nii.gz", "--modality", "mri", "--labels")
+    head, part = (("--image", place / f"{name}.nii.gz", "--modality", "mri", "--labels") for name in ("head", "head_part"))
     segment(step, "head", *head, "grey matter,white matter,hippocampus,thalamus,brainstem,cerebellum")
-    segment(step, "head one", *head, "hippocampus", "--no-picture", "--no-image-copy")
-    segment(step, "head network alone", *head, "grey matter,white matter", "--no-redraw-tissues", "--overlap", 0)
-    segment(step, "head processed", *head, "hippocampus", "--grid", "processed", "--resample", "nearest")
+    segment(step, "head one", *part, "hippocampus", "--no-picture", "--no-image-copy")
+    segment(step, "head network alone", *part, "grey matter,white matter", "--no-redraw-tissues", "--overlap", 0)
+    segment(step, "head processed", *part, "hippocampus,thalamus", "--grid", "processed", "--resample", "nearest")
     ct = ("--image", place / "ct_small.nii.gz", "--modality", "ct", "--labels")
     segment(step, "ct", *ct, "liver,spleen,lung,vertebrae,aorta,colon", "--overlap-rule", "given")
     segment(step, "ct little memory", *ct, "liver,spleen,lung,vertebrae,aorta,colon", "--memory", "700MiB", "--max-queries", 2)
@@ -249,32 +250,30 @@ PRETRAIN_MODULES = ("medlore.recipes.pretrain", "medlore.pretraining", "medlore.
 PRETRAIN_FILES = ("*/pretrain.py", "*/pretrain*/__main__.py", "*/pretrain_*.py", "*/*/pretrain.py")
 
 
-def pretrain_program(step: Step) -> str:
-    """Where pre-training stands in this version: a module of the package, or a file beside it.
+def pretrain_program(step: Step) -> tuple[str, Path]:
+    """Where pre-training stands in this version, a module of the package or a program beside it, and the root of the tree.
 
     Raises:
         FileNotFoundError: nowhere that is known; name it with --pretrain.
     """
+    root = step.programs.parents[1]
     if step.pretrain is not None:
-        return step.pretrain
+        return step.pretrain, root
     for name in PRETRAIN_MODULES:
         place = step.programs.joinpath(*name.split(".")[1:])
         if place.with_suffix(".py").is_file() or (place / "__main__.py").is_file():
-            return name
-    root = step.programs.parents[1]
-    found = [
-        path for pattern in PRETRAIN_FILES for path in sorted(root.glob(pattern)) if "test" not in path.as_posix().removeprefix(str(root))
-    ]
-    if not found:
-        raise FileNotFoundError(f"no pre-training program in {step.programs} or beside it; name it with --pretrain")
-    return str(found[0])
+            return name, root
+    for path in (path for pattern in PRETRAIN_FILES for path in sorted(root.glob(pattern)) if path.parent.name != "tests"):
+        is_module = (path.parent / "__init__.py").is_file()
+        return (".".join(path.relative_to(root).with_suffix("").parts) if is_module else str(path)), root
+    raise FileNotFoundError(f"no pre-training program in {step.programs} or beside it; name it with --pretrain")
 
 
 def pretrain(step: Step) -> None:
     """A few steps on real images, with weight decay and without."""
-    program = pretrain_program(step)
+    program, root = pretrain_program(step)
     for study, out in (("pretraining", "run"), ("pretraining-no-decay", "run-no-decay")):
-        step.run(out, step.inputs / f"{study}.yaml", "--data", step.inputs, "--out", out, module=program)
+        step.run(out, step.inputs / f"{study}.yaml", "--data", step.inputs, "--out", out, module=program, root=root)
     step.run("ranks", "ranks", "run/backbone", "--json")
 
 
