@@ -164,7 +164,7 @@ def test_interleaved_rows_train_apart_in_our_door_and_load_in_plain_peft(tmp_pat
 
 
 def test_interleaved_factors_survive_our_own_file(tmp_path: Path) -> None:
-    from medlore.layers.fused_qkv import load_adapter, save_adapter
+    from medlore.layers.lora.fused_qkv import load_adapter, save_adapter
 
     net = nn.ModuleDict({"attn": Fused("qkv", "heads")})
     state = {k: v.clone() for k, v in net.state_dict().items()}

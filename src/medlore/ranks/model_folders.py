@@ -21,22 +21,9 @@ from medlore.files import read_json
 
 CONFIG_FILE = "config.json"
 _LAYERS = ("layers", "layer", "depth", "depths", "blocks")
-_NO_COUNT = (
-    "_id",
-    "_ids",
-    "token_id",
-    "seed",
-    "version",
-    "theta",
-    "eps",
-    "max_position",
-    "max_length",
-    "image_size",
-    "dropout",
-    "timescale",
-)
+_WIDTHS = frozenset({"hidden_size", "intermediate_size", "embed_dim", "d_model", "n_embd", "dim", "mlp_dim", "ffn_dim", "hidden_dim"})
 _SHORT = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth", "encoder_layers", "decoder_layers", "num_encoder_layers")
-_MOST_WORDS = 512
+_MOST_WORDS, _MOST_VALUES = 512, 500_000_000  # of a network that is made to try one block of it
 _NARROWEST = 16  # a label costs a row of the head; no network here is narrower
 
 
@@ -144,6 +131,10 @@ def short_model(folder: Path) -> nn.Module | None:
             config = copy.deepcopy(transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True))
             for part in (config, *(getattr(config, name, None) for name in ("text_config", "vision_config"))):
                 _shorten(part)
+            with torch.device("meta"):
+                planned = _built(config)
+            if planned is None or sum(p.numel() for p in planned.parameters()) > _MOST_VALUES:
+                return None
             with torch.random.fork_rng(devices=[]):
                 return _built(config)
     except Exception:  # as above
@@ -170,18 +161,18 @@ def _built(config: Any) -> nn.Module | None:
 
 
 def _counts(config: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, int]]:
+    """Layers and labels at every level; widths of the network itself, since a half that is not in the files may be described too."""
     for key, value in config.items():
         name = f"{path}.{key}" if path else str(key)
+        counts = str(key).split("_")[-1] in _LAYERS or "label" in str(key) or (not path and key in _WIDTHS)
         if isinstance(value, Mapping):
             if key in ("id2label", "label2id"):
                 yield name, len(value)
             else:
                 yield from _counts(value, name)
-        elif any(word in str(key) for word in _NO_COUNT):
-            continue
-        elif isinstance(value, int) and not isinstance(value, bool):
+        elif counts and isinstance(value, int) and not isinstance(value, bool):
             yield name, value
-        elif isinstance(value, list) and value and all(isinstance(v, int) and not isinstance(v, bool) for v in value):
+        elif counts and isinstance(value, list) and value and all(isinstance(v, int) and not isinstance(v, bool) for v in value):
             yield name, max(value)
 
 
