@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from medlore.data.volumes.geometry import Array
-from medlore.data.volumes.nifti import AffineChoice, Volume
+from medlore.data.volumes.nifti import Volume
+from medlore.data.volumes.nifti_affine import AffineChoice
 from medlore.data.volumes.preparation import Resample, read_volume
 from medlore.errors import InputError, UnknownNameError
 from medlore.models.segmenter import bundle as bundles

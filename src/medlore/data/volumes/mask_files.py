@@ -134,7 +134,7 @@ def dicom_masks(path: Path) -> MaskFile:
         came = f"{len(files)} DICOM-SEG objects"
         raise DataError(str(path), came, "one segmentation", "name its file; an image series is no mask")
     file = files[0]
-    dataset = read_header(file.source, pixels=True)
+    dataset: Any = read_header(file.source, pixels=True)
     if str(dataset.get("SegmentationType")) not in ("BINARY", "LABELMAP"):
         came = f"a segmentation of type {dataset.get('SegmentationType')}"
         raise DataError(str(path), came, "binary segments, or a label map", "export it as binary segments")

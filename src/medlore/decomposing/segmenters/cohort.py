@@ -128,8 +128,8 @@ def read_cohort(settings: SegmentationSettings, *, folder: Path, cache: Path, sa
         raise DataError("data", "no training case", "at least one case that can be read", "see what was skipped", faults=faults)
     for fault in faults:
         say(f"skipped: {fault}")
-    for name, cases in listed.items():
-        for note in labels_without_voxels(cases):
+    for name, cached in listed.items():
+        for note in labels_without_voxels(cached):
             say(f"{name}: {note}")
     return cohort
 
