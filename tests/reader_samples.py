@@ -434,7 +434,7 @@ def dicom_samples(draw: st.DrawFn) -> Sample:
     files = {}
     with tempfile.TemporaryDirectory() as folder:
         try:
-            write_slices(Path(folder) / "s", array, each=each, mr=draw(st.booleans()))
+            write_slices(Path(folder) / "s", array, each=each, mr=draw(st.booleans()), seed="drawn")
         except (OSError, ValueError, TypeError, AttributeError, KeyError):  # a value that pydicom does not write
             reject()
         for number, file in enumerate(sorted((Path(folder) / "s").iterdir())):

@@ -14,7 +14,13 @@ GONE = object()  # as the value of an attribute: taken out
 
 
 def write_slices(
-    folder: Path, array: np.ndarray[Any, Any], *, each: Callable[[Any, int], None] | None = None, mr: bool = False, **tags: Any
+    folder: Path,
+    array: np.ndarray[Any, Any],
+    *,
+    each: Callable[[Any, int], None] | None = None,
+    mr: bool = False,
+    seed: str | None = None,
+    **tags: Any,
 ) -> Path:
     """One file a slice of an integer array (x y z), 1 mm apart; CT has the intercept -1024.
 
@@ -23,14 +29,19 @@ def write_slices(
         array: stored numbers.
         each: changes the data set of a slice (data set, z).
         mr: MR in place of CT.
+        seed: the same UIDs at every call with the same one; new ones without.
         tags: attributes of all slices; `GONE` takes one out.
     """
     folder.mkdir(parents=True, exist_ok=True)
     kind = MRImageStorage if mr else CTImageStorage
-    series, study, frame = (generate_uid() for _ in range(3))
+
+    def uid(name: str) -> str:
+        return generate_uid(entropy_srcs=None if seed is None else [seed, name])
+
+    series, study, frame = uid("series"), uid("study"), uid("frame")
     for z in range(array.shape[2]):
         meta = FileMetaDataset()
-        meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID, meta.TransferSyntaxUID = kind, generate_uid(), ExplicitVRLittleEndian
+        meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID, meta.TransferSyntaxUID = kind, uid(str(z)), ExplicitVRLittleEndian
         d = FileDataset("x", {}, file_meta=meta, preamble=b"\0" * 128)
         d.SOPClassUID, d.SOPInstanceUID = kind, meta.MediaStorageSOPInstanceUID
         d.SeriesInstanceUID, d.StudyInstanceUID, d.FrameOfReferenceUID = series, study, frame

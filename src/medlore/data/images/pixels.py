@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from medlore.data.codestreams import check_codestream, check_deflated
+from medlore.data.codestreams import check_codestream, check_deflated, is_deflated
 from medlore.data.images.imageset import ImageItem
 from medlore.data.images.trees import ArchiveMember, read_member
 from medlore.errors import DataError
@@ -210,14 +210,14 @@ def _dicom_pixels(content: bytes) -> Pixels:
         if int(dataset.get("Rows") or 0) * int(dataset.get("Columns") or 0) > MOST_PIXELS:
             raise DataError("", f"{dataset.Rows} x {dataset.Columns} pixels", f"at most {MOST_PIXELS:,}", "cut or shrink the image")
         check_codestream(dataset, "")
-        return _of_dataset(dataset, io.BytesIO(content))
+        return _of_dataset(dataset, dataset if is_deflated(content) else io.BytesIO(content))  # pydicom finds no pixels in deflated bytes
     except (DataError, *_BROKEN):
         raise
     except Exception as error:  # pydicom's own errors on broken content share no parent
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
-def _of_dataset(data: Any, stream: io.BytesIO) -> Pixels:
+def _of_dataset(data: Any, stream: Any) -> Pixels:
     from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut, pixel_array
 
     if int(data.get("NumberOfFrames", 1) or 1) > 1:
