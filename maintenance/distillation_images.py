@@ -67,13 +67,20 @@ def read_pool(folder: Path, counts: dict[str, int], *, size: int, seed: int = 0)
 def _natural(folder: Path, most: int, size: int, random: np.random.Generator) -> Iterator[Sample]:
     """Tiny-ImageNet: the training part of the classes that are not kept for development."""
     yield from _labelled(
-        folder / "tiny_imagenet_180.zip", "wnid", most, size, random, lambda r: r["split"] == "train" and not is_development_class(r["wnid"])
+        folder / "tiny_imagenet_180.zip",
+        "wnid",
+        most,
+        size,
+        random,
+        lambda r: r["split"] == "train" and not is_development_class(r["wnid"]),
     )
 
 
 def _mednist(folder: Path, most: int, size: int, random: np.random.Generator) -> Iterator[Sample]:
     """MedNIST without chest X-rays, whose source is reported on, and without its development part."""
-    yield from _labelled(folder / "mednist.zip", "label", most, size, random, lambda r: r["label"] != CHEST_CLASS and not is_held_out(r["file"]))
+    yield from _labelled(
+        folder / "mednist.zip", "label", most, size, random, lambda r: r["label"] != CHEST_CLASS and not is_held_out(r["file"])
+    )
 
 
 def _labelled(path: Path, column: str, most: int, size: int, random: np.random.Generator, keep: Any) -> Iterator[Sample]:

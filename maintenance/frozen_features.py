@@ -1,12 +1,13 @@
 """What the frozen features of backbones are worth: few-shot logistic regression on several sets, networks side by side.
 
-    python maintenance/frozen_features.py DATA --network old=FOLDER --network new=FOLDER --random old --json OUT.json
+    python maintenance/frozen_features.py DATA --network old=FOLDER --network new=FOLDER --random old --bar old,new --json OUT.json
 
 The part that is reported on is fixed: of every set 40 % of the groups (persons, patients, lesions; images where nothing is
 known), at most `--most` images. Shots are drawn from the other groups, `--shots` images a class, each of another group as far
-as there are. Features are the class token after the last norm; they are standardised on the shots. The penalty of a network
-is one number for all sets, chosen on the development sets (`labelled_sets.DEVELOPMENT`), which are not reported.
-Balanced accuracy; several labels an image: mean area under the ROC curve over the labels that both parts hold five times.
+as there are. Features are read after the last norm: the class token (the name of a network alone), the mean of the patches
+(`NAME, mean`), or both; they are standardised on the shots. The penalty of a reading is one number for all sets, chosen on the
+development sets (`labelled_sets.DEVELOPMENT`), which are not reported. Balanced accuracy; several labels an image: mean area
+under the ROC curve over the labels that both parts hold five times.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ import torch
 from labelled_sets import DEVELOPMENT, REPORTING, LabelledSet, read_set
 from numpy.typing import NDArray
 
-from medlore.metrics.draws import mean_difference, mean_of_draws
+from medlore.files import write_json
+from medlore.metrics.draws import DrawMean, mean_of_draws
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 LEAST = 5  # images of a label in each part, or it does not count
-MAJORITY = "majority"
+READINGS = ("class", "mean", "both")  # the class token, the mean of the patches, one beside the other
+BAR, LOSS = 0.08, 0.02  # what a new vit-mini must gain in the mean, and may lose on one set
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,9 +70,7 @@ def split_set(data: LabelledSet, *, shots: int, draws: int, most: int, seed: int
     test = np.sort(order.permutation(test)[:most])
     columns: tuple[int, ...] = ()
     if data.multi:
-        columns = tuple(
-            k for k in range(len(data.classes)) if min(_least(data.labels[test, k]), _least(data.labels[pool, k])) >= LEAST
-        )
+        columns = tuple(k for k in range(len(data.classes)) if min(_least(data.labels[test, k]), _least(data.labels[pool, k])) >= LEAST)
     chosen = tuple(_draw(data, pool, columns, shots, np.random.default_rng([seed, number])) for number in range(1, draws + 1))
     return Split(test, chosen, columns)
 
@@ -78,9 +79,7 @@ def _least(labels: NDArray[np.int64]) -> int:
     return int(min(labels.sum(), len(labels) - labels.sum()))
 
 
-def _draw(
-    data: LabelledSet, pool: NDArray[np.int64], columns: Sequence[int], shots: int, random: np.random.Generator
-) -> NDArray[np.int64]:
+def _draw(data: LabelledSet, pool: NDArray[np.int64], columns: Sequence[int], shots: int, random: np.random.Generator) -> NDArray[np.int64]:
     """`shots` rows of every class, of as many groups as there are; several labels: rarest first, until each has its shots."""
     taken: list[int] = []
     if not data.multi:
@@ -127,14 +126,18 @@ class Network:
 
 
 @torch.inference_mode()
-def class_tokens(model: Any, images: NDArray[np.uint8], mean: NDArray[np.float32], std: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The class token of each image (n h w 3, uint8) after the last norm: n d."""
+def read_tokens(
+    model: Any, images: NDArray[np.uint8], mean: NDArray[np.float32], std: NDArray[np.float32]
+) -> dict[str, NDArray[np.float32]]:
+    """Features of images (n h w 3, uint8) after the last norm: by reading n d, `both` n 2d."""
     found = []
     for start in range(0, len(images), 64):
         pixels = (images[start : start + 64].astype(np.float32) / 255 - mean) / std
         tokens = model(pixel_values=torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())).last_hidden_state
-        found.append(tokens[:, 0].numpy())
-    return np.concatenate(found)
+        found.append(torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], dim=1).numpy())
+    both = np.concatenate(found)
+    half = both.shape[1] // 2
+    return {"class": both[:, :half], "mean": both[:, half:], "both": both}
 
 
 def judge(values: NDArray[np.float32], data: LabelledSet, split: Split, train: NDArray[np.int64], penalty: float) -> float:
@@ -156,20 +159,113 @@ def judge(values: NDArray[np.float32], data: LabelledSet, split: Split, train: N
     return float(np.mean(areas))
 
 
-def measure(
-    networks: Mapping[str, Network], names: Iterable[str], folder: Path, *, shots: int, draws: int, most: int
-) -> dict[str, Scores]:
-    """Scores of every network on every set at every penalty."""
-    found = {name: Scores() for name in networks}
-    loaded = {name: network.load() for name, network in networks.items()}
+def measure(network: Network, names: Iterable[str], folder: Path, *, shots: int, draws: int, most: int) -> dict[str, Scores]:
+    """Scores of a network on every set at every penalty, by reading."""
+    found = {reading: Scores() for reading in READINGS}
+    model, mean, std = network.load()
     for name in names:
-        by_size: dict[int, LabelledSet] = {}
-        for title, network in networks.items():
-            data = by_size.setdefault(network.size, None) or read_set(name, folder, network.size)  # type: ignore[arg-type]
-            by_size[network.size] = data
-            split = split_set(data, shots=shots, draws=draws, most=most)
-            values = np.zeros((len(data), loaded[title][0].config.hidden_size), np.float32)
-            values[split.rows] = class_tokens(loaded[title][0], data.images[split.rows], *loaded[title][1:])
-            found[title].by_set[name] = {c: [judge(values, data, split, rows, c) for rows in split.draws] for c in PENALTIES}
-            note(f"{name}: {title} " + " ".join(f"{np.mean(s):.3f}" for s in found[title].by_set[name].values()))
+        data = read_set(name, folder, network.size)
+        split = split_set(data, shots=shots, draws=draws, most=most)
+        for reading, rows in read_tokens(model, data.images[split.rows], mean, std).items():
+            values = np.zeros((len(data), rows.shape[1]), np.float32)
+            values[split.rows] = rows
+            found[reading].by_set[name] = {c: [judge(values, data, split, drawn, c) for drawn in split.draws] for c in PENALTIES}
+            note(f"{name}: {reading} " + " ".join(f"{np.mean(s):.3f}" for s in found[reading].by_set[name].values()))
     return found
+
+
+def compare(found: Mapping[str, Scores], old: str, new: str, penalties: Mapping[str, float]) -> dict[str, DrawMean]:
+    """What `new` has over `old`, draw by draw: on each reported set, and in the mean of all."""
+    gains = {}
+    for name in REPORTING:
+        before, after = (found[title].by_set[name][penalties[title]] for title in (old, new))
+        gains[name] = [b - a for a, b in zip(before, after, strict=True)]
+    mean = np.mean(list(gains.values()), axis=0)
+    return {name: mean_of_draws(values) for name, values in gains.items()} | {"mean": mean_of_draws(mean.tolist())}
+
+
+def passes(gains: Mapping[str, DrawMean]) -> bool:
+    """The bar for shipping: 0.08 in the mean with the interval above zero, and no set worse by more than 0.02."""
+    mean = gains["mean"]
+    worst = min(gain.mean for name, gain in gains.items() if name != "mean")
+    return mean.mean >= BAR and mean.low is not None and mean.low > 0 and worst >= -LOSS
+
+
+def table(found: Mapping[str, Scores], penalties: Mapping[str, float]) -> str:
+    """Mean and 95 % interval over draws: a row for each set, development sets last, a column for each network."""
+    lines = ["| set | " + " | ".join(f"{title} (C = {penalties[title]:g})" for title in found) + " |", "|---" * (len(found) + 1) + "|"]
+    for name in [*REPORTING, *DEVELOPMENT]:
+        held = [mean_of_draws(scores.by_set[name][penalties[title]]) for title, scores in found.items() if name in scores.by_set]
+        lines += [f"| {name} | " + " | ".join(map(str, held)) + " |"] if held else []
+    return "\n".join(lines)
+
+
+def note(text: str) -> None:
+    """A line of progress."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("data", type=Path, help="folder of the archives")
+    parser.add_argument("--network", action="append", default=[], metavar="NAME=FOLDER[@SIZE]", help="a network; 64 pixels without a size")
+    parser.add_argument("--random", metavar="NAME", help="also this network before any training")
+    parser.add_argument("--bar", metavar="OLD,NEW", help="say whether NEW may be shipped in the place of OLD")
+    parser.add_argument("--development", action="store_true", help="only the sets that may choose between students")
+    parser.add_argument("--shots", type=int, default=5)
+    parser.add_argument("--draws", type=int, default=10)
+    parser.add_argument("--most", type=int, default=400, help="images of the reporting part that are looked at")
+    parser.add_argument("--json", type=Path, help="where every score goes; a network that it holds already is not measured again")
+    return parser.parse_args(arguments)
+
+
+def networks_of(given: argparse.Namespace) -> dict[str, Network]:
+    """The networks that the command line names."""
+    found = {}
+    for text in given.network:
+        title, _, place = text.partition("=")
+        folder, _, size = place.partition("@")
+        found[title] = Network(Path(folder), int(size or 64))
+    if given.random:
+        found["random"] = Network(found[given.random].folder, found[given.random].size, random=True)
+    return found
+
+
+def held_scores(file: Path | None, protocol: Mapping[str, int]) -> dict[str, Scores]:
+    """Scores of an earlier call at the same protocol."""
+    if file is None or not file.is_file():
+        return {}
+    held = json.loads(file.read_text(encoding="utf-8"))
+    if held["protocol"] != protocol:
+        raise SystemExit(f"{file}: measured with {held['protocol']}, asked for {dict(protocol)}: name another file")
+    return {
+        title: Scores({name: {float(c): values for c, values in by_c.items()} for name, by_c in by_set.items()})
+        for title, by_set in held["scores"].items()
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line."""
+    given = parsed(arguments)
+    protocol = {"shots": given.shots, "draws": given.draws, "most": given.most}
+    found, names = held_scores(given.json, protocol), list(DEVELOPMENT if given.development else REPORTING | DEVELOPMENT)
+    for title, network in networks_of(given).items():
+        missing = [name for name in names if name not in found.get(title, Scores()).by_set]
+        for reading, fresh in (measure(network, missing, given.data, **protocol) if missing else {}).items():
+            key = title if reading == READINGS[0] else f"{title}, {reading}"
+            found[key] = Scores(found.get(key, Scores()).by_set | fresh.by_set)
+    if given.json:
+        scores = {title: held.by_set for title, held in found.items()}
+        write_json(given.json, {"protocol": protocol, "scores": scores})
+    penalties = {title: held.penalty(DEVELOPMENT) for title, held in found.items()}
+    sys.stdout.write(table(found, penalties) + "\n")
+    if given.bar:
+        gains = compare(found, *given.bar.split(","), penalties)
+        sys.stdout.write("\n".join(f"{name}: {gain}" for name, gain in gains.items()) + f"\nmay be shipped: {passes(gains)}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -39,7 +39,9 @@ class TeacherStore:
         folder.mkdir(parents=True, exist_ok=True)
         patches = (size // model.config.patch_size) ** 2
         tokens = _array(folder / "tokens.npy", np.float16, (len(images), 1 + patches, model.config.hidden_size))
-        return cls(model.eval().requires_grad_(requires_grad=False), images, size, tokens, _array(folder / "ready.npy", np.uint8, (len(images),)))
+        return cls(
+            model.eval().requires_grad_(requires_grad=False), images, size, tokens, _array(folder / "ready.npy", np.uint8, (len(images),))
+        )
 
     def rows(self, chosen: NDArray[np.int64]) -> Tensor:
         """Tokens of the images `chosen`: b 1+p d, float32. What is not stored yet is computed and stored first."""
