@@ -1,4 +1,4 @@
-"""What `python -m benchmarks.experts --all` leaves: the section of docs/results.md, and the constants of the cost model."""
+"""What `python -m benchmarks.experts --all` leaves: the section of docs/evidence.md, and the constants of the cost model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import least_squares
 
-from medlore.layers.dispatch import PRICES, Load, Prices, costs
+from medlore.layers.experts.dispatch import PRICES, Load, Prices, costs
 
 TITLE = "## Layers with experts: what a mixed batch costs"
 FORMS = ("merged", "factored", "gathered", "published", "chosen")

@@ -1,7 +1,7 @@
 """Layers with experts: every known form, the dispatcher's choice and the published form, against the base layer alone.
 
     python -m benchmarks.experts [--only TEXT] [--repeats N] [--threads N] [--clock wall|cpu] [--networks | --memory]
-    python -m benchmarks.experts --all --json docs/results/experts.json --page docs/results.md      every row, about ten minutes
+    python -m benchmarks.experts --all --json docs/results/experts.json --page docs/evidence.md      every row, about ten minutes
     python -m benchmarks.experts --refit --json docs/results/experts.json                           constants of layers/dispatch.py
 
 Variants take turns within one run; what is printed is the ratio of medians to the base layer (base network) without experts.
@@ -26,13 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medlore.files import read_json, write_json
-from medlore.layers import experts as expert_module
-from medlore.layers.dispatch import Form, choose_form, load_of
-from medlore.layers.expert_call import Job
-from medlore.layers.expert_surgery import install_experts
-from medlore.layers.experts import ExpertLayer, expert_layer
-from medlore.layers.routing import route
-from medlore.recipes.run import describe_machine
+from medlore.layers.experts.call import Job
+from medlore.layers.experts.dispatch import Form, choose_form, load_of
+from medlore.layers.experts.layer import ExpertLayer, expert_layer
+from medlore.layers.experts.layer import layer as expert_module
+from medlore.layers.experts.routing import route
+from medlore.layers.experts.surgery import install_experts
+from medlore.runs.settings import describe_machine
 
 RANK = 8
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -188,7 +188,7 @@ class Network:
 
 
 def _shufflenet() -> nn.Module:
-    from medlore.models.shufflenet import ShuffleNetConfig, ShuffleNetV2
+    from medlore.models.backbones.shufflenet import ShuffleNetConfig, ShuffleNetV2
 
     return ShuffleNetV2(ShuffleNetConfig(num_labels=10))
 
@@ -200,7 +200,7 @@ def _resnet50() -> nn.Module:
 
 
 def _unet() -> nn.Module:
-    from medlore.models.unet3d import UNet3d
+    from medlore.models.segmenter.unet3d import UNet3d
 
     return UNet3d(3, [32, 64, 128, 256, 512], blocks=2, strides=[1, 2, 2, 2, 2])
 
@@ -264,7 +264,7 @@ def print_memory(shape: Shape, layout: str) -> dict[str, Any]:
 
 
 def measure_all(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every row of docs/results.md whose name holds `--only`: layers, frozen base, interleaved, published form, networks, memory."""
+    """Every row of docs/evidence.md whose name holds `--only`: layers, frozen base, interleaved, published form, networks, memory."""
     clock, repeats = CLOCKS[options.clock], options.repeats
     shapes = [shape for shape in SHAPES if options.only in shape.name]
     rows = []
@@ -312,7 +312,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     parser.add_argument("--frozen", action="store_true", help="the base does not learn")
     parser.add_argument("--networks", action="store_true", help="whole networks instead of layers")
     parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
-    parser.add_argument("--all", action="store_true", help="every row of docs/results.md")
+    parser.add_argument("--all", action="store_true", help="every row of docs/evidence.md")
     parser.add_argument("--json", type=Path, help="with --all: write the rows to this file; with --refit: read them from it")
     parser.add_argument("--page", type=Path, help="with --all: put the section into this page")
     parser.add_argument("--refit", action="store_true", help="fit the constants of layers/dispatch.py to the rows and print them")

@@ -2,7 +2,7 @@
 
     python -m benchmarks.fewshot rates --out runs/fewshot             learning rates chosen on scikit-learn's digits (optional)
     python -m benchmarks.fewshot run --data DIR --out runs/fewshot    one line of cells.jsonl a finished cell; resumes
-    python -m benchmarks.fewshot table --out runs/fewshot             the section of docs/results.md, and all cells
+    python -m benchmarks.fewshot table --out runs/fewshot             the section of docs/evidence.md, and all cells
 
 Every labelled image trains, there is no validation set, the last epoch is kept: nothing is chosen on the sets that are reported.
 Cells are run draw by draw, so that a run that is stopped early has whole draws of everything.
@@ -19,17 +19,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from medlore.data.images import read_images
-from medlore.data.imageset import ImageSet
-from medlore.data.transforms import Flip
+from medlore.data.images.digits import digits
+from medlore.data.images.imageset import ImageSet
+from medlore.data.images.reading import read_images
+from medlore.data.images.splits import hold_out
+from medlore.data.images.transforms import Flip
 from medlore.files import read_json, write_json, write_text
-from medlore.layers.methods import METHODS
+from medlore.layers.tuning.methods import METHODS
 from medlore.metrics.draws import DrawMean
-from medlore.recipes.comparison import CONTENDERS, Cell, Standing, run_cell, standings
-from medlore.recipes.demo import digits
-from medlore.recipes.finetune_settings import FinetuneSettings
-from medlore.recipes.image_splits import hold_out
-from medlore.recipes.run import describe_machine
+from medlore.runs.settings import describe_machine
+from medlore.tuning.comparison import CONTENDERS, Cell, Standing, run_cell, standings
+from medlore.tuning.settings import FinetuneSettings
 
 EPOCHS = {1: 20, 5: 8, 10: 4}  # about as many steps for each number of shots
 BATCH = 8
@@ -142,7 +142,7 @@ def whole_draws(cells: Sequence[Cell]) -> dict[int, list[Standing]]:
 
 
 def section(out: Path) -> str:
-    """The section of docs/results.md: protocol, a table for each set, and what the differences say."""
+    """The section of docs/evidence.md: protocol, a table for each set, and what the differences say."""
     cells, best = read_cells(out), Counter[str]()
     lines, verdicts = [TITLE, "", *_protocol(out)], []
     for name, source in SOURCES.items():
@@ -169,7 +169,7 @@ def _protocol(out: Path) -> list[str]:
     epochs = ", ".join(f"{epochs} epochs at {k} shot" + ("s" if k > 1 else "") for k, epochs in EPOCHS.items())
     return [
         "`python -m benchmarks.fewshot run --data DIR --out runs/fewshot`, then",
-        "`python -m benchmarks.fewshot table --out runs/fewshot --json docs/results/fewshot.json --page docs/results.md`",
+        "`python -m benchmarks.fewshot table --out runs/fewshot --json docs/results/fewshot.json --page docs/evidence.md`",
         "([raw results](results/fewshot.json)). The shots are all the labels there are: no validation set, the last epoch counts,",
         f"nothing is chosen on these sets. AdamW, batch {BATCH}, {epochs}: short, to fit two busy cores.",
         f"Fixed peak rates, not tuned: {rates}.",

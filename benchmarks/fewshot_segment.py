@@ -2,7 +2,7 @@
 
     python studies/seg_mini_cases.py --data DIR --out runs/seg-mini/cases
     python -m benchmarks.fewshot_segment run --cases runs/seg-mini/cases/hippocampus.jsonl --out runs/fewshot-segment
-    python -m benchmarks.fewshot_segment table --out runs/fewshot-segment --page docs/results.md
+    python -m benchmarks.fewshot_segment table --out runs/fewshot-segment --page docs/evidence.md
 
 Five training patients a draw come from the list's validation part, the test patients are its test part: a pack that was trained
 on the training part has seen neither. It has seen other hippocampi, however. So everything is run twice: `known` asks under
@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks._page import put_section
-from medlore.data.cases import read_cases
+from medlore.data.volumes.cases import read_cases
+from medlore.decomposing.segmenters.few_shot import FewShotSettings, tune_segmenter
 from medlore.files import write_text
 from medlore.metrics.draws import mean_of_draws
-from medlore.recipes.run import check_settings, choose_device, describe_machine
-from medlore.recipes.segmentation.few_shot import FewShotSettings, tune_segmenter
+from medlore.runs.settings import check_settings, choose_device, describe_machine
 
 SHOTS, DRAWS = 5, 3
 METHODS = ("sr-lora", "lora", "scratch", "full")
@@ -90,7 +90,7 @@ def _mean(cell: Mapping[str, Any], network: str) -> float:
 
 
 def section(done: Sequence[Mapping[str, Any]], command: str) -> str:
-    """The section of docs/results.md."""
+    """The section of docs/evidence.md."""
     draws = sorted({cell["draw"] for cell in done})
     cores = describe_machine()["machine"]["cores"]
     lines = [

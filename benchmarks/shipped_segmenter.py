@@ -1,7 +1,7 @@
 """A trained segmenter pack against k-means of the grey values, on volumes that its training has not seen.
 
     python studies/seg_mini_cases.py --data DIR --out runs/seg-mini/cases
-    python -m benchmarks.shipped_segmenter --pack medlore:seg-mini --cases runs/seg-mini/cases --page docs/results.md
+    python -m benchmarks.shipped_segmenter --pack medlore:seg-mini --cases runs/seg-mini/cases --page docs/evidence.md
 
 Template: the ICBM152 T1 template, skull-stripped, against its tissue maps above one half. Heads: whole heads of seven contrasts, drawn
 from a label map that was kept out of the training. Hippocampi: crops of 40 patients that were kept out. K-means has three classes and
@@ -22,15 +22,15 @@ from typing import Any
 import numpy as np
 
 from benchmarks._page import put_section
-from medlore.data.cases import Case, read_cases
-from medlore.data.geometry import Array, resampling_to
-from medlore.data.masks import read_masks
-from medlore.data.nifti import Volume
-from medlore.data.volumes import read_volume
+from medlore.data.volumes.cases import Case, read_cases
+from medlore.data.volumes.geometry import Array, resampling_to
+from medlore.data.volumes.masks import read_masks
+from medlore.data.volumes.nifti import Volume
+from medlore.data.volumes.preparation import read_volume
+from medlore.demo.segmentation import template_file, tissue_truth
+from medlore.demo.tissue_baseline import best_dice, kmeans_classes
 from medlore.metrics.masks import dice
-from medlore.recipes.demo_segmentation import template_file, tissue_truth
-from medlore.recipes.segmenting import LoadedSegmenter, Masks, load_segmenter
-from medlore.recipes.tissue_baseline import best_dice, kmeans_classes
+from medlore.segmenting.segmenter import LoadedSegmenter, Masks, load_segmenter
 
 TISSUES = ("grey matter", "white matter")
 NUCLEI = ("brain ventricle", "thalamus", "caudate nucleus", "putamen", "pallidum", "amygdala", "hippocampus", "brainstem", "cerebellum")
@@ -141,7 +141,7 @@ def mean(rows: Sequence[Row], label: str, volume: str | None = None) -> float:
 
 
 def section(told: dict[str, Any], command: str) -> str:
-    """The section of docs/results.md."""
+    """The section of docs/evidence.md."""
     rows: list[Row] = told["rows"]
     heads = list(dict.fromkeys(row.volume for row in rows if row.kmeans is not None))
     lines = [

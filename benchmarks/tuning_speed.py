@@ -1,6 +1,6 @@
 """What a step of LoRA costs against PEFT's own, and an epoch of a linear probe on features computed once against one without.
 
-    python -m benchmarks.tuning_speed [--only step|probe] [--repeats N] [--threads N] [--clock wall|cpu] [--page docs/results.md]
+    python -m benchmarks.tuning_speed [--only step|probe] [--repeats N] [--threads N] [--clock wall|cpu] [--page docs/evidence.md]
 
 The step: forward, backward and AdamW of ViT-B/16 (random weights, 5 classes) on 4 images of 224 pixels, factors on query, value and
 output projection at the stable ranks of the ImageNet-21k weights, the same model and images for all variants. PEFT's own is its model
@@ -25,14 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks._page import put_section
-from medlore.layers.lora_step import quicken
-from medlore.layers.methods import quiet_peft
+from medlore.layers.lora.step import quicken
 from medlore.layers.surgery import freeze, thaw_head
 from medlore.layers.tuning.interface import Tuning
-from medlore.recipes.accelerators import make_accelerator
-from medlore.recipes.examples import feature_examples
-from medlore.recipes.training import Examples, Schedule, Trainer
-from medlore.recipes.watching import Watchers
+from medlore.layers.tuning.methods import quiet_peft
+from medlore.training.accelerator import make_accelerator
+from medlore.training.watching import Watchers
+from medlore.tuning.examples import feature_examples
+from medlore.tuning.training import Examples, Schedule, Trainer
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 TITLE = "## The cost of a tuning step"

@@ -24,8 +24,8 @@ from benchmarks.shipped_segmenter import (
 )
 
 from medlore.assets import asset_path
-from medlore.data.cases import Case, read_cases
-from medlore.recipes.segmenting import LoadedSegmenter, load_segmenter
+from medlore.data.volumes.cases import Case, read_cases
+from medlore.segmenting.segmenter import LoadedSegmenter, load_segmenter
 
 LARGEST_BYTES = 12e6
 CARD = (asset_path("medlore:seg-mini") / "README.md").read_text(encoding="utf-8")
@@ -38,7 +38,7 @@ def model() -> LoadedSegmenter:
 
 
 def held_out_head(folder: Path, shared_data: Path, name: str) -> Case:
-    """A head of a fixed contrast, drawn from the label map that no training saw, as the table of docs/results.md has it."""
+    """A head of a fixed contrast, drawn from the label map that no training saw, as the table of docs/evidence.md has it."""
     made: Mapping[str, Any] = runpy.run_path(str(SCRIPT))
     family, seed, stripped = made["HELD_OUT_HEADS"][name]
     image, mask = folder / f"{name}.nii.gz", folder / f"{name}_labels.nii.gz"
