@@ -1,6 +1,6 @@
 """How `medlore:vit-mini` was made: a small ViT learns the tokens of a frozen DINOv2.
 
-    python maintenance/distil_vit_mini.py maintenance/distil-vit-mini.yaml --data DATA --teacher FOLDER --start FOLDER --out RUN
+    python -m maintenance.distil_vit_mini maintenance/distil-vit-mini.yaml --data DATA --teacher FOLDER --start FOLDER --out RUN
 
 The teacher is any DINOv2 folder whose patches fall on the student's (14 pixels at 112 against 8 at 64: eight a side each).
 The student's class token learns the class token and the mean patch of the teacher through a linear map, its patches the
@@ -27,14 +27,14 @@ import numpy as np
 import pydantic
 import torch
 import yaml
-from distillation_images import Pool, read_pool
 from numpy.typing import NDArray
 from safetensors.torch import save_file
-from teacher_store import TeacherStore
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, ViTConfig, ViTModel
 
+from maintenance.distillation_images import Pool, read_pool
+from maintenance.teacher_store import TeacherStore
 from medlore.files import atomic_path
 
 STATE = "state.pt"

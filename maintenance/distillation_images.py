@@ -1,6 +1,6 @@
 """The images that `medlore:vit-mini` is distilled on: 64 x 64, from sets whose terms allow weights to be shipped.
 
-Nothing of a set that `frozen_features.py` reports on, or that chooses between students, is among them. Volumes give slices,
+Nothing of a set that `maintenance.frozen_features` reports on, or that chooses between students, is among them. Volumes give slices,
 label maps of heads give synthetic MR slices of random contrast, a CT gives slices and sums along its rays.
 """
 
@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from labelled_sets import CHEST_CLASS, is_development_class, is_held_out, square
 from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
+
+from maintenance.labelled_sets import CHEST_CLASS, is_development_class, is_held_out, square
 
 Sample = tuple[NDArray[np.uint8], str]  # an image, and its class; "" where it has none
 Slice = NDArray[np.float32]

@@ -1,6 +1,6 @@
 """What the frozen features of backbones are worth: few-shot logistic regression on several sets, networks side by side.
 
-    python maintenance/frozen_features.py DATA --network old=FOLDER --network new=FOLDER --random old --bar old,new --json OUT.json
+    python -m maintenance.frozen_features DATA --network old=FOLDER --network new=FOLDER --random old --bar old,new --json OUT.json
 
 The part that is reported on is fixed: of every set 40 % of the groups (persons, patients, lesions; images where nothing is
 known), at most `--most` images. Shots are drawn from the other groups, `--shots` images a class, each of another group as far
@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from labelled_sets import DEVELOPMENT, REPORTING, LabelledSet, read_set
 from numpy.typing import NDArray
 
+from maintenance.labelled_sets import DEVELOPMENT, REPORTING, LabelledSet, read_set
 from medlore.files import write_json
 from medlore.metrics.draws import DrawMean, mean_of_draws
 

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from maintenance.labelled_sets import is_development_class
 
-MAINTENANCE = Path(__file__).resolve().parents[2] / "maintenance"
+from maintenance import distil_vit_mini as distil
+
 TINY = {
     "image_size": 32, "patch_size": 8, "width": 32, "depth": 2, "heads": 2, "mlp_width": 48, "teacher_size": 56,
     "batch_size": 16, "kept_patches": 8, "learning_rate": 3e-3, "ema_decay": 0.9,
 }  # fmt: skip
-
-
-@pytest.fixture
-def distil(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(MAINTENANCE)
-    return importlib.import_module("distil_vit_mini")
 
 
 def tiny_teacher() -> Any:
@@ -36,7 +30,7 @@ def tiny_teacher() -> Any:
     )
 
 
-def trainer_of(distil: ModuleType, folder: Path, steps: int, **changes: Any) -> Any:
+def trainer_of(folder: Path, steps: int, **changes: Any) -> Any:
     """A run over 48 noisy images of one colour each, six classes by colour."""
     random = np.random.default_rng(0)
     labels = np.arange(48) % 6
@@ -48,20 +42,20 @@ def trainer_of(distil: ModuleType, folder: Path, steps: int, **changes: Any) -> 
     return distil.Trainer.start(settings, pool, store, None)
 
 
-def test_the_student_comes_near_the_teacher_in_all_its_losses(distil: ModuleType, tmp_path: Path) -> None:
-    trainer = trainer_of(distil, tmp_path, 60)
+def test_the_student_comes_near_the_teacher_in_all_its_losses(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, 60)
     losses = [trainer.train_step() for _ in range(60)]
     for name, share in (("class", 0.6), ("patch", 0.95), ("relation", 0.75), ("label", 0.7)):
         first, last = (np.mean([part[name] for part in group]) for group in (losses[:3], losses[-3:]))
         assert last < share * first, name
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits(distil: ModuleType, tmp_path: Path) -> None:
-    whole = trainer_of(distil, tmp_path / "whole", 8)
+def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    whole = trainer_of(tmp_path / "whole", 8)
     distil.train(whole, tmp_path / "whole", until=8)
-    parted = trainer_of(distil, tmp_path / "parted", 8)
+    parted = trainer_of(tmp_path / "parted", 8)
     distil.train(parted, tmp_path / "parted", until=3)
-    resumed = trainer_of(distil, tmp_path / "parted", 8)
+    resumed = trainer_of(tmp_path / "parted", 8)
     resumed.load(tmp_path / "parted")
     distil.train(resumed, tmp_path / "parted", until=8)
     assert resumed.step == 8
@@ -71,26 +65,26 @@ def test_a_stopped_run_goes_on_to_the_same_bits(distil: ModuleType, tmp_path: Pa
     assert not torch.equal(whole.average["vit.layernorm.weight"], whole.student.state_dict()["vit.layernorm.weight"])
 
 
-def test_a_state_of_other_settings_is_refused(distil: ModuleType, tmp_path: Path) -> None:
-    trainer_of(distil, tmp_path, 8).save(tmp_path)
+def test_a_state_of_other_settings_is_refused(tmp_path: Path) -> None:
+    trainer_of(tmp_path, 8).save(tmp_path)
     with pytest.raises(SystemExit, match="other settings"):
-        trainer_of(distil, tmp_path, 8, patch_loss=0.25).load(tmp_path)
+        trainer_of(tmp_path, 8, patch_loss=0.25).load(tmp_path)
 
 
-def test_another_length_counts_from_here_on_and_is_remembered(distil: ModuleType, tmp_path: Path) -> None:
-    trainer = trainer_of(distil, tmp_path, 8)
+def test_another_length_counts_from_here_on_and_is_remembered(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, 8)
     trainer.train_step()
     trainer.plan(20)
     trainer.save(tmp_path)
-    again = trainer_of(distil, tmp_path, 8)
+    again = trainer_of(tmp_path, 8)
     again.load(tmp_path)
     assert (again.steps, again.plans) == (20, [(0, 8), (1, 20)])
 
 
-def test_the_export_is_an_ordinary_transformers_folder_of_the_moving_average(distil: ModuleType, tmp_path: Path) -> None:
+def test_the_export_is_an_ordinary_transformers_folder_of_the_moving_average(tmp_path: Path) -> None:
     from transformers import AutoImageProcessor, ViTModel
 
-    trainer = trainer_of(distil, tmp_path, 4)
+    trainer = trainer_of(tmp_path, 4)
     distil.train(trainer, tmp_path, until=2)
     model, report = ViTModel.from_pretrained(tmp_path / "backbone", add_pooling_layer=False, output_loading_info=True, dtype=torch.float32)
     assert not report["missing_keys"]
@@ -101,8 +95,8 @@ def test_the_export_is_an_ordinary_transformers_folder_of_the_moving_average(dis
     assert json.loads((tmp_path / "backbone" / "config.json").read_text())["model_type"] == "vit"
 
 
-def test_every_image_comes_once_in_a_round_and_rounds_differ(distil: ModuleType, tmp_path: Path) -> None:
-    trainer = trainer_of(distil, tmp_path, 6)
+def test_every_image_comes_once_in_a_round_and_rounds_differ(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, 6)
     rows = []
     for trainer.step in range(6):
         rows.append(trainer.batch_rows())
@@ -111,7 +105,7 @@ def test_every_image_comes_once_in_a_round_and_rounds_differ(distil: ModuleType,
     assert not np.array_equal(first, second)
 
 
-def test_mirrored_tokens_are_the_tokens_of_the_mirrored_image(distil: ModuleType) -> None:
+def test_mirrored_tokens_are_the_tokens_of_the_mirrored_image() -> None:
     """With the mean grey of each patch as the token, mirroring is exact."""
     images = torch.rand(4, 1, 12, 12)
 
@@ -124,8 +118,8 @@ def test_mirrored_tokens_are_the_tokens_of_the_mirrored_image(distil: ModuleType
     assert torch.allclose(distil.mirrored(tokens(images), chosen), expected, atol=1e-6)
 
 
-def test_the_store_asks_the_teacher_once_and_knows_its_pool(distil: ModuleType, tmp_path: Path) -> None:
-    trainer = trainer_of(distil, tmp_path, 8)
+def test_the_store_asks_the_teacher_once_and_knows_its_pool(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, 8)
     store = trainer.store
     chosen = np.array([5, 1, 5])
     first = store.rows(chosen)
@@ -137,9 +131,7 @@ def test_the_store_asks_the_teacher_once_and_knows_its_pool(distil: ModuleType, 
 
 
 @pytest.mark.shared
-def test_the_pool_leaves_out_what_is_reported_or_chooses(distil: ModuleType, shared_data: Path) -> None:
-    from labelled_sets import is_development_class  # type: ignore[import-not-found]
-
+def test_the_pool_leaves_out_what_is_reported_or_chooses(shared_data: Path) -> None:
     counts = {"natural": 166, "mednist": 10, "tissue": 3, "hippocampus": 3, "torso": 2}
     pool = distil.read_pool(shared_data, counts, size=64)
     assert pool.counts == counts

@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 import zipfile
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-MAINTENANCE = Path(__file__).resolve().parents[2] / "maintenance"
+from maintenance import frozen_features as frozen
+from maintenance import labelled_sets as labelled
 
 
-@pytest.fixture
-def frozen(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(MAINTENANCE)
-    return importlib.import_module("frozen_features")
-
-
-def made_set(frozen: ModuleType, labels: Any, groups: list[str]) -> Any:
+def made_set(labels: Any, groups: list[str]) -> Any:
     labels = np.asarray(labels, dtype=np.int64)
     classes = tuple("abc"[: labels.shape[1]] if labels.ndim == 2 else "abc"[: labels.max() + 1])
     return frozen.LabelledSet("made", classes, np.zeros((len(labels), 4, 4, 3), np.uint8), labels, tuple(groups))
 
 
-def test_no_group_is_on_both_sides_and_every_class_has_its_shots(frozen: ModuleType) -> None:
+def test_no_group_is_on_both_sides_and_every_class_has_its_shots() -> None:
     labels = np.arange(90) % 3
-    data = made_set(frozen, labels, [f"person {i // 6}" for i in range(90)])
+    data = made_set(labels, [f"person {i // 6}" for i in range(90)])
     split = frozen.split_set(data, shots=4, draws=5, most=1000)
     held = {data.groups[i] for i in split.test}
     assert len(held) == 6  # 40 % of 15
@@ -47,10 +40,10 @@ def test_no_group_is_on_both_sides_and_every_class_has_its_shots(frozen: ModuleT
     assert len(frozen.split_set(data, shots=4, draws=1, most=10).test) == 10
 
 
-def test_several_labels_an_image_each_get_their_shots_and_rare_ones_do_not_count(frozen: ModuleType) -> None:
+def test_several_labels_an_image_each_get_their_shots_and_rare_ones_do_not_count() -> None:
     random = np.random.default_rng(0)
     labels = np.stack([random.random(200) < share for share in (0.5, 0.3, 0.01)], axis=1)
-    data = made_set(frozen, labels, [str(i) for i in range(200)])
+    data = made_set(labels, [str(i) for i in range(200)])
     split = frozen.split_set(data, shots=6, draws=3, most=1000)
     assert split.columns == (0, 1)
     for rows in split.draws:
@@ -59,16 +52,16 @@ def test_several_labels_an_image_each_get_their_shots_and_rare_ones_do_not_count
         assert len(rows) <= 12
 
 
-def test_scores_are_one_where_features_tell_and_chance_where_they_do_not(frozen: ModuleType) -> None:
+def test_scores_are_one_where_features_tell_and_chance_where_they_do_not() -> None:
     labels = np.arange(400) % 2
-    data = made_set(frozen, labels, [str(i) for i in range(400)])
+    data = made_set(labels, [str(i) for i in range(400)])
     split = frozen.split_set(data, shots=10, draws=1, most=1000)
     random = np.random.default_rng(1)
     noise = random.normal(size=(400, 5)).astype(np.float32)
     telling = noise + 30 * labels[:, None].astype(np.float32) * np.array([1, 0, 0, 0, 0], np.float32)
     assert frozen.judge(telling, data, split, split.draws[0], 1.0) == 1.0
     assert abs(frozen.judge(noise, data, split, split.draws[0], 1.0) - 0.5) < 0.12
-    several = made_set(frozen, np.stack([labels, 1 - labels], axis=1), [str(i) for i in range(400)])
+    several = made_set(np.stack([labels, 1 - labels], axis=1), [str(i) for i in range(400)])
     split = frozen.split_set(several, shots=10, draws=1, most=1000)
     assert frozen.judge(telling, several, split, split.draws[0], 1.0) == 1.0
     assert abs(frozen.judge(noise, several, split, split.draws[0], 1.0) - 0.5) < 0.12
@@ -83,7 +76,7 @@ def test_scores_are_one_where_features_tell_and_chance_where_they_do_not(frozen:
         ([0.15] * 5 + [-0.01], True),
     ],
 )
-def test_the_bar(frozen: ModuleType, gains: list[float], *, shipped: bool) -> None:
+def test_the_bar(gains: list[float], *, shipped: bool) -> None:
     random = np.random.default_rng(0)
     old, new = frozen.Scores(), frozen.Scores()
     for name, gain in zip(frozen.REPORTING, gains, strict=True):
@@ -95,7 +88,7 @@ def test_the_bar(frozen: ModuleType, gains: list[float], *, shipped: bool) -> No
     assert frozen.passes(found) is shipped
 
 
-def test_a_mean_whose_interval_holds_zero_does_not_pass(frozen: ModuleType) -> None:
+def test_a_mean_whose_interval_holds_zero_does_not_pass() -> None:
     old, new = frozen.Scores(), frozen.Scores()
     swings = np.array([0.9, -0.7] * 5)
     for name in frozen.REPORTING:
@@ -105,7 +98,7 @@ def test_a_mean_whose_interval_holds_zero_does_not_pass(frozen: ModuleType) -> N
     assert not frozen.passes(found)
 
 
-def test_the_penalty_is_chosen_on_development_sets_alone(frozen: ModuleType) -> None:
+def test_the_penalty_is_chosen_on_development_sets_alone() -> None:
     scores = frozen.Scores(
         {"natural": {c: [0.4 + 0.1 * (c == 1e-2)] for c in frozen.PENALTIES}, "skin": {c: [float(c == 1.0)] for c in frozen.PENALTIES}}
     )
@@ -113,7 +106,7 @@ def test_the_penalty_is_chosen_on_development_sets_alone(frozen: ModuleType) -> 
 
 
 def test_a_network_is_measured_once_and_the_table_names_it(
-    frozen: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import torch
     from transformers import ViTConfig, ViTModel
@@ -134,7 +127,6 @@ def test_a_network_is_measured_once_and_the_table_names_it(
     config = ViTConfig(image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     ViTModel(config, add_pooling_layer=True).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
-    labelled = importlib.import_module("labelled_sets")
     made = labelled._Archive("made.zip")
     monkeypatch.setattr(labelled, "SETS", {"told": made, "dev": made})
     monkeypatch.setattr(frozen, "REPORTING", {"told": made})
