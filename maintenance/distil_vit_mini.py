@@ -8,7 +8,7 @@ teacher's patches, and its own similarities within a batch those of the teacher;
 joins in. A part of the patches is seen until the last steps. Every draw of a step comes from a generator seeded by (seed,
 step) and the teacher's answers are kept on disk, so a run that was stopped and gone on with ends with the same bits.
 `RUN/state.pt` is written now and then and gone on with when it is there; `--steps` changes the length of the schedule from
-that step on, and the log says so.
+that step on and `--distinct` the number of images (the teacher's answers are what costs most); the state remembers both.
 """
 
 from __future__ import annotations
@@ -167,8 +167,17 @@ class Trainer:
     average: dict[str, Tensor]
     scale: Scale
     step: int = 0
-    steps: int = 0
-    plans: list[tuple[int, int]] = field(default_factory=list)
+    plans: list[tuple[int, int, int]] = field(default_factory=list)
+
+    @property
+    def steps(self) -> int:
+        """Length of the schedule."""
+        return self.plans[-1][1]
+
+    @property
+    def distinct(self) -> int:
+        """How many images of the pool are seen."""
+        return self.plans[-1][2]
 
     @classmethod
     def start(cls, settings: DistilSettings, pool: Pool, store: TeacherStore, start: Path | None) -> Trainer:
@@ -183,7 +192,7 @@ class Trainer:
         optimiser = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), fused=True)
         average = {k: v.clone() for k, v in student.state_dict().items()}
         scale = Scale.measured(store.rows(np.sort(shuffled(len(pool.images), settings.seed, 0)[:256])))
-        return cls(settings, pool, store, student, optimiser, average, scale, steps=settings.steps, plans=[(0, settings.steps)])
+        return cls(settings, pool, store, student, optimiser, average, scale, plans=[(0, settings.steps, len(pool.images))])
 
     def train_step(self) -> dict[str, float]:
         """One update; the parts of its loss."""
@@ -204,11 +213,16 @@ class Trainer:
         return {name: value.item() for name, value in parts.items()}
 
     def batch_rows(self) -> NDArray[np.int64]:
-        """Rows of this step's images: every image once in a round, each round in another order."""
-        count, size = len(self.pool.images), self.settings.batch_size
-        first = self.step * size
-        places = np.arange(first, first + size)
-        return np.array([shuffled(count, self.settings.seed, int(p // count))[p % count] for p in places])
+        """Rows of this step's images: every image once in a round, each round in another order.
+
+        With fewer distinct images than the pool holds, the rounds run over the first of the first round: a run that is cut to
+        what its first round has come to goes on as if it had been planned so.
+        """
+        count, size, seed = self.distinct, self.settings.batch_size, self.settings.seed
+        seen = shuffled(len(self.pool.images), seed, 0)[:count]
+        places = np.arange(self.step * size, (self.step + 1) * size)
+        rounds = {r: seen if r == 0 else seen[shuffled(count, seed, r)] for r in (int(places[0] // count), int(places[-1] // count))}
+        return np.array([rounds[int(p // count)][p % count] for p in places])
 
     def _views(self, chosen: NDArray[np.int64], generator: torch.Generator) -> tuple[Tensor, Tensor]:
         s = self.settings
@@ -248,11 +262,13 @@ class Trainer:
         for name, value in self.student.state_dict().items():
             self.average[name].lerp_(value, 1 - decay)
 
-    def plan(self, steps: int) -> None:
-        """Change the length of the schedule from here on."""
-        if steps != self.steps:
-            self.steps = steps
-            self.plans.append((self.step, steps))
+    def plan(self, steps: int | None, distinct: int | None) -> None:
+        """Change the length of the schedule, or the number of images, from here on."""
+        wanted = (steps or self.steps, distinct or self.distinct)
+        if wanted[1] > len(self.pool.images) or (wanted[1] != self.distinct and self.step * self.settings.batch_size > wanted[1]):
+            raise SystemExit(f"{wanted[1]} distinct images: the pool has {len(self.pool.images)}, and more may have been seen already")
+        if wanted != (self.steps, self.distinct):
+            self.plans.append((self.step, *wanted))
 
     def save(self, out: Path) -> None:
         """Write `out/state.pt` and the moving average as `out/backbone`."""
@@ -276,23 +292,14 @@ class Trainer:
             raise SystemExit(f"{out / STATE}: made with other settings: go on without changes, or name another folder")
         self.step, self.average = saved["step"], saved["average"]
         self.plans = [tuple(plan) for plan in saved["plans"]]
-        self.steps = self.plans[-1][1]
         self.student.load_state_dict(saved["student"])
         self.optimiser.load_state_dict(saved["optimiser"])
         self.scale = Scale(*saved["scale"])
 
 
-_rounds: dict[tuple[int, int, int], NDArray[np.int64]] = {}
-
-
 def shuffled(count: int, seed: int, number: int) -> NDArray[np.int64]:
     """The order of round `number` over `count` images."""
-    key = (count, seed, number)
-    if key not in _rounds:
-        while len(_rounds) > 2:
-            _rounds.pop(next(iter(_rounds)))
-        _rounds[key] = np.random.default_rng([seed, 7, number]).permutation(count)
-    return _rounds[key]
+    return np.random.default_rng([seed, 7, number]).permutation(count)
 
 
 def rate(progress: float, warm_up: float, final: float) -> float:
@@ -362,6 +369,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--store", type=Path, help="folder of the teacher's answers; OUT/teacher without it")
     parser.add_argument("--steps", type=int, help="another length of the schedule, from here on")
+    parser.add_argument("--distinct", type=int, help="see only so many images of the pool, from here on; only within the first round")
     parser.add_argument("--halt-at", type=int, help="stop after this step, to go on later")
     given = parser.parse_args(arguments)
     settings = DistilSettings(**yaml.safe_load(given.settings.read_text(encoding="utf-8")))
@@ -374,9 +382,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if (given.out / STATE).is_file():
         trainer.load(given.out)
         note(f"goes on at step {trainer.step}")
-    trainer.plan(given.steps or trainer.steps)
+    trainer.plan(given.steps, given.distinct)
     train(trainer, given.out, until=min(given.halt_at or trainer.steps, trainer.steps))
-    note(f"schedule (from step, steps): {trainer.plans}")
+    note(f"schedule (from step, steps, distinct images): {trainer.plans}")
     return 0
 
 

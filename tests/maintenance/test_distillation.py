@@ -71,14 +71,24 @@ def test_a_state_of_other_settings_is_refused(tmp_path: Path) -> None:
         trainer_of(tmp_path, 8, patch_loss=0.25).load(tmp_path)
 
 
-def test_another_length_counts_from_here_on_and_is_remembered(tmp_path: Path) -> None:
+def test_another_length_and_fewer_images_count_from_here_on_and_are_remembered(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, 8)
+    before = trainer.batch_rows()
     trainer.train_step()
-    trainer.plan(20)
+    trainer.plan(20, 32)
     trainer.save(tmp_path)
     again = trainer_of(tmp_path, 8)
     again.load(tmp_path)
-    assert (again.steps, again.plans) == (20, [(0, 8), (1, 20)])
+    assert (again.steps, again.distinct) == (20, 32)
+    rows = [before]
+    for again.step in range(1, 4):
+        rows.append(again.batch_rows())
+    first, second = np.concatenate(rows[:2]), np.concatenate(rows[2:])
+    assert set(first) == set(second)
+    assert len(set(first)) == 32
+    assert not np.array_equal(first, second)
+    with pytest.raises(SystemExit, match="seen already"):
+        again.plan(None, 16)
 
 
 def test_the_export_is_an_ordinary_transformers_folder_of_the_moving_average(tmp_path: Path) -> None:
