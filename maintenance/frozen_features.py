@@ -159,14 +159,18 @@ def judge(values: NDArray[np.float32], data: LabelledSet, split: Split, train: N
     return float(np.mean(areas))
 
 
-def measure(network: Network, names: Iterable[str], folder: Path, *, shots: int, draws: int, most: int) -> dict[str, Scores]:
+def measure(
+    network: Network, names: Iterable[str], folder: Path, readings: Sequence[str] = READINGS, *, shots: int, draws: int, most: int
+) -> dict[str, Scores]:
     """Scores of a network on every set at every penalty, by reading."""
-    found = {reading: Scores() for reading in READINGS}
+    found = {reading: Scores() for reading in readings}
     model, mean, std = network.load()
     for name in names:
         data = read_set(name, folder, network.size)
         split = split_set(data, shots=shots, draws=draws, most=most)
-        for reading, rows in read_tokens(model, data.images[split.rows], mean, std).items():
+        tokens = read_tokens(model, data.images[split.rows], mean, std)
+        for reading in readings:
+            rows = tokens[reading]
             values = np.zeros((len(data), rows.shape[1]), np.float32)
             values[split.rows] = rows
             found[reading].by_set[name] = {c: [judge(values, data, split, drawn, c) for drawn in split.draws] for c in PENALTIES}
@@ -213,6 +217,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--network", action="append", default=[], metavar="NAME=FOLDER[@SIZE]", help="a network; 64 pixels without a size")
     parser.add_argument("--random", metavar="NAME", help="also this network before any training")
     parser.add_argument("--bar", metavar="OLD,NEW", help="say whether NEW may be shipped in the place of OLD")
+    parser.add_argument("--readings", nargs="+", choices=READINGS, default=READINGS, help="how features are read; all three")
     parser.add_argument("--development", action="store_true", help="only the sets that may choose between students")
     parser.add_argument("--shots", type=int, default=5)
     parser.add_argument("--draws", type=int, default=10)
@@ -253,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found, names = held_scores(given.json, protocol), list(DEVELOPMENT if given.development else REPORTING | DEVELOPMENT)
     for title, network in networks_of(given).items():
         missing = [name for name in names if name not in found.get(title, Scores()).by_set]
-        for reading, fresh in (measure(network, missing, given.data, **protocol) if missing else {}).items():
+        for reading, fresh in (measure(network, missing, given.data, given.readings, **protocol) if missing else {}).items():
             key = title if reading == READINGS[0] else f"{title}, {reading}"
             found[key] = Scores(found.get(key, Scores()).by_set | fresh.by_set)
     if given.json:
