@@ -142,6 +142,8 @@ def test_labels_follow_what_a_scanner_can_tell() -> None:
     lost = majority_of_tissues(codes, blurred)
     assert not (lost == 24).any()
     assert np.array_equal(lost == 17, codes == 17)
-    assert set(np.unique(lost)) == {3, 17}
+    assert set(np.unique(lost)) == {3, 17, 42}
+    assert (lost[:, :7, 4:] == 42).all()  # sides stay apart
+    assert (lost[:, 9:, 4:] == 3).all()
     only = np.full((4, 4, 4), 42, np.uint16)
     assert majority_of_tissues(only, [None] * 3) is only

@@ -12,7 +12,7 @@ from medlore.data.volume_augmentation import (
     blur_matrix,
     change_greys,
     cut,
-    draw_coordinates,
+    draw_places,
     draw_view,
     smooth_field,
     take,
@@ -38,7 +38,7 @@ def test_taking_voxels_where_they_lie_changes_nothing(nearest: bool) -> None:
 
 def test_codes_are_never_mixed() -> None:
     codes = np.random.default_rng(1).choice([0, 7, 531], SHAPE).astype(np.uint16)
-    coordinates = draw_coordinates((9, 7, 6), (12, 12, 12), np.random.default_rng(2), WarpRules(probability=1), flip=True)
+    coordinates = draw_places((9, 7, 6), (12, 12, 12), np.random.default_rng(2), WarpRules(probability=1), flip=True).coordinates
     assert coordinates is not None
     assert set(np.unique(take(codes, coordinates, outside=0, nearest=True))) <= {0.0, 7.0, 531.0}
 
@@ -64,7 +64,7 @@ def test_a_warp_turns_and_resizes_about_the_centre() -> None:
     rules = WarpRules(probability=1, rotation_degrees=20, scale=(0.8, 1.2), elastic_voxels=0)
     centre = np.array([20.0, 30.0, 40.0])
     for seed in range(5):
-        found = draw_coordinates(centre, (11, 11, 11), np.random.default_rng(seed), rules, flip=False)
+        found = draw_places(centre, (11, 11, 11), np.random.default_rng(seed), rules, flip=False).coordinates
         assert found is not None
         np.testing.assert_allclose(found[:, 5, 5, 5], centre, atol=1e-4)
         edge = np.linalg.norm(found[:, 6, 5, 5] - found[:, 5, 5, 5])
@@ -74,11 +74,11 @@ def test_a_warp_turns_and_resizes_about_the_centre() -> None:
 
 def test_mirror_images_are_mirrored_along_x_only_where_allowed() -> None:
     rules = WarpRules(probability=0, flip=1)
-    found = draw_coordinates((5, 5, 5), (5, 5, 5), np.random.default_rng(0), rules, flip=True)
+    found = draw_places((5, 5, 5), (5, 5, 5), np.random.default_rng(0), rules, flip=True).coordinates
     assert found is not None
     assert found[0, :, 0, 0].tolist() == [7, 6, 5, 4, 3]
     assert found[1, 0, :, 0].tolist() == [3, 4, 5, 6, 7]
-    assert draw_coordinates((5, 5, 5), (5, 5, 5), np.random.default_rng(0), rules, flip=False) is None
+    assert draw_places((5, 5, 5), (5, 5, 5), np.random.default_rng(0), rules, flip=False).coordinates is None
 
 
 def test_smooth_fields_are_smooth_with_unit_deviation() -> None:
