@@ -120,8 +120,8 @@ def draw_places(centre: Sequence[float], size: Shape, rng: np.random.Generator, 
     for largest, points in ((rules.elastic_voxels, rules.control_points), (rules.bend_voxels, rules.bend_points)) if warped else ():
         if largest > 0:
             strength = np.float32(rng.uniform(0, largest))
-            for row in found:
-                row += strength * smooth_field(rng, size, points)
+            for axis in range(3):
+                found[axis] += strength * smooth_field(rng, size, points)
     return Places(found, mirrored)
 
 
