@@ -14,8 +14,8 @@ test-all: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not weights"
 
 check: $(READY)
-	$(BIN)/ruff format --check src tests benchmarks
-	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks maintenance
+	$(BIN)/ruff check src tests benchmarks maintenance
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_floors.py tests/test_docs.py
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import least_squares
 
-from medlore.layers.dispatch import PRICES, Load, Prices, costs
+from medlore.layers.experts.dispatch import PRICES, Load, Prices, costs
 
 TITLE = "## Layers with experts: what a mixed batch costs"
 FORMS = ("merged", "factored", "gathered", "published", "chosen")

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from medlore.data.geometry import Array
-from medlore.data.nifti import Volume
-from medlore.data.volumes import read_volume
+from medlore.data.volumes.geometry import Array
+from medlore.data.volumes.nifti import Volume
+from medlore.data.volumes.preparation import read_volume
 from medlore.metrics.masks import dice
 
 SUBJECTS = ("1000", "1001", "1002", "1006", "1007", "1008", "1009", "1010", "1011", "1012")

@@ -13,9 +13,9 @@ import numpy as np
 
 from benchmarks._head_labels import SIDED, SUBJECTS, UNSIDED, Head, codes_of, read_head
 from benchmarks._meshnet import classes_of, conformed, read_meshnet, restored
-from medlore.data.geometry import Array
-from medlore.recipes.segmenting import load_segmenter
-from medlore.recipes.tissue_baseline import kmeans_classes
+from medlore.data.volumes.geometry import Array
+from medlore.demo.tissue_baseline import kmeans_classes
+from medlore.segmenting.segmenter import load_segmenter
 
 Pair = tuple[Array, Array]
 _PARTS: dict[str, tuple[str, ...]] = {

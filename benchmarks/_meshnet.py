@@ -18,8 +18,8 @@ from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
 
-from medlore.data.geometry import Array, reorientation_to, resampling_to
-from medlore.data.nifti import Volume
+from medlore.data.volumes.geometry import Array, reorientation_to, resampling_to
+from medlore.data.volumes.nifti import Volume
 
 CONFORMED = 256
 ORIENTATION = "LIA"

@@ -26,13 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medlore.files import read_json, write_json
-from medlore.layers import experts as expert_module
-from medlore.layers.dispatch import Form, choose_form, load_of
-from medlore.layers.expert_call import Job
-from medlore.layers.expert_surgery import install_experts
-from medlore.layers.experts import ExpertLayer, expert_layer
-from medlore.layers.routing import route
-from medlore.recipes.run import describe_machine
+from medlore.layers.experts.call import Job
+from medlore.layers.experts.dispatch import Form, choose_form, load_of
+from medlore.layers.experts.layer import ExpertLayer, expert_layer
+from medlore.layers.experts.layer import layer as expert_module
+from medlore.layers.experts.routing import route
+from medlore.layers.experts.surgery import install_experts
+from medlore.runs.settings import describe_machine
 
 RANK = 8
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -188,7 +188,7 @@ class Network:
 
 
 def _shufflenet() -> nn.Module:
-    from medlore.models.shufflenet import ShuffleNetConfig, ShuffleNetV2
+    from medlore.models.backbones.shufflenet import ShuffleNetConfig, ShuffleNetV2
 
     return ShuffleNetV2(ShuffleNetConfig(num_labels=10))
 
@@ -200,7 +200,7 @@ def _resnet50() -> nn.Module:
 
 
 def _unet() -> nn.Module:
-    from medlore.models.unet3d import UNet3d
+    from medlore.models.segmenter.unet3d import UNet3d
 
     return UNet3d(3, [32, 64, 128, 256, 512], blocks=2, strides=[1, 2, 2, 2, 2])
 

@@ -19,17 +19,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from medlore.data.images import read_images
-from medlore.data.imageset import ImageSet
-from medlore.data.transforms import Flip
+from medlore.data.images.digits import digits
+from medlore.data.images.imageset import ImageSet
+from medlore.data.images.reading import read_images
+from medlore.data.images.splits import hold_out
+from medlore.data.images.transforms import Flip
 from medlore.files import read_json, write_json, write_text
-from medlore.layers.methods import METHODS
+from medlore.layers.tuning.methods import METHODS
 from medlore.metrics.draws import DrawMean
-from medlore.recipes.comparison import CONTENDERS, Cell, Standing, run_cell, standings
-from medlore.recipes.demo import digits
-from medlore.recipes.finetune_settings import FinetuneSettings
-from medlore.recipes.image_splits import hold_out
-from medlore.recipes.run import describe_machine
+from medlore.runs.settings import describe_machine
+from medlore.tuning.comparison import CONTENDERS, Cell, Standing, run_cell, standings
+from medlore.tuning.settings import FinetuneSettings
 
 EPOCHS = {1: 20, 5: 8, 10: 4}  # about as many steps for each number of shots
 BATCH = 8

@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks._page import put_section
-from medlore.data.cases import read_cases
+from medlore.data.volumes.cases import read_cases
+from medlore.decomposing.segmenters.few_shot import FewShotSettings, tune_segmenter
 from medlore.files import write_text
 from medlore.metrics.draws import mean_of_draws
-from medlore.recipes.run import check_settings, choose_device, describe_machine
-from medlore.recipes.segmentation.few_shot import FewShotSettings, tune_segmenter
+from medlore.runs.settings import check_settings, choose_device, describe_machine
 
 SHOTS, DRAWS = 5, 3
 METHODS = ("sr-lora", "lora", "scratch", "full")

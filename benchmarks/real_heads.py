@@ -24,10 +24,10 @@ from benchmarks._head_labels import STRUCTURES, SUBJECTS, confusion, read_head, 
 from benchmarks._head_methods import Method, atlas_method, kmeans, masks_of_classes, meshnet_method, pack_method
 from benchmarks._meshnet import classes_of, conformed, read_meshnet, restored
 from benchmarks._page import put_section
-from medlore.data.volumes import read_volume
+from medlore.data.volumes.preparation import read_volume
+from medlore.demo.segmentation import template_file, tissue_truth
 from medlore.files import read_json, write_json
 from medlore.metrics.masks import dice
-from medlore.recipes.demo_segmentation import template_file, tissue_truth
 
 HEADING = "## Ten real heads with manual labels"
 # Name -> how to make it of the folder of the shared data.
@@ -88,8 +88,8 @@ def section(told: dict[str, Any], command: str) -> str:
         "",
         "Skull-stripped T1 of ten adults, 1 mm, manual labels (Neuromorphometrics, MICCAI 2012), which nothing here was trained or tuned",
         "on but the atlases (leave one out). Mean Dice over the subjects; the best of a row is bold. The manual cortex holds sulcal fluid:",
-        "rows `without fluid` leave out what is darker than midway between ventricle and cortex. Grey matter is cortex, deep nuclei but the",
-        "pallidum, hippocampus and amygdala; white matter holds pallidum, ventral diencephalon and brainstem. Raw numbers:",
+        "rows `without fluid` leave out what is darker than midway between ventricle and cortex. Grey matter is cortex, hippocampus,",
+        "amygdala and deep nuclei but the pallidum; white matter holds pallidum, ventral diencephalon and brainstem. Raw numbers:",
         "docs/results/real-heads.json.",
         "",
         "| Dice | " + " | ".join(names) + " |",

@@ -40,8 +40,8 @@ def _logits(roi: tuple[int, int, int]) -> Any:
 def stitching_published(scale: float) -> Any:
     import torch
 
-    from medlore.data.window_grid import WindowGrid
-    from medlore.data.windows import published_weights
+    from medlore.data.volumes.window_grid import WindowGrid
+    from medlore.data.volumes.windows import published_weights
 
     shape, roi = _stitching_sizes(scale)
     logits, weights = _logits(roi), published_weights(roi)
@@ -66,8 +66,8 @@ def stitching_monai(scale: float) -> Any:
 def stitching_medlore(scale: float, *, published: bool = False) -> Any:
     import torch
 
-    from medlore.data.window_grid import WindowGrid
-    from medlore.data.windows import sliding_windows
+    from medlore.data.volumes.window_grid import WindowGrid
+    from medlore.data.volumes.windows import sliding_windows
 
     shape, roi = _stitching_sizes(scale)
     logits = _logits(roi)
@@ -88,7 +88,7 @@ def stitching_medlore_published(scale: float) -> Any:
 def _small_pack(folder: Path) -> Path:
     import importlib.util
 
-    from medlore.models.segmenter import SegmenterConfig
+    from medlore.models.segmenter.network import SegmenterConfig
 
     path = Path(__file__).resolve().parents[1] / "tests" / "small_segmenter.py"
     spec = importlib.util.spec_from_file_location("small_segmenter", path)
@@ -119,11 +119,11 @@ def whole_published(scale: float) -> Any:
     """Plain: the kernels of all experts formed and mixed by a one-hot for every window; whole arrays; no merging."""
     import torch
 
-    from medlore.data.nifti import read_nifti
-    from medlore.data.volumes import prepare
-    from medlore.data.window_grid import WindowGrid
-    from medlore.data.windows import published_weights
-    from medlore.models.bundle import load_segmenter
+    from medlore.data.volumes.nifti import read_nifti
+    from medlore.data.volumes.preparation import prepare
+    from medlore.data.volumes.window_grid import WindowGrid
+    from medlore.data.volumes.windows import published_weights
+    from medlore.models.segmenter.bundle import load_segmenter
 
     bundle = load_segmenter(_small_pack(Path(_KEPT.name)))
     volume = read_nifti(_phantom(Path(_KEPT.name), scale))
@@ -155,9 +155,9 @@ def whole_published(scale: float) -> Any:
 
 
 def _whole(scale: float, **options: Any) -> Any:
-    from medlore.data.nifti import read_nifti
-    from medlore.models.bundle import load_segmenter
-    from medlore.recipes.segment_model import SegmentingModel
+    from medlore.data.volumes.nifti import read_nifti
+    from medlore.models.segmenter.bundle import load_segmenter
+    from medlore.segmenting.model import SegmentingModel
 
     grid = options.pop("grid", "original")
     bundle = load_segmenter(_small_pack(Path(_KEPT.name)))
@@ -240,8 +240,8 @@ def volumes_medlore(scale: float) -> Any:
     """Load, resample, bring ten probability maps back to the file's grid, write ten masks and the label map there."""
     import torch
 
-    from medlore.data.nifti import read_nifti, write_nifti
-    from medlore.data.volumes import MaskRestorer, prepare
+    from medlore.data.volumes.nifti import read_nifti, write_nifti
+    from medlore.data.volumes.preparation import MaskRestorer, prepare
 
     path = _ct_file(scale)
     start, used = time.perf_counter(), time.process_time()

@@ -22,15 +22,15 @@ from typing import Any
 import numpy as np
 
 from benchmarks._page import put_section
-from medlore.data.cases import Case, read_cases
-from medlore.data.geometry import Array, resampling_to
-from medlore.data.masks import read_masks
-from medlore.data.nifti import Volume
-from medlore.data.volumes import read_volume
+from medlore.data.volumes.cases import Case, read_cases
+from medlore.data.volumes.geometry import Array, resampling_to
+from medlore.data.volumes.masks import read_masks
+from medlore.data.volumes.nifti import Volume
+from medlore.data.volumes.preparation import read_volume
+from medlore.demo.segmentation import template_file, tissue_truth
+from medlore.demo.tissue_baseline import best_dice, kmeans_classes
 from medlore.metrics.masks import dice
-from medlore.recipes.demo_segmentation import template_file, tissue_truth
-from medlore.recipes.segmenting import LoadedSegmenter, Masks, load_segmenter
-from medlore.recipes.tissue_baseline import best_dice, kmeans_classes
+from medlore.segmenting.segmenter import LoadedSegmenter, Masks, load_segmenter
 
 TISSUES = ("grey matter", "white matter")
 NUCLEI = ("brain ventricle", "thalamus", "caudate nucleus", "putamen", "pallidum", "amygdala", "hippocampus", "brainstem", "cerebellum")

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._page import put_section
-from medlore.data.images import read_images
+from medlore.data.images.reading import read_images
+from medlore.data.images.splits import hold_out
+from medlore.decomposing.classifiers.export import BASE, export_classifier
+from medlore.decomposing.classifiers.report import headline
 from medlore.files import read_json
 from medlore.metrics.draws import mean_difference, mean_of_draws
-from medlore.recipes.comparison import CONTENDERS, Cell, run_cell
-from medlore.recipes.decomposition.report import headline
-from medlore.recipes.export_classifier import BASE, export_classifier
-from medlore.recipes.finetune_settings import FinetuneSettings
-from medlore.recipes.image_splits import hold_out
+from medlore.tuning.comparison import CONTENDERS, Cell, run_cell
+from medlore.tuning.settings import FinetuneSettings
 
 STUDY_TITLE = "## A classifier decomposed into four experts"
 TRANSFER_TITLE = "## Transfer of one expert"

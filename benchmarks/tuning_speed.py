@@ -25,14 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks._page import put_section
-from medlore.layers.lora_step import quicken
-from medlore.layers.methods import quiet_peft
+from medlore.layers.lora.step import quicken
 from medlore.layers.surgery import freeze, thaw_head
 from medlore.layers.tuning.interface import Tuning
-from medlore.recipes.accelerators import make_accelerator
-from medlore.recipes.examples import feature_examples
-from medlore.recipes.training import Examples, Schedule, Trainer
-from medlore.recipes.watching import Watchers
+from medlore.layers.tuning.methods import quiet_peft
+from medlore.training.accelerator import make_accelerator
+from medlore.training.watching import Watchers
+from medlore.tuning.examples import feature_examples
+from medlore.tuning.training import Examples, Schedule, Trainer
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 TITLE = "## The cost of a tuning step"

@@ -141,9 +141,9 @@ def synthesised_heads(data: Path, out: Path) -> list[dict[str, Any]]:
 def _write_head(source: Path, image: Path, mask: Path, *, family: str, seed: int, stripped: bool) -> None:
     import numpy as np
 
-    from medlore.data.nifti import write_nifti
-    from medlore.data.synthesis import SynthesisRules, draw_contrast, strip_skull, synthesise
-    from medlore.data.volumes import read_volume
+    from medlore.data.volumes.nifti import write_nifti
+    from medlore.data.volumes.preparation import read_volume
+    from medlore.data.volumes.synthesis import SynthesisRules, draw_contrast, strip_skull, synthesise
 
     volume = read_volume(source)
     rng = np.random.default_rng([2025, seed])
@@ -173,7 +173,7 @@ def _merged_values(class_map: Path, mask: Path) -> dict[str, list[int]]:
     """The vocabulary's label -> values, for the classes that the map really holds."""
     import numpy as np
 
-    from medlore.data.nifti import read_nifti
+    from medlore.data.volumes.nifti import read_nifti
 
     here = set(np.unique(read_nifti(mask).array).tolist())
     values: dict[str, list[int]] = {}

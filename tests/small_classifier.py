@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from medlore.layers.expert_surgery import install_experts
-from medlore.layers.experts import ExpertLayer
+from medlore.decomposing.classifiers.ranks import adapted_layers
+from medlore.layers.experts.layer import ExpertLayer
+from medlore.layers.experts.surgery import install_experts
+from medlore.models.backbones.students import StudentKind, build_student, feature_width
 from medlore.models.classifier_pack import ExpertEntry, save_classifier_pack
 from medlore.models.multitask import MultiTaskNetwork
-from medlore.models.students import StudentKind, build_student, feature_width
-from medlore.recipes.decomposition.ranks import adapted_layers
 
 SIZE = 32
 

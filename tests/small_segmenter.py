@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from medlore.models.bundle import PUBLISHED_PREPROCESSING, write_segmenter_pack
-from medlore.models.checkpoints import Expert, SegmenterWeights
-from medlore.models.prompts import PromptTable
-from medlore.models.segmenter import Segmenter, SegmenterConfig, expert_targets
-from medlore.models.vocabulary import default_vocabulary
+from medlore.models.segmenter.bundle import PUBLISHED_PREPROCESSING, write_segmenter_pack
+from medlore.models.segmenter.checkpoints import Expert, SegmenterWeights
+from medlore.models.segmenter.network import Segmenter, SegmenterConfig, expert_targets
+from medlore.models.segmenter.prompts import PromptTable
+from medlore.models.segmenter.vocabulary import default_vocabulary
 
 SIZES = SegmenterConfig(
     (6, 8, 8),

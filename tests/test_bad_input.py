@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from medlore.data.cases import read_cases
+from medlore.data.volumes.cases import read_cases
 from medlore.errors import CheckpointError, DataError, InputError, StepError
 from medlore.files import read_json
 from medlore.ranks.plan import is_plan_file
-from medlore.recipes.segment_labels import facts_of_pack
+from medlore.segmenting.labels import facts_of_pack
 
 NESTED = "[" * 100_000
 LONG = "1" * 5_000
@@ -51,7 +51,7 @@ def test_a_manifest_with_faults_is_left_to_the_loader(tmp_path: Path, manifest: 
 
 
 def test_an_adapter_configuration_that_is_a_list(tmp_path: Path) -> None:
-    from medlore.recipes.info import describe
+    from medlore.inspecting.files import describe
 
     (tmp_path / "adapter_config.json").write_text("[1]")
     with pytest.raises(CheckpointError, match=r"adapter_config\.json: a list"):
@@ -63,7 +63,7 @@ def test_a_strange_record_of_a_case_is_a_fault_of_that_case(tmp_path: Path, reco
     import nibabel as nib
     import numpy as np
 
-    from medlore.recipes.evaluate_masks import evaluate_masks
+    from medlore.segmenting.evaluate import evaluate_masks
 
     folder = tmp_path / "pred" / "a"
     folder.mkdir(parents=True)
@@ -80,7 +80,7 @@ def test_a_prompt_table_with_a_broken_header(tmp_path: Path, prompts: str) -> No
     import torch
     from safetensors.torch import save_file
 
-    from medlore.models.prompts import PromptTable
+    from medlore.models.segmenter.prompts import PromptTable
 
     file = tmp_path / "table.safetensors"
     save_file({"embeddings": torch.zeros(1, 4)}, file, metadata={"prompts": prompts, "schema": "any"})
@@ -99,7 +99,7 @@ def test_shards_are_looked_for_beside_the_index_alone(tmp_path: Path) -> None:
 
 
 def test_a_word_list_with_ids_of_text(tmp_path: Path) -> None:
-    from medlore.models.text import _words_of_json
+    from medlore.models.segmenter.text import _words_of_json
 
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"liver": "one"}}}))
     with pytest.raises(CheckpointError, match="no whole numbers"):
@@ -108,8 +108,8 @@ def test_a_word_list_with_ids_of_text(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", [NESTED, "epochs: 2024-13-01\n", f"epochs: {LONG}\n"])
 def test_yaml_beyond_the_reader_is_refused(tmp_path: Path, text: str) -> None:
-    from medlore.recipes.finetune_settings import FinetuneSettings
-    from medlore.recipes.run import read_settings
+    from medlore.runs.settings import read_settings
+    from medlore.tuning.settings import FinetuneSettings
 
     (tmp_path / "s.yaml").write_text(text)
     with pytest.raises(InputError, match=r"s\.yaml: not YAML"):
@@ -117,7 +117,7 @@ def test_yaml_beyond_the_reader_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_a_table_without_rows_names_its_columns_in_words(tmp_path: Path) -> None:
-    from medlore.data.images import read_images
+    from medlore.data.images.reading import read_images
 
     (tmp_path / "empty.csv").write_text("image,label\n")
     with pytest.raises(DataError, match=r"no rows.*columns read: 'image' \(image\), 'label' \(label\)\."):
@@ -127,7 +127,7 @@ def test_a_table_without_rows_names_its_columns_in_words(tmp_path: Path) -> None
 def test_pickled_arrays_are_refused_without_advice_to_load_them(tmp_path: Path) -> None:
     import numpy as np
 
-    from medlore.data.npz import read_npz
+    from medlore.data.images.npz import read_npz
 
     np.savez(tmp_path / "a.npz", images=np.array([object], dtype=object), labels=np.zeros(1))
     with pytest.raises(DataError, match="pickled objects, which are never loaded"):

@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
+from medlore.decomposing.segmenters.batches import Batch
+from medlore.decomposing.segmenters.settings import LossSettings
+from medlore.decomposing.segmenters.training import loss_terms
 from medlore.losses import DEEP_WEIGHTS, deep_mask_loss, mask_distillation, mask_loss, nearest_mask
-from medlore.recipes.segmentation.batches import Batch
-from medlore.recipes.segmentation.settings import LossSettings
-from medlore.recipes.segmentation.training import loss_terms
 
 VALID = torch.ones(1, 1)
 

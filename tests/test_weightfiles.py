@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from medlore.errors import CheckpointError
-from medlore.models.keymaps import read_weights
+from medlore.models.backbones.keymaps import read_weights
 from medlore.models.statefile import read_state
 from medlore.ranks.sources import open_source
 from medlore.weightfiles import load_torch_file, read_tensors

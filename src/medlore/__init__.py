@@ -15,13 +15,13 @@ __version__ = "0.1.0"
 
 # public name -> module that holds it; sorted
 _HOMES = {
-    "FinetuneSettings": "medlore.recipes.finetune_settings",
+    "FinetuneSettings": "medlore.tuning.settings",
     "MedloreError": "medlore.errors",
     "RankPlan": "medlore.ranks.plan",
-    "finetune": "medlore.recipes.finetune",
-    "get_peft_model": "medlore.layers.fused_qkv",
-    "load_backbone": "medlore.models.backbones",
-    "load_segmenter": "medlore.recipes.segmenting",
+    "finetune": "medlore.tuning.finetune",
+    "get_peft_model": "medlore.layers.lora.fused_qkv",
+    "load_backbone": "medlore.models.backbones.reading",
+    "load_segmenter": "medlore.segmenting.segmenter",
     "plan_ranks": "medlore.ranks.allocate",
 }
 
@@ -39,13 +39,13 @@ __all__ = [
 
 if TYPE_CHECKING:
     from medlore.errors import MedloreError
-    from medlore.layers.fused_qkv import get_peft_model
-    from medlore.models.backbones import load_backbone
+    from medlore.layers.lora.fused_qkv import get_peft_model
+    from medlore.models.backbones.reading import load_backbone
     from medlore.ranks.allocate import plan_ranks
     from medlore.ranks.plan import RankPlan
-    from medlore.recipes.finetune import finetune
-    from medlore.recipes.finetune_settings import FinetuneSettings
-    from medlore.recipes.segmenting import load_segmenter
+    from medlore.segmenting.segmenter import load_segmenter
+    from medlore.tuning.finetune import finetune
+    from medlore.tuning.settings import FinetuneSettings
 
 
 def __getattr__(name: str) -> Any:

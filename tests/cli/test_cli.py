@@ -96,7 +96,7 @@ def test_errors_become_one_line_and_a_status(
     def check_machine() -> None:
         raise error
 
-    monkeypatch.setattr("medlore.recipes.doctor.check_machine", check_machine)
+    monkeypatch.setattr("medlore.inspecting.doctor.check_machine", check_machine)
     assert cli.main(["doctor"]) == status
     printed = capsys.readouterr()
     assert printed.out == ""

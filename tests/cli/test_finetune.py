@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tests.recipes.tiny_backbone import striped, write_backbone
 
 from medlore.cli import main
+from tiny_backbone import striped, write_backbone
 
 
 @pytest.fixture(scope="module")

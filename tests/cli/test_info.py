@@ -10,8 +10,8 @@ import torch
 from golden.formula import formula_weight
 from golden.published import TINY, filled, lorkd_shapes, write_published
 from medlore.cli import main
-from medlore.models.bundle import load_segmenter
-from medlore.models.prompts import PromptTable
+from medlore.models.segmenter.bundle import load_segmenter
+from medlore.models.segmenter.prompts import PromptTable
 
 WORDS = ["[PAD]", *[f"[unused{i}]" for i in range(99)], "[UNK]", "[CLS]", "[SEP]", "liver", "left", "kid", "##ney"]
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from medlore.layers import experts as expert_module
-from medlore.layers.expert_surgery import merge
-from medlore.layers.experts import ExpertLayer, expert_layer
-from medlore.layers.routing import route
+from medlore.layers.experts.layer import ExpertLayer, expert_layer
+from medlore.layers.experts.layer import layer as expert_module
+from medlore.layers.experts.routing import route
+from medlore.layers.experts.surgery import merge
 
 AXES: dict[str, tuple[Any, ...]] = {
     "kind": ("linear", "conv2d", "conv3d"),

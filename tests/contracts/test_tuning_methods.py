@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from medlore.layers.methods import METHODS, Request, Tuning, install_method
 from medlore.layers.surgery import blocks_of, load_trainable_state, trainable_state
 from medlore.layers.tuning.attach import attached
+from medlore.layers.tuning.methods import METHODS, Request, Tuning, install_method
 from medlore.layers.tuning.options import TuningOptions
-from medlore.models.backbones import Backbone, load_backbone
+from medlore.models.backbones.reading import Backbone, load_backbone
 from medlore.ranks.allocate import plan_ranks
 from medlore.ranks.targets import find_targets
-from medlore.recipes.tuned import load_tuned, save_tuned
+from medlore.tuning.tuned import load_tuned, save_tuned
 
 STEPS = 4
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in METHODS} | {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from medlore.data.cases import Case, find_images, folder_names, read_cases, write_cases
+from medlore.data.volumes.cases import Case, find_images, folder_names, read_cases, write_cases
 from medlore.errors import DataError, InputError
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from medlore.data.images import read_images
-from medlore.data.lists import MEDFMC_SIZES, VTAB_CLASSES, medfmc_format, parse_list
+from medlore.data.images.lists import MEDFMC_SIZES, VTAB_CLASSES, medfmc_format, parse_list
+from medlore.data.images.reading import read_images
 
 PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
 

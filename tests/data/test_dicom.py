@@ -11,9 +11,9 @@ import pytest
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
-from medlore.data.dicom import dicom_modality, write_dicom_seg
-from medlore.data.geometry import shear_degrees, spacing_of
-from medlore.data.volumes import read_volume
+from medlore.data.volumes.dicom import dicom_modality, write_dicom_seg
+from medlore.data.volumes.geometry import shear_degrees, spacing_of
+from medlore.data.volumes.preparation import read_volume
 from medlore.errors import DataError, InputError
 
 SHAPE = (12, 10, 6)  # columns, rows, slices
@@ -149,7 +149,7 @@ def test_labels_that_overlap_go_into_files_of_their_own(tmp_path: Path) -> None:
 
 
 def test_dicom_seg_needs_dicom(tmp_path: Path) -> None:
-    from medlore.data.nifti import Volume, header_for
+    from medlore.data.volumes.nifti import Volume, header_for
 
     array = np.zeros((3, 3, 3), np.int16)
     with pytest.raises(InputError, match="an image that is not DICOM"):

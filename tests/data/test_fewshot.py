@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medlore.data.fewshot import draw_shots
-from medlore.data.images import ImageSet, from_arrays, read_images
+from medlore.data.images.fewshot import draw_shots
+from medlore.data.images.reading import ImageSet, from_arrays, read_images
 from medlore.errors import DataError, InputError
 
 

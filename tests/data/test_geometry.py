@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from medlore.data.geometry import (
+from medlore.data.volumes.geometry import (
     ORIENTATION_CODES,
     Crop,
     bounding_box,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from isal import igzip
 
-from medlore.data.gzip_writer import GzipWriter
+from medlore.data.volumes.gzip_writer import GzipWriter
 
 
 @pytest.mark.parametrize("kind", [np.bool_, np.uint8, np.int16, np.float32])

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medlore.data.images import format_of, from_arrays, read_images
-from medlore.data.pixels import load_pixels
+from medlore.data.images.pixels import load_pixels
+from medlore.data.images.reading import format_of, from_arrays, read_images
 from medlore.errors import DataError, InputError, UnknownNameError
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medlore.data.inspect import describe_images
+from medlore.data.images.inspect import describe_images
 from medlore.errors import DataError
 from medlore.files import json_text
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from medlore.data.fewshot import read_official_draw
-from medlore.data.images import read_images
-from medlore.data.lists import CHEST_CLASSES, RADIMAGENET_RANGES, VTAB_CLASSES, VTAB_GROUPS, medfmc_format, parse_list
-from medlore.data.pixels import load_pixels
+from medlore.data.images.fewshot import read_official_draw
+from medlore.data.images.lists import CHEST_CLASSES, RADIMAGENET_RANGES, VTAB_CLASSES, VTAB_GROUPS, medfmc_format, parse_list
+from medlore.data.images.pixels import load_pixels
+from medlore.data.images.reading import read_images
 from medlore.errors import DataError, InputError, UnknownNameError
 
 COLON = "2019-04632-1-1-04 2019-05-19 12_00_00-lv1-13379-6834-3024-3013p{:04d}.png"

@@ -11,9 +11,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from medlore.data.cases import Case, read_cases, write_cases
-from medlore.data.masks import check_mask_grid, combine, read_masks
-from medlore.data.nifti import Volume, header_for, read_nifti, write_nifti
+from medlore.data.volumes.cases import Case, read_cases, write_cases
+from medlore.data.volumes.masks import check_mask_grid, combine, read_masks
+from medlore.data.volumes.nifti import Volume, header_for, read_nifti, write_nifti
 from medlore.errors import DataError
 
 SHAPE = (7, 6, 5)

@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from medlore.data.nifti import check_same_grid, copy_image, read_grid, read_label_table, read_nifti, write_nifti
+from medlore.data.volumes.nifti import check_same_grid, copy_image, read_grid, read_label_table, read_nifti, write_nifti
 from medlore.errors import DataError, StepError
 
 
@@ -218,7 +218,7 @@ ODD = {
 
 @pytest.mark.parametrize("name", ODD)
 def test_real_odd_files_return_to_their_own_grid(shared_data: Path, tmp_path: Path, name: str) -> None:
-    from medlore.data.geometry import orientation_of
+    from medlore.data.volumes.geometry import orientation_of
 
     volume, source = read_nifti(shared_data / name), nib.load(shared_data / name)
     assert orientation_of(volume.affine) == ODD[name]

@@ -9,13 +9,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from medlore.data.cases import Case
-from medlore.data.patches import Patch, PatchRules, draw_patch
-from medlore.data.synthesis import SynthesisRules
-from medlore.data.training_cache import CachedCase, build_cache
-from medlore.data.volume_augmentation import GreyRules, WarpRules
+from medlore.data.volumes.augmentation import GreyRules, WarpRules
+from medlore.data.volumes.cases import Case
+from medlore.data.volumes.patches import Patch, PatchRules, draw_patch
+from medlore.data.volumes.synthesis import SynthesisRules
+from medlore.data.volumes.training_cache import CachedCase, build_cache
+from medlore.decomposing.segmenters.batches import make_rules
 from medlore.errors import InputError
-from medlore.recipes.segmentation.batches import make_rules
 
 SIZE = (24, 24, 24)
 STILL = GreyRules(0, 0, (1, 1), 0, 0, 0, 0, 0, 0, 0, 1, 0, 0)

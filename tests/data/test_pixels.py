@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medlore.data.imageset import ImageItem
-from medlore.data.pixels import check_pixels, load_many, load_pixels, pixels_of_array, windowed
+from medlore.data.images.imageset import ImageItem
+from medlore.data.images.pixels import check_pixels, load_many, load_pixels, pixels_of_array, windowed
 from medlore.errors import DataError
 
 
@@ -123,7 +123,7 @@ def test_every_broken_file_is_named_at_once(tmp_path: Path) -> None:
 
 
 def test_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("medlore.data.pixels.MOST_PIXELS", 100)
+    monkeypatch.setattr("medlore.data.images.pixels.MOST_PIXELS", 100)
     with pytest.raises(DataError, match="11 x 10 pixels"):
         load_pixels(saved(tmp_path / "b.png", Image.new("L", (11, 10))))
 

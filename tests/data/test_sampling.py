@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medlore.data.sampling import TaskSampler
+from medlore.data.images.sampling import TaskSampler
 from medlore.errors import DataError, InputError
 
 

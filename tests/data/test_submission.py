@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medlore.data.submission import submission_name, validate_submission, write_submission
+from medlore.data.images.submission import submission_name, validate_submission, write_submission
 from medlore.errors import DataError, InputError, UnknownNameError
 
 FILES = ["b 1.png", "a,2.png", "c.png"]

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from medlore.data.synthesis import TABLE, SynthesisRules, draw_contrast, majority_of_tissues, strip_skull, synthesise
-from medlore.data.volume_augmentation import blur_matrix
+from medlore.data.volumes.augmentation import blur_matrix
+from medlore.data.volumes.synthesis import TABLE, SynthesisRules, draw_contrast, majority_of_tissues, strip_skull, synthesise
 
 Codes = np.ndarray[Any, Any]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from medlore.data.images import read_images
+from medlore.data.images.reading import read_images
 from medlore.errors import DataError, UnknownNameError
 
 

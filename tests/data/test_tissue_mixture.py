@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import ndimage, stats
 
-from medlore.data.tissue_mixture import ANY_TISSUE, TissueMixture, fit_mixture
+from medlore.data.volumes.tissue_mixture import ANY_TISSUE, TissueMixture, fit_mixture
 from medlore.metrics.masks import dice
 
 MEANS, DEVIATION = (0.5, 1.2, 1.7), 0.12

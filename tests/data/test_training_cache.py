@@ -11,10 +11,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from medlore.data.cases import Case, read_cases
-from medlore.data.geometry import orientation_of, spacing_of
-from medlore.data.training_cache import CachedCase, build_cache
-from medlore.data.volumes import prepare, read_volume
+from medlore.data.volumes.cases import Case, read_cases
+from medlore.data.volumes.geometry import orientation_of, spacing_of
+from medlore.data.volumes.preparation import prepare, read_volume
+from medlore.data.volumes.training_cache import CachedCase, build_cache
 from medlore.errors import DataError
 
 PREPROCESSING: dict[str, Any] = {"orientation": "RAS", "spacing_mm": {"ct": [2, 2, 2], "mri": [1, 1, 1]}}

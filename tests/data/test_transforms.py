@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from medlore.data.imageset import ImageItem
-from medlore.data.transforms import Preprocessing, TrainAugmentation, batches, decode, eval_batch, normalise, resized
+from medlore.data.images.imageset import ImageItem
+from medlore.data.images.transforms import Preprocessing, TrainAugmentation, batches, decode, eval_batch, normalise, resized
 from medlore.errors import DataError, InputError
 
 PLAIN = Preprocessing(8, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))

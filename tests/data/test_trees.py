@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from medlore.data import trees
-from medlore.data.trees import ArchiveMember, FolderTree, ZipTree, read_member, tree_of
+from medlore.data.images.reading import trees
+from medlore.data.images.trees import ArchiveMember, FolderTree, ZipTree, read_member, tree_of
 from medlore.errors import DataError
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from medlore.data.volume_augmentation import (
+from medlore.data.volumes.augmentation import (
     GreyRules,
     WarpRules,
     along_axes,

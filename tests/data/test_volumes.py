@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from medlore.data.geometry import ORIENTATION_CODES, spacing_of
-from medlore.data.intensity import intensity_of
-from medlore.data.nifti import Volume, header_for, read_nifti, write_nifti
-from medlore.data.volumes import MaskRestorer, PackedMasks, prepare, read_volume
+from medlore.data.volumes.geometry import ORIENTATION_CODES, spacing_of
+from medlore.data.volumes.intensity import intensity_of
+from medlore.data.volumes.nifti import Volume, header_for, read_nifti, write_nifti
+from medlore.data.volumes.preparation import MaskRestorer, PackedMasks, prepare, read_volume
 from medlore.errors import DataError, InputError
 
 

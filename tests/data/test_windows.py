@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from medlore.data.window_grid import WindowGrid
-from medlore.data.windows import gaussian, normalised_weights, published_weights, sliding_windows
+from medlore.data.volumes.window_grid import WindowGrid
+from medlore.data.volumes.windows import gaussian, normalised_weights, published_weights, sliding_windows
 from medlore.errors import InputError
 
 PUBLISHED = (288, 288, 96)
@@ -102,7 +102,7 @@ def test_batches_and_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
         logits = position_dependent(windows)
         return lambda index, first, last: logits[index, :, first:last]
 
-    monkeypatch.setattr("medlore.data.windows._BLOCK", 200)
+    monkeypatch.setattr("medlore.data.volumes.windows._BLOCK", 200)
     assert torch.equal(plain, whole(volume, by_rows, grid, labels=3, sw_batch_size=2, accumulate=torch.float32))
 
 
@@ -159,7 +159,7 @@ def test_progress_ends_at_the_number_of_windows() -> None:
 
 
 def test_the_band_does_not_grow_with_the_volume() -> None:
-    from medlore.data.windows import _Band
+    from medlore.data.volumes.windows import _Band
 
     sizes = [_Band(WindowGrid((length, 8, 8), (8, 8, 8)), 2, torch.float16, "cpu").sums.numel() for length in (16, 160, 1600)]
     assert sizes[0] == sizes[1] == sizes[2] == 2 * 8 * 8 * 8

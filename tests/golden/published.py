@@ -11,8 +11,8 @@ from torch import Tensor
 
 from golden.formula import formula_weight
 from medlore.linalg.factors import factor_shapes
-from medlore.models.checkpoints import expected_shapes
-from medlore.models.segmenter import SegmenterConfig, expert_targets
+from medlore.models.segmenter.checkpoints import expected_shapes
+from medlore.models.segmenter.network import SegmenterConfig, expert_targets
 
 Shapes = dict[str, tuple[int, ...]]
 

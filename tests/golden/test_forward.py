@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from golden.formula import assert_golden, formula_weight, golden_queries, golden_window, read_golden
-from medlore.models.segmenter import SAT_NANO, Segmenter
+from medlore.models.segmenter.network import SAT_NANO, Segmenter
 
 
 def test_sat_nano_forward_is_the_official_one(golden: Path) -> None:
@@ -24,7 +24,7 @@ def test_sat_nano_forward_is_the_official_one(golden: Path) -> None:
 
 
 def test_positional_encoding_is_the_official_one(golden: Path) -> None:
-    from medlore.models.positional import positional_encoding
+    from medlore.models.segmenter.positional import positional_encoding
 
     expected = read_golden(golden / "lorkd_forward_sat_nano.json")["pos"]
     assert_golden(positional_encoding((2, 2, 1), 768).flatten(0, 2)[:, None], expected, tolerance=1e-6)

@@ -11,8 +11,8 @@ import torch
 from golden.formula import assert_golden, golden_queries, golden_window, read_golden, read_key_list
 from golden.published import LORKD_NANO_RANKS, filled, write_published
 from medlore.cli import main
-from medlore.models.bundle import load_segmenter
-from medlore.models.vocabulary import REGIONS
+from medlore.models.segmenter.bundle import load_segmenter
+from medlore.models.segmenter.vocabulary import REGIONS
 
 
 @pytest.fixture(scope="module")

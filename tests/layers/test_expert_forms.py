@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from medlore.layers import experts as expert_module
-from medlore.layers.dispatch import PRICES, Load, choose_form, costs
-from medlore.layers.expert_call import Geometry, Job, Pair, Share
-from medlore.layers.expert_hidden import moves_points
-from medlore.layers.expert_surgery import merge
-from medlore.layers.experts import ExpertConv2d, ExpertLinear, expert_layer
-from medlore.layers.routing import route
+from medlore.layers.experts import layer as expert_module
+from medlore.layers.experts.call import Geometry, Job, Pair, Share
+from medlore.layers.experts.dispatch import PRICES, Load, choose_form, costs
+from medlore.layers.experts.hidden import moves_points
+from medlore.layers.experts.layer import ExpertConv2d, ExpertLinear, expert_layer
+from medlore.layers.experts.routing import route
+from medlore.layers.experts.surgery import merge
 
 FORMS = ["merged", "factored", "gathered"]
 

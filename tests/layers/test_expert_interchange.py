@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from medlore.errors import CheckpointError, DataError, TargetError, UnknownNameError
-from medlore.layers.expert_surgery import install_experts, merge
-from medlore.layers.interchange import load_kohya, load_peft, save_kohya, save_peft
-from medlore.layers.routing import route
+from medlore.layers.experts.interchange import load_kohya, load_peft, save_kohya, save_peft
+from medlore.layers.experts.routing import route
+from medlore.layers.experts.surgery import install_experts, merge
 
 NAMES = ["liver", "brain"]
 

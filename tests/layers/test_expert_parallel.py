@@ -10,8 +10,8 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from medlore.layers.expert_surgery import install_experts
-from medlore.layers.routing import route
+from medlore.layers.experts.routing import route
+from medlore.layers.experts.surgery import install_experts
 
 NAMES = ["a", "b", "c"]
 ROUTES = [["a", "b"], ["b", "b"]]  # process 0 and 1; c is nowhere

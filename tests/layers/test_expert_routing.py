@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from medlore.errors import InputError, StepError, TargetError, UnknownNameError
-from medlore.layers.expert_surgery import install_experts, merge
-from medlore.layers.routing import active_route, roster_of, route, route_contexts
+from medlore.layers.experts.routing import active_route, roster_of, route, route_contexts
+from medlore.layers.experts.surgery import install_experts, merge
 
 NAMES = ["abdomen", "brain", "spine"]
 

@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from medlore.errors import InputError, TargetError, UnknownNameError
-from medlore.layers.expert_norms import ExpertBatchNorm, FrozenBatchNorm
-from medlore.layers.expert_surgery import BatchNormWay, expert_layers, install_experts, merge, remove_experts, set_trainable
-from medlore.layers.experts import ExpertConv2d, ExpertConv3d, ExpertLinear
-from medlore.layers.routing import route
+from medlore.layers.experts.layer import ExpertConv2d, ExpertConv3d, ExpertLinear
+from medlore.layers.experts.norms import ExpertBatchNorm, FrozenBatchNorm
+from medlore.layers.experts.routing import route
+from medlore.layers.experts.surgery import BatchNormWay, expert_layers, install_experts, merge, remove_experts, set_trainable
 
 NAMES = ["liver", "head and neck", "spine"]
 

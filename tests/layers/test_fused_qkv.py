@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 import medlore
 from medlore.errors import CheckpointError, InputError, TargetError
-from medlore.layers.fused_attention import times_out_proj_is_added
-from medlore.layers.fused_qkv import load_adapter, save_adapter
+from medlore.layers.lora.fused_attention import times_out_proj_is_added
+from medlore.layers.lora.fused_qkv import load_adapter, save_adapter
 
 D, HEADS = 24, 2
 

@@ -16,10 +16,10 @@ from tests.layers.test_methods import installed, network
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from medlore.layers import lora_step
-from medlore.layers.lora_step import FrozenLinear, QuickLora, quicken
-from medlore.layers.partial_update import install_partial_update
-from medlore.layers.vit_step import shorten
+from medlore.layers.lora import step as lora_step
+from medlore.layers.lora.partial_update import install_partial_update
+from medlore.layers.lora.step import FrozenLinear, QuickLora, quicken
+from medlore.layers.lora.vit_step import shorten
 
 RANKS = {".*q_proj": 3, ".*v_proj": 5, ".*o_proj": 2, ".*fc1": 4}
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from medlore.errors import InputError, TargetError, UnknownNameError
 from medlore.layers import surgery
-from medlore.layers.methods import METHODS, Request, Tuning, install_method
 from medlore.layers.surgery import load_trainable_state, trainable_state
+from medlore.layers.tuning.methods import METHODS, Request, Tuning, install_method
 from medlore.ranks.allocate import plan_ranks
 
 STEPS = 6

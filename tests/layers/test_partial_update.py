@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import medlore
 from medlore.errors import InputError, TargetError, UnknownNameError
-from medlore.layers.partial_update import PartialUpdate, install_partial_update
+from medlore.layers.lora.partial_update import PartialUpdate, install_partial_update
 
 X = torch.randn(4, 3, 12, generator=torch.Generator().manual_seed(0))
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.recipes.tiny_backbone import write_backbone
 
 from medlore.errors import InputError
-from medlore.models import backbone_store
-from medlore.models.backbone_store import BackboneStore
-from medlore.models.backbones import load_backbone
+from medlore.models.backbones.reading import load_backbone
+from medlore.models.backbones.reading import store as backbone_store
+from medlore.models.backbones.store import BackboneStore
+from tiny_backbone import write_backbone
 
 
 @pytest.fixture

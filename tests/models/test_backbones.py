@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 
 from medlore.errors import CheckpointError, InputError, MedloreError, UnknownNameError
 from medlore.layers.surgery import without_head
-from medlore.models.backbones import load_backbone
-from medlore.models.image_size import resize_positions
-from medlore.models.keymaps import convert_state_dict
+from medlore.models.backbones.image_size import resize_positions
+from medlore.models.backbones.keymaps import convert_state_dict
+from medlore.models.backbones.reading import load_backbone
 
 _spec = importlib.util.spec_from_file_location("timm_restated", Path(__file__).with_name("timm_restated.py"))
 assert _spec is not None

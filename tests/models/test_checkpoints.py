@@ -21,12 +21,12 @@ from golden.published import (
 )
 from medlore.errors import CheckpointError, InputError, UnknownNameError
 from medlore.files import sha256_of
-from medlore.models.bundle import UnboundPairWarning, load_segmenter, write_segmenter_pack
-from medlore.models.checkpoints import read_segmenter, recognise
-from medlore.models.prompts import PromptTable
-from medlore.models.segmenter import LORKD_NANO, LORKD_PRO, SAT_NANO, SAT_PRO, Segmenter, SegmenterConfig
+from medlore.models.segmenter.bundle import UnboundPairWarning, load_segmenter, write_segmenter_pack
+from medlore.models.segmenter.checkpoints import read_segmenter, recognise
+from medlore.models.segmenter.network import LORKD_NANO, LORKD_PRO, SAT_NANO, SAT_PRO, Segmenter, SegmenterConfig
+from medlore.models.segmenter.prompts import PromptTable
+from medlore.models.segmenter.vocabulary import REGIONS
 from medlore.models.statefile import read_state
-from medlore.models.vocabulary import REGIONS
 
 TINY_RANKS = (3, 2, 2, 1, 2, 2, 3, 1)
 TINY_DEEP = SegmenterConfig.from_dict({**TINY.to_dict(), "deep_widths": [10]})
@@ -79,7 +79,7 @@ def test_the_files_of_these_tests_have_the_published_keys(file: str, shapes: dic
 )
 def test_every_published_file_is_told_by_its_keys(file: str, name: str, parameters: int, ranks: tuple[int, ...], golden: Path) -> None:
     """On the true key lists, with weights that take no memory."""
-    from medlore.models.checkpoints import segmenter_weights
+    from medlore.models.segmenter.checkpoints import segmenter_weights
 
     shapes = read_key_list(golden / f"lorkd_keys_{file}.txt")
     weights = segmenter_weights({key: torch.zeros(1).expand(shape) for key, shape in shapes.items()})
@@ -93,7 +93,7 @@ def test_every_published_file_is_told_by_its_keys(file: str, name: str, paramete
 
 @pytest.mark.parametrize(("config", "parameters"), [(LORKD_NANO, 67_010_016), (LORKD_PRO, 129_106_368)])
 def test_balanced_models_have_the_published_sizes(config: SegmenterConfig, parameters: int) -> None:
-    from medlore.models.checkpoints import segmenter_weights
+    from medlore.models.segmenter.checkpoints import segmenter_weights
 
     weights = segmenter_weights({k: torch.zeros(1).expand(s) for k, s in lorkd_shapes(config, (8,) * 8).items()})
     assert weights.parameters() == parameters
@@ -135,7 +135,7 @@ def test_merging_changes_no_base_and_copies_no_more_than_it_must(lorkd_file: Pat
 
 
 def test_merged_networks_are_let_go_one_by_one(lorkd_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("medlore.models.bundle._MERGED_BYTES", 1)
+    monkeypatch.setattr("medlore.models.segmenter.bundle._MERGED_BYTES", 1)
     bundle = load_segmenter(lorkd_file)
     first = bundle.network("brain")
     bundle.network("thorax")
@@ -207,7 +207,7 @@ def test_a_file_that_fits_in_part_is_refused_with_one_report(tmp_path: Path, lor
 
 
 def test_a_missing_stage_is_reported_against_the_nearest_published_sizes(golden: Path) -> None:
-    from medlore.models.checkpoints import segmenter_weights
+    from medlore.models.segmenter.checkpoints import segmenter_weights
 
     shapes = read_key_list(golden / "lorkd_keys_sat_nano.txt")
     state = {k: torch.zeros(1).expand(s) for k, s in shapes.items() if ".encoder.stages.2." not in k}

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from golden.published import TINY, filled, lorkd_shapes
-from medlore.layers.routing import route
-from medlore.models.bundle import load_segmenter, write_segmenter_pack
-from medlore.models.checkpoints import SegmenterWeights, segmenter_weights
-from medlore.models.expert_segmenter import collect_weights, segmenter_with_experts
-from medlore.models.segmenter import SegmenterConfig
-from medlore.models.vocabulary import REGIONS
+from medlore.layers.experts.routing import route
+from medlore.models.segmenter.bundle import load_segmenter, write_segmenter_pack
+from medlore.models.segmenter.checkpoints import SegmenterWeights, segmenter_weights
+from medlore.models.segmenter.experts import collect_weights, segmenter_with_experts
+from medlore.models.segmenter.network import SegmenterConfig
+from medlore.models.segmenter.vocabulary import REGIONS
 
 SMALL = SegmenterConfig.from_dict({**TINY.to_dict(), "patch": 8})
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import nn
 
+from medlore.decomposing.segmenters.settings import SizeSettings
 from medlore.errors import InputError
-from medlore.models.bundle import load_segmenter
-from medlore.models.expert_segmenter import collect_weights, segmenter_with_experts
-from medlore.models.segmenter import SAT_NANO, Segmenter, SegmenterConfig
-from medlore.models.unet3d_inference import ready_for_cpu
-from medlore.recipes.export import export
-from medlore.recipes.info import describe
-from medlore.recipes.segmentation.settings import SizeSettings
+from medlore.inspecting.files import describe
+from medlore.models.segmenter.bundle import load_segmenter
+from medlore.models.segmenter.experts import collect_weights, segmenter_with_experts
+from medlore.models.segmenter.network import SAT_NANO, Segmenter, SegmenterConfig
+from medlore.models.segmenter.unet3d_inference import ready_for_cpu
+from medlore.segmenting.export import export
 from small_segmenter import SIZES, write_small_pack
 
 PLAIN = dataclasses.replace(SIZES, mask_activation="none", deep_widths=(8,))

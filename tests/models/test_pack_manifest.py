@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from medlore.cli import main
 from medlore.errors import CheckpointError, UnknownNameError
 from medlore.files import sha256_of
+from medlore.inspecting.files import describe
 from medlore.models import packs
-from medlore.models.bundle import load_segmenter
-from medlore.models.checkpoints import read_segmenter
 from medlore.models.classifier_pack import load_classifier_pack
-from medlore.recipes.info import describe
+from medlore.models.segmenter.bundle import load_segmenter
+from medlore.models.segmenter.checkpoints import read_segmenter
 from small_classifier import make_pack
 from small_segmenter import SIZES, write_small_pack
 

@@ -24,8 +24,8 @@ from benchmarks.shipped_segmenter import (
 )
 
 from medlore.assets import asset_path
-from medlore.data.cases import Case, read_cases
-from medlore.recipes.segmenting import LoadedSegmenter, load_segmenter
+from medlore.data.volumes.cases import Case, read_cases
+from medlore.segmenting.segmenter import LoadedSegmenter, load_segmenter
 
 LARGEST_BYTES = 12e6
 CARD = (asset_path("medlore:seg-mini") / "README.md").read_text(encoding="utf-8")

@@ -7,7 +7,7 @@ import torch
 
 from golden.formula import read_key_list
 from medlore.errors import InputError
-from medlore.models.segmenter import (
+from medlore.models.segmenter.network import (
     LORKD_NANO,
     LORKD_PRO,
     SAT_NANO,

@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 
 from medlore import assets
 from medlore.cli import app
-from medlore.layers.expert_surgery import install_experts
+from medlore.decomposing.classifiers.export import is_classifier_pack
+from medlore.decomposing.classifiers.ranks import adapted_layers
+from medlore.layers.experts.surgery import install_experts
+from medlore.models.backbones.students import build_student, feature_width
 from medlore.models.classifier_pack import ExpertEntry, load_classifier_pack, save_classifier_pack
 from medlore.models.multitask import MultiTaskNetwork
-from medlore.models.students import build_student, feature_width
-from medlore.recipes.decomposition.ranks import adapted_layers
-from medlore.recipes.export_classifier import is_classifier_pack
 
 LARGEST_BYTES = 8 * 2**20
 

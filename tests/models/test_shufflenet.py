@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from medlore.errors import InputError
-from medlore.models.shufflenet import ShuffleNetConfig, ShuffleNetV2
+from medlore.models.backbones.shufflenet import ShuffleNetConfig, ShuffleNetV2
 
 
 def build(classes: int, **sizes: Any) -> ShuffleNetV2:
@@ -36,7 +36,7 @@ def test_keys_and_shapes_of_the_official_student(golden: Path) -> None:
 
 
 def test_channels_of_both_halves_mix() -> None:
-    from medlore.models.shufflenet import _shuffle
+    from medlore.models.backbones.shufflenet import _shuffle
 
     left, right = torch.tensor([0.0, 1.0]).view(1, 2, 1, 1), torch.tensor([10.0, 11.0]).view(1, 2, 1, 1)
     assert _shuffle(left, right).flatten().tolist() == [0.0, 10.0, 1.0, 11.0]

@@ -11,8 +11,8 @@ from torch import Tensor
 from golden.formula import formula_weight, read_key_list
 from golden.published import write_published
 from medlore.errors import CheckpointError, InputError
-from medlore.models.bundle import load_segmenter
-from medlore.models.text import TextEncoder, padded, prompt_ids, read_text_encoder, read_wordpieces
+from medlore.models.segmenter.bundle import load_segmenter
+from medlore.models.segmenter.text import TextEncoder, padded, prompt_ids, read_text_encoder, read_wordpieces
 
 WORDS = ["left", "kid", "##ney", "liver", "white", "matter", "(", ")", "c", "##1"]
 # MPNet's list: four marks, then BERT's list, then <mask>; [UNK], [CLS] and [SEP] land at 104, 105, 106.

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from medlore.models.unet3d import UNet3d
+from medlore.models.segmenter.unet3d import UNet3d
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from medlore.models.segmenter import Segmenter, SegmenterConfig, _pooled
-from medlore.models.unet3d import UNet3d
-from medlore.models.unet3d_inference import InferenceUNet3d, ready_for_cpu
+from medlore.models.segmenter.network import Segmenter, SegmenterConfig, _pooled
+from medlore.models.segmenter.unet3d import UNet3d
+from medlore.models.segmenter.unet3d_inference import InferenceUNet3d, ready_for_cpu
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this processor has no oneDNN")
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from maintenance.pretrain import PretrainSettings, build_vit
+from maintenance.transfer import measure_transfer
 
 from medlore.assets import asset_path
-from medlore.data.images import read_images
-from medlore.models.backbones import load_backbone
-from medlore.recipes.pretrain import PretrainSettings, build_vit
-from medlore.recipes.transfer import measure_transfer
+from medlore.data.images.reading import read_images
+from medlore.models.backbones.reading import load_backbone
 
 FOLDER = asset_path("medlore:vit-mini")
 CARD = (FOLDER / "README.md").read_text(encoding="utf-8")

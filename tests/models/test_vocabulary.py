@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from medlore.errors import DataError, InputError, UnknownNameError
-from medlore.models.vocabulary import REGIONS, WHOLE_BODY, Vocabulary, canonical_modality, default_vocabulary
+from medlore.models.segmenter.vocabulary import REGIONS, WHOLE_BODY, Vocabulary, canonical_modality, default_vocabulary
 
 WORDS = default_vocabulary()
 

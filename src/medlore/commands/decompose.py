@@ -27,11 +27,11 @@ def decompose(
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
     """Split a model into one light shared backbone and a low-rank expert per task, beside the networks it has to beat."""
+    from medlore.decomposing.kinds import is_segmentation_study
     from medlore.errors import UnknownNameError
-    from medlore.recipes.kinds import is_segmentation_study
 
     if is_segmentation_study(study):
-        from medlore.recipes.segmentation import screen
+        from medlore.commands.screens import decomposing_segmenters as screen
 
         if only not in (None, "teacher"):
             raise UnknownNameError("--only", only, ["teacher"], "leave it out for the whole study")
@@ -43,7 +43,7 @@ def decompose(
             screen.add_on_screen(study, out, region=add_expert, pack=pack, as_json=as_json, steps=steps, seed=seed, device=device)
         return
     _refuse({"--only": only, "--add-expert": add_expert, "--pack": pack}, "a segmenter's study (kind: segmenter)")
-    from medlore.recipes.decomposition.screen import run_on_screen
+    from medlore.commands.screens.decomposing_classifiers import run_on_screen
 
     run_on_screen(study, out, dry_run=dry_run, as_json=as_json, steps=steps, seed=seed, device=device)
 

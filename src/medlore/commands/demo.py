@@ -22,9 +22,9 @@ def demo(
     Ranks of the shipped ViT, few-shot tuning on handwritten digits with those ranks, with one rank of equal cost, and with the head
     alone, and a brain segmented by text prompts. page.html in --out shows all of it.
     """
-    from medlore.recipes.demo import DemoSettings, run_demo
-    from medlore.recipes.demo_screen import print_demo
-    from medlore.recipes.run import read_settings
+    from medlore.commands.screens.demo import print_demo
+    from medlore.demo.demo import DemoSettings, run_demo
+    from medlore.runs.settings import read_settings
 
     result = run_demo(read_settings(DemoSettings, draws=draws, shots=shots, segmenter=segmenter), out, quiet=as_json)
     print_demo(result, as_json=as_json)

@@ -10,7 +10,7 @@ app = typer.Typer()
 @app.command()
 def doctor(as_json: bool = typer.Option(False, "--json", help="Print one JSON object.")) -> None:
     """Check this machine: versions, devices, optional packages, a torchvision that does not fit, free disk."""
-    from medlore.recipes.doctor import check_machine, print_findings
+    from medlore.inspecting.doctor import check_machine, print_findings
 
     findings = check_machine()
     print_findings(findings, as_json=as_json)

@@ -33,16 +33,16 @@ def evaluate(
     if pred is not None or truth is not None:
         if pred is None or truth is None or tuned is not None or data is not None:
             raise InputError("evaluate", "only one of --pred and --truth, or images too", "both of them alone", "give --pred and --truth")
-        from medlore.recipes.evaluate_masks import evaluate_masks
+        from medlore.segmenting.evaluate import evaluate_masks
 
         evaluate_masks(pred, truth, out=out, as_json=as_json, tolerance_mm=tolerance)
         return
     if tuned is None or data is None:
         raise InputError("evaluate", "no model or no --data", "RUN --data SET, or --pred DIR --truth cases.jsonl", "name both")
-    from medlore.recipes.evaluate import EvaluateSettings
-    from medlore.recipes.evaluate import evaluate as measure
-    from medlore.recipes.run import read_settings
-    from medlore.recipes.tuning_screen import print_json, print_report
+    from medlore.commands.screens.tuning import print_json, print_report
+    from medlore.runs.settings import read_settings
+    from medlore.tuning.evaluate import EvaluateSettings
+    from medlore.tuning.evaluate import evaluate as measure
 
     chosen = read_settings(
         EvaluateSettings,

@@ -23,9 +23,9 @@ def export(
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
     """Write one merged expert of a pack as a plain network; convert a published SAT or LoRKD file into a pack with its prompts."""
-    from medlore.recipes.export import export as run
-    from medlore.recipes.export import print_export
-    from medlore.recipes.export_classifier import export_classifier, is_classifier_pack, print_classifier_export, required
+    from medlore.decomposing.classifiers.export import export_classifier, is_classifier_pack, print_classifier_export, required
+    from medlore.segmenting.export import export as run
+    from medlore.segmenting.export import print_export
 
     if is_classifier_pack(source):
         flags = {"--text": text, "--tokenizer": tokenizer, "--prompt-embeddings": prompt_embeddings, "--lora-alpha": lora_alpha}

@@ -125,7 +125,7 @@ def finetune(
     from medlore.errors import InputError
 
     if pack is not None or cases is not None:
-        from medlore.recipes.segmentation.tuning_screen import tune_on_screen
+        from medlore.commands.screens.tuning_segmenters import tune_on_screen
 
         named = values.pop("model")
         if pack is not None and named is not None:
@@ -134,12 +134,13 @@ def finetune(
         values |= {"checkpoints": False if no_checkpoints else None}
         tune_on_screen(pack or named, cases, out, file=settings, flags=values, dry_run=dry_run, overwrite=overwrite, as_json=as_json)
         return
-    from medlore.recipes.accelerators import is_main_process
-    from medlore.recipes.finetune import FinetuneSettings
-    from medlore.recipes.finetune import dry_run as look
-    from medlore.recipes.finetune import finetune as tune
-    from medlore.recipes.run import read_settings, refuse_finished
-    from medlore.recipes.tuning_screen import print_facts, print_json, print_notes, print_report
+    from medlore.commands.screens.progress import ProgressBar
+    from medlore.commands.screens.tuning import print_facts, print_json, print_notes, print_report
+    from medlore.runs.settings import read_settings, refuse_finished
+    from medlore.training.accelerator import is_main_process
+    from medlore.tuning.finetune import FinetuneSettings
+    from medlore.tuning.finetune import dry_run as look
+    from medlore.tuning.finetune import finetune as tune
 
     for name, text in (("classes", classes), ("mean", mean), ("std", std)):
         values[name] = None if text is None else tuple(part.strip() for part in text.split(","))
@@ -155,7 +156,7 @@ def finetune(
     if out is None:
         raise InputError("--out", "nothing", "a folder for adapter, report, predictions and curves", "give --out runs/NAME")
     refuse_finished(out, overwrite=overwrite or resume)
-    result = tune(chosen, out, resume=resume, quiet=as_json)
+    result = tune(chosen, out, resume=resume, watcher=ProgressBar(enabled=not as_json))
     if not is_main_process():
         return
     if as_json:

@@ -20,7 +20,7 @@ def info(
 ) -> None:
     """Say what a weights file, pack, plan, adapter, run or folder of images is; --labels lists what can be segmented."""
     from medlore.errors import InputError
-    from medlore.recipes.info import count_faults, describe, describe_labels, print_facts
+    from medlore.inspecting.files import count_faults, describe, describe_labels, print_facts
 
     if not labels and (modality or region):
         raise InputError("--modality, --region", "given without --labels", "both choose among labels", "add --labels")

@@ -22,10 +22,10 @@ def predict(
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
     """Score unlabelled images with a tuned model and write one CSV row an image."""
-    from medlore.recipes.predict import PredictSettings, write_medfmc
-    from medlore.recipes.predict import predict as score
-    from medlore.recipes.run import read_settings
-    from medlore.recipes.tuning_screen import print_json, print_notes
+    from medlore.commands.screens.tuning import print_json, print_notes
+    from medlore.runs.settings import read_settings
+    from medlore.tuning.predict import PredictSettings, write_medfmc
+    from medlore.tuning.predict import predict as score
 
     chosen = read_settings(PredictSettings, device=device, precision=precision, model=model, keep_going=keep_going, medfmc=medfmc)
     predicted = score(tuned, images, out, chosen)

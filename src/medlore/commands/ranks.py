@@ -39,7 +39,7 @@ def ranks(
 
     A certified stable rank for every matrix, as a table, a plan file, a picture, a PEFT configuration.
     """
-    from medlore.recipes.ranks import show_ranks
+    from medlore.inspecting.ranks import show_ranks
 
     show_ranks(
         source,

@@ -62,9 +62,9 @@ def segment(
 
         medlore segment --image ct.nii.gz --labels liver,spleen --modality ct --model PACK --out masks
     """
-    from medlore.recipes.run import read_settings
-    from medlore.recipes.segment import plan_cases, segment_cases
-    from medlore.recipes.segment_settings import SegmentSettings
+    from medlore.runs.settings import read_settings
+    from medlore.segmenting.cohort import plan_cases, segment_cases
+    from medlore.segmenting.settings import SegmentSettings
 
     settings = read_settings(
         SegmentSettings,

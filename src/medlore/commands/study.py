@@ -27,7 +27,7 @@ def study(
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
     """Run a grid of data sets, shots, draws and methods from one YAML file, and compare the methods draw by draw."""
-    from medlore.recipes.study.screen import plan_on_screen, run_on_screen
+    from medlore.commands.screens.study import plan_on_screen, run_on_screen
 
     if dry_run:
         plan_on_screen(file, out, as_json=as_json, only=only, trials=budget_trials)

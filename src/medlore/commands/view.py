@@ -25,7 +25,7 @@ def view(
     Settings, tables, pictures, and three planes through the volume with the masks in colour. The page is whole by itself and opens
     without a network.
     """
-    from medlore.recipes.view import view as make
+    from medlore.pages.view import view as make
 
     page = make(source, out)
     size = page.stat().st_size

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from medlore.assets import PREFIX, asset_path
 from medlore.errors import CheckpointError, InputError, UnknownNameError
 from medlore.files import sha256_of
-from medlore.layers.expert_surgery import BatchNormWay, install_experts, merge
+from medlore.layers.experts.surgery import BatchNormWay, install_experts, merge
 from medlore.linalg.matricize import Layout
 from medlore.models import packs
+from medlore.models.backbones.shufflenet import Norm
+from medlore.models.backbones.students import StudentKind, build_student, feature_width
 from medlore.models.multitask import MultiTaskNetwork
-from medlore.models.shufflenet import Norm
 from medlore.models.statefile import read_state
-from medlore.models.students import StudentKind, build_student, feature_width
 
 KIND = "classifier"
 _FILE = "experts/{}.safetensors"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from medlore.errors import InputError, UnknownNameError
-from medlore.layers.routing import route
+from medlore.layers.experts.routing import route
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from medlore.errors import CheckpointError, DataError, UnknownNameError
 from medlore.files import atomic_folder, read_json, sha256_of, write_json
-from medlore.models.segmenter_manifest import segmenter_faults
+from medlore.models.segmenter.manifest import segmenter_faults
 from medlore.models.statefile import State, read_state
 
 MANIFEST = "manifest.json"

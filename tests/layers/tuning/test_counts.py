@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from medlore.layers.methods import METHODS, Request, install_method
 from medlore.layers.tuning.generalized import install_generalized
+from medlore.layers.tuning.methods import METHODS, Request, install_method
 from medlore.layers.tuning.options import TuningOptions
 from medlore.ranks.allocate import plan_ranks
 from medlore.ranks.plan import RankPlan

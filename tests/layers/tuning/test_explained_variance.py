@@ -11,8 +11,8 @@ import transformers
 from torch import Tensor, nn
 
 from medlore.errors import InputError
-from medlore.layers.methods import Request, Tuning, install_method
 from medlore.layers.tuning.explained_variance import Scatter, shared_ranks
+from medlore.layers.tuning.methods import Request, Tuning, install_method
 from medlore.ranks.allocate import plan_ranks
 
 RANK, WIDTH = 3, 32

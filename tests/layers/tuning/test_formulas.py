@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medlore.errors import InputError, StepError, TargetError
-from medlore.layers.methods import Request, install_method
 from medlore.layers.tuning import modules
 from medlore.layers.tuning.adapters import ParallelAdapter, RepAdapter, SerialAdapter
 from medlore.layers.tuning.anatomy import blocks_with_parts
 from medlore.layers.tuning.attach import attach, attached, detach
 from medlore.layers.tuning.factor_pairs import MaskedPair, MiniPairs, MixedPair, install_pairs
 from medlore.layers.tuning.generalized import GeneralizedLora, install_generalized
+from medlore.layers.tuning.methods import Request, install_method
 from medlore.layers.tuning.modules import AddedModules, add_modules
 from medlore.layers.tuning.options import AdapterSizes, TuningOptions
 from medlore.layers.tuning.prompts import install_prompts

@@ -1,0 +1,1 @@
+"""What a person sees: progress on stderr, tables or one JSON object on stdout."""

@@ -1,0 +1,1 @@
+"""2D images: sets, lists, tables, folders, few-shot draws, batches."""

@@ -1,0 +1,1 @@
+"""Volumes: geometry, files, grey values, windows, masks, and what a segmenter is trained on."""

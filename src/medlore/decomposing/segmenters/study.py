@@ -1,0 +1,263 @@
+"""`medlore decompose` for a segmenter: the teacher, its lighter student with one expert a region, and what they are compared with.
+
+Top to bottom: read and cache the cases; train the teacher or take a given one; train the students; measure them on the test
+cases; write the packs and the report. Every finished network is taken over by the next run with the same settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from medlore.assets import PREFIX
+from medlore.decomposing.segmenters.batches import region_shares
+from medlore.decomposing.segmenters.cohort import Cohort, check_experts_have_cases
+from medlore.decomposing.segmenters.expert_ranks import Ranks, choose_expert_ranks
+from medlore.decomposing.segmenters.initialisation import start_from_teacher
+from medlore.decomposing.segmenters.network import PromptedSegmenter, new_prompts
+from medlore.decomposing.segmenters.packs import write_trained_pack
+from medlore.decomposing.segmenters.settings import RankRule, SegmentationSettings
+from medlore.decomposing.segmenters.table import measure_network
+from medlore.decomposing.segmenters.workshop import Narrator, Order, Workshop, open_workshop, silent
+from medlore.decomposing.stored_weights import as_stored
+from medlore.errors import InputError
+from medlore.layers.experts.surgery import install_experts
+from medlore.models.segmenter.bundle import SegmenterBundle, load_segmenter
+from medlore.models.segmenter.experts import segmenter_with_experts
+from medlore.models.segmenter.network import Segmenter
+from medlore.runs.settings import Run, read_settings, seed_everything
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class SegmentationResult:
+    """What a study leaves.
+
+    Attributes:
+        packs: `teacher` and `pack` -> folder, as far as they were made.
+        table: one row a network and label.
+    """
+
+    packs: dict[str, Path]
+    table: Rows
+
+
+def read_study(study: str | Path, *, steps: int | None = None, **flags: Any) -> SegmentationSettings:
+    """The settings of a study; `steps` are those of every student.
+
+    Raises:
+        InputError: unknown or wrong settings, all at once.
+    """
+    if steps is not None and steps < 1:
+        raise InputError("--steps", str(steps), "at least 1", "give the optimiser steps of every student")
+    settings = read_settings(SegmentationSettings, study, **flags)
+    settings.check_windows()
+    return settings if steps is None else settings.model_copy(update={"student": settings.student.model_copy(update={"steps": steps})})
+
+
+def decompose_segmenter(
+    study: str | Path,
+    out: str | Path,
+    *,
+    only: str | None = None,
+    steps: int | None = None,
+    narrate: Narrator = silent,
+    say: Callable[[str], None] = lambda _text: None,
+    **flags: Any,
+) -> SegmentationResult:
+    """Run a study, or with `only="teacher"` its first stage.
+
+    Args:
+        study: YAML file of `SegmentationSettings`; its data paths are relative to it.
+        out: folder of the packs, the report, the cache and the checkpoints.
+        only: `teacher` stops when the teacher's pack is written.
+        steps: of every student, in place of the study's.
+        narrate: name of a network -> progress of its training.
+        say: told of cases that are skipped and of stages.
+        flags: settings that override the file.
+
+    Raises:
+        InputError: the study or its data cannot be used.
+        StepError: a training diverged; the last good checkpoint stays.
+    """
+    if only not in (None, "teacher"):
+        raise InputError("--only", f"{only!r}", "teacher", "leave it out for the whole study")
+    settings = read_study(study, steps=steps, **flags)
+    shop = open_workshop(settings, folder=Path(study).resolve().parent, out=Path(out), narrate=narrate, say=say)
+    if not shop.writes:
+        return _run(shop, only)
+    verb, folder = ("decompose", Path(out)) if only is None else (f"decompose-{only}", Path(out) / "teacher-run")
+    with Run(verb, folder, settings=settings, seed=settings.seed, device=str(shop.accelerator.device)) as run:
+        run.add_input(study)
+        done = _run(shop, only)
+        for name, pack in done.packs.items():
+            run.add_output(name, pack)
+        run.results.update(table=done.table, networks=shop.facts, skipped=list(shop.cohort.faults), cases=shop.case_counts())
+    return done
+
+
+def _run(shop: Workshop, only: str | None) -> SegmentationResult:
+    """All networks, then the packs, and the measuring last: it takes minutes, and nothing waits for it."""
+    teacher, packs = _teacher(shop)
+    made = [("teacher", teacher, shop.cohort)] if only == "teacher" or "teacher" in shop.settings.variants else []
+    if only is None:
+        made += list(_students(shop, teacher))
+        if shop.writes:
+            packs["pack"] = write_trained_pack(shop.out / "pack", made[-1][1], shop.cohort, shop.settings, role="student with experts")
+    return SegmentationResult(packs, [row for name, network, cohort in made for row in measured(shop, name, network, cohort)])
+
+
+def _students(shop: Workshop, teacher: PromptedSegmenter) -> Iterator[tuple[str, PromptedSegmenter, Cohort]]:
+    """Name, network and data of every student, trained; the one of the pack comes last."""
+    settings, cohort = shop.settings, shop.cohort
+    if "shared" in settings.variants:
+        yield "shared", shop.finish(plain_order(shop), plain_student(shop, teacher), teacher=teacher), cohort
+    for region in cohort.regions if "single" in settings.variants else ():
+        order = single_order(shop, region)
+        yield order.name, shop.finish(order, plain_student(shop, teacher), teacher=teacher), order.cohort
+    for variant in settings.variants:
+        if variant.startswith("experts-"):
+            other = replace(shop, settings=settings.with_rule(cast("RankRule", variant.removeprefix("experts-"))))
+            yield variant, _experts(other, teacher, variant), cohort
+    yield "experts", _experts(shop, teacher, "experts"), cohort
+
+
+def measured(shop: Workshop, name: str, network: PromptedSegmenter, cohort: Cohort) -> Rows:
+    """Rows of the table, made by the process that writes."""
+    notes = {entry.name: entry.note for entry in shop.settings.data if entry.note}
+    return measure_network(name, network, cohort, shop.windows(), shop.facts, notes=notes) if shop.writes else []
+
+
+def teacher_order(shop: Workshop) -> Order:
+    """The teacher: asked labels of all regions at once, since it has no experts."""
+    begun = shop.settings.teacher.start
+    begins_with = "" if begun is None else _bundle(begun).sha256
+    return Order("teacher", shop.settings.teacher, shop.cohort, ("teacher",), by_region=False, begins_with=begins_with)
+
+
+def plain_order(shop: Workshop) -> Order:
+    """The student without experts."""
+    return Order("shared", shop.settings.student, shop.cohort, ("student",))
+
+
+def experts_order(shop: Workshop, name: str = "experts") -> Order:
+    """The student with experts."""
+    return Order(name, shop.settings.student, shop.cohort, ("student", "experts"))
+
+
+def single_order(shop: Workshop, region: str) -> Order:
+    """A single-region student takes its region's share of the steps, so that each network sees a region's cases equally often."""
+    schedule = shop.settings.student
+    steps = max(round(schedule.steps * region_shares(shop.cohort)[region]), 1)
+    return Order(f"single {region}", schedule.model_copy(update={"steps": steps}), shop.cohort.only(region), ("student",))
+
+
+def _teacher(shop: Workshop) -> tuple[PromptedSegmenter, dict[str, Path]]:
+    """The teacher, frozen, with one row of the table for each prompt of the study."""
+    settings, cohort = shop.settings, shop.cohort
+    if settings.teacher.source is not None:
+        return given_teacher(shop).eval().requires_grad_(requires_grad=False), {}
+    network = shop.finish(teacher_order(shop), new_teacher(shop))
+    as_stored(network, settings.weights)
+    packs = {"teacher": write_trained_pack(shop.out / "teacher", network, cohort, settings, role="teacher")} if shop.writes else {}
+    return network.requires_grad_(requires_grad=False), packs
+
+
+def new_teacher(shop: Workshop) -> PromptedSegmenter:
+    """A teacher that learns its prompts: untrained, or with the weights and prompts of an earlier stage.
+
+    Raises:
+        InputError: the earlier stage has other sizes.
+        UnknownNameError: it lacks one of the prompts.
+    """
+    config, seed, start = shop.settings.teacher.sizes.config(), shop.settings.seed, shop.settings.teacher.start
+    seed_everything(seed)
+    if start is None:
+        return PromptedSegmenter(
+            Segmenter(config, dropout=0.0), new_prompts(len(shop.cohort.keys), config.query_width, seed=seed), learn_prompts=True
+        )
+    bundle = _bundle(start)
+    if bundle.config != config or bundle.weights.experts:
+        experts = f" with {len(bundle.weights.experts)} experts" if bundle.weights.experts else ""
+        came = f"{start} of features {list(bundle.config.features)}{experts}"
+        raise InputError("teacher.start", came, "a pack of teacher.sizes without experts", "give the pack that an earlier stage wrote")
+    return PromptedSegmenter(segmenter_with_experts(bundle.weights, dropout=0.0), queries_of(bundle, shop.cohort.keys), learn_prompts=True)
+
+
+def _bundle(source: str, *, text: Path | None = None, prompt_embeddings: Path | None = None) -> SegmenterBundle:
+    return load_segmenter(source if source.startswith(PREFIX) else Path(source), text=text, prompt_embeddings=prompt_embeddings)
+
+
+def given_teacher(shop: Workshop) -> PromptedSegmenter:
+    """The teacher that the study names, with its own prompts."""
+    wanted = shop.settings.teacher
+    source = str(wanted.source)
+    bundle = _bundle(source, text=wanted.text, prompt_embeddings=wanted.prompt_embeddings)
+    if bundle.config.query_width != shop.settings.student.sizes.query_width:
+        came = f"student.sizes.query_width {shop.settings.student.sizes.query_width}"
+        raise InputError(
+            "student", came, f"the teacher's {bundle.config.query_width}: they share their prompts", "give the student that width"
+        )
+    model = segmenter_with_experts(bundle.weights, dropout=0.0)
+    return PromptedSegmenter(model, queries_of(bundle, shop.cohort.keys), learn_prompts=False)
+
+
+def queries_of(bundle: SegmenterBundle, keys: tuple[str, ...]) -> Tensor:
+    """A pack's embeddings (n, width) of prompts `modality/label`.
+
+    Raises:
+        UnknownNameError: a prompt that it does not have.
+    """
+    pairs = [key.split("/", 1) for key in keys]
+    return torch.cat([bundle.queries([label], modality) for modality, label in pairs])
+
+
+def plain_student(shop: Workshop, teacher: PromptedSegmenter) -> PromptedSegmenter:
+    """An untrained student without experts, with the teacher's prompts."""
+    wanted = shop.settings.student
+    seed_everything(shop.settings.seed)
+    model = Segmenter(wanted.sizes.config(), dropout=0.0)
+    if wanted.start == "teacher":
+        start_from_teacher(model, teacher.segmenter)
+    return PromptedSegmenter(model, teacher.prompts, learn_prompts=False)
+
+
+def _experts(shop: Workshop, teacher: PromptedSegmenter, name: str) -> PromptedSegmenter:
+    """A trained student with experts, rounded as it is shipped."""
+    check_experts_have_cases(shop.cohort, shop.cohort.regions)
+    student = plain_student(shop, teacher)
+    ranks = choose_expert_ranks(shop.settings.experts, student.segmenter.config, labels_by_region(shop.cohort), teacher.segmenter)
+    shop.facts["expert ranks" if name == "experts" else f"ranks of {name}"] = by_region(ranks)
+    student = shop.finish(experts_order(shop, name), with_experts(shop, student, ranks), teacher=teacher)
+    as_stored(student, shop.settings.weights)
+    return student
+
+
+def with_experts(shop: Workshop, student: PromptedSegmenter, ranks: Ranks) -> PromptedSegmenter:
+    """The same student with one untrained expert a region."""
+    wanted, targets = shop.settings.experts, {target for target, _ in ranks}
+    install_experts(
+        student.segmenter, experts=list(shop.cohort.regions), ranks=ranks, targets=lambda name, _module: name in targets,
+        layout=wanted.layout, scaling=wanted.scaling, base="trainable",
+    )  # fmt: skip
+    return PromptedSegmenter(student.segmenter, student.prompts, learn_prompts=False)
+
+
+def by_region(ranks: Ranks) -> dict[str, dict[str, int]]:
+    """Region -> layer -> rank."""
+    found: dict[str, dict[str, int]] = {}
+    for (target, region), rank in ranks.items():
+        found.setdefault(region, {})[target] = rank
+    return found
+
+
+def labels_by_region(cohort: Cohort) -> dict[str, int]:
+    """Region -> number of its prompts."""
+    keys = {p.key: p.region for p in cohort.prompts.values()}
+    return {region: sum(r == region for r in keys.values()) for region in cohort.regions}

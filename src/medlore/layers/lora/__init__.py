@@ -1,0 +1,1 @@
+"""LoRA where PEFT stops: fused qkv, stochastic partial update, a cheaper step."""

@@ -1,0 +1,1 @@
+"""2D backbones: one door, key maps of other projects, statistics, sizes."""

@@ -1,0 +1,1 @@
+"""The text-prompted segmenter: network, text, prompts, vocabulary, published files, packs."""

@@ -1,0 +1,189 @@
+"""A folder with an image and its masks -> sections of a page: the slice viewer and the volumes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+
+from medlore.data.volumes.geometry import Array
+from medlore.data.volumes.nifti import Volume, read_label_table, read_nifti
+from medlore.errors import DataError, MedloreError
+from medlore.files import read_json
+from medlore.pages import Facts, Notes, Piece, Section, Slices, Table, slices_of
+from medlore.pages.colours import label_colour
+from medlore.pages.report import flat
+
+_IMAGES = ("image.nii.gz", "image.nii")
+_MAPS = ("prediction.nii.gz", "prediction.nii")
+_SAME_MM = 1e-3
+
+
+@dataclass(frozen=True)
+class MaskSource:
+    """Where a label's mask comes from: a file of its own, else a value of the label map."""
+
+    label: str
+    file: Path | None = None
+    value: int | None = None
+    told: Mapping[str, Any] = field(default_factory=dict)
+
+
+def is_case_folder(folder: Path) -> bool:
+    """Whether a folder holds masks of one image."""
+    names = {path.name for path in folder.iterdir() if path.is_file()}
+    return bool(names & {"case.json", *_MAPS}) or (bool(names & set(_IMAGES)) and any(_is_mask(Path(name)) for name in names))
+
+
+def case_sections(folder: Path) -> list[Section]:
+    """The viewer, a table of the volumes, and how the masks were made.
+
+    Raises:
+        DataError: a file that is damaged, or on another grid than the image.
+    """
+    record = _record(folder)
+    sources = mask_sources(folder, record)
+    label_map = next((read_nifti(folder / name) for name in _MAPS if (folder / name).is_file()), None)
+    image, notes = _image(folder, record, label_map, sources)
+    slices = slices_of(
+        image.array,
+        image.affine,
+        _masks(sources, label_map, image),
+        colours=[label_colour(index) for index in range(max(1, len(sources)))],
+        modality=record.get("modality"),
+    )
+    notes += [str(note) for note in record.get("notes", ())]
+    if record.get("overlap_rule"):
+        notes.append(f"In the label map: {record['overlap_rule']}. The viewer shows every mask whole, the smallest on top.")
+    slices_and_notes: list[Piece] = [slices, *([Notes(notes)] if notes else [])]
+    sections = [Section("Slices", slices_and_notes)]
+    if sources:
+        sections.append(Section("Volumes", (_volumes(sources, slices),)))
+    if made := _origin(record):
+        sections.append(Section("How the masks were made", made))
+    return sections
+
+
+def mask_sources(folder: Path, record: Mapping[str, Any]) -> list[MaskSource]:
+    """The labels of a folder: from `case.json`, else from the table of the label map, else one for each mask file."""
+    told = record.get("labels")
+    if isinstance(told, list):
+        return [_told_source(folder, entry) for entry in told if isinstance(entry, Mapping)]
+    table = _label_table(folder)
+    if table:
+        return [MaskSource(label, _own_file(folder, label), value) for value, label in sorted(table.items())]
+    files = sorted(path for path in folder.iterdir() if _is_mask(path))
+    return [MaskSource(path.name.removesuffix(".gz").removesuffix(".nii"), path) for path in files]
+
+
+def _told_source(folder: Path, entry: Mapping[str, Any]) -> MaskSource:
+    name = Path(str(entry.get("file", ""))).name  # never a path out of the folder
+    file = folder / name if name and (folder / name).is_file() else None
+    value = entry.get("value")
+    return MaskSource(str(entry.get("label", name)), file, value if isinstance(value, int) else None, entry)
+
+
+def _own_file(folder: Path, label: str) -> Path | None:
+    if Path(label).name != label:
+        return None
+    return next((path for suffix in (".nii.gz", ".nii") if (path := folder / f"{label}{suffix}").is_file()), None)
+
+
+def _is_mask(path: Path) -> bool:
+    return path.name.endswith((".nii.gz", ".nii")) and path.name not in {*_IMAGES, *_MAPS} and not path.name.startswith(".")
+
+
+def _record(folder: Path) -> Mapping[str, Any]:
+    path = folder / "case.json"
+    told = read_json(path) if path.is_file() else {}
+    if not isinstance(told, Mapping):
+        raise DataError(str(path), f"a {type(told).__name__}", "the record of a case", "segment the case again")
+    return told
+
+
+def _label_table(folder: Path) -> dict[int, str]:
+    path = folder / "labels.json"
+    if path.is_file():
+        told = read_json(path)
+        table = told.get("labels", told) if isinstance(told, Mapping) else {}
+        try:
+            return {int(value): str(label) for value, label in table.items()}
+        except (ValueError, AttributeError) as error:
+            raise DataError(str(path), "not a table of labels", '{"labels": {"1": "liver", ...}}', "mend or remove it") from error
+    label_map = next((folder / name for name in _MAPS if (folder / name).is_file()), None)
+    if label_map is None:
+        return {}
+    if table := _table_inside(label_map):
+        return table
+    if any(_is_mask(path) for path in folder.iterdir()):
+        return {}
+    values = np.unique(read_nifti(label_map).array)
+    return {int(value): f"label {int(value)}" for value in values if value > 0}
+
+
+def _table_inside(label_map: Path) -> dict[int, str] | None:
+    try:
+        return read_label_table(label_map)
+    except (ImageFileError, OSError):  # what is wrong with the file is said where its voxels are read
+        return None
+
+
+def _image(folder: Path, record: Mapping[str, Any], label_map: Volume | None, sources: list[MaskSource]) -> tuple[Volume, list[str]]:
+    """The image on the grid of the masks; a black one, and a note, where there is none."""
+    grid = label_map or next((read_nifti(source.file) for source in sources if source.file), None)
+    tried = next((folder / name for name in _IMAGES if (folder / name).is_file()), None)
+    if tried is not None:
+        return read_nifti(tried), []
+    if grid is None:
+        raise DataError(str(folder), "neither an image nor a mask", "image.nii.gz with prediction.nii.gz or masks", "name another folder")
+    original = Path(str(record.get("image", "")))
+    if original.is_file() and original.name.endswith((".nii", ".nii.gz")):
+        try:
+            found = read_nifti(original)
+        except MedloreError:
+            found = None
+        if found is not None and found.shape == grid.shape and np.abs(found.affine - grid.affine).max() <= _SAME_MM:
+            return found, []
+    black = np.broadcast_to(np.uint8(0), grid.shape)
+    return Volume(black, grid.affine, grid.header, grid.file_shape, grid.path), [
+        "There is no image in this folder: the masks are shown on black."
+    ]
+
+
+def _masks(sources: list[MaskSource], label_map: Volume | None, image: Volume) -> Iterator[tuple[str, Array]]:
+    for source in sources:
+        yield source.label, _mask(source, label_map, image)
+
+
+def _mask(source: MaskSource, label_map: Volume | None, image: Volume) -> Array:
+    if source.told.get("voxels") == 0:
+        return np.broadcast_to(np.bool_(False), image.shape)
+    volume = read_nifti(source.file) if source.file is not None else label_map
+    if volume is None:
+        return np.broadcast_to(np.bool_(False), image.shape)
+    if volume.shape != image.shape or np.abs(volume.affine - image.affine).max() > _SAME_MM:
+        came = f"a grid of {volume.shape}, the image has {image.shape}" if volume.shape != image.shape else "another affine than the image"
+        raise DataError(str(volume.path), came, "the grid of the image", "segment the image that lies in the folder")
+    return np.asarray(volume.array != 0 if source.file is not None else volume.array == source.value)
+
+
+def _volumes(sources: list[MaskSource], slices: Slices) -> Table:
+    there = [name for name in ("value", "expert", "voxels") if any(name in source.told for source in sources)]
+    rows = []
+    for source, label in zip(sources, slices.labels, strict=True):
+        ml = source.told.get("volume_ml", label.volume_ml)
+        rows.append([label.name, *(source.told.get(name) for name in there), float(ml) if ml is not None else None])
+    return Table(("label", *there, "volume in ml"), rows)
+
+
+def _origin(record: Mapping[str, Any]) -> list[Piece]:
+    wanted = ("image", "modality", "model", "precision", "grid", "windows", "experts", "intensity", "seconds")
+    facts = flat({name: record[name] for name in wanted if name in record})
+    pieces: list[Piece] = [Facts(facts, "Model and windows", folded=True)] if facts else []
+    if isinstance(record.get("geometry"), Mapping):
+        pieces.append(Facts(flat(record["geometry"]), "Grid", folded=True))
+    return pieces

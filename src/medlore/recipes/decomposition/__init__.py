@@ -1,1 +1,0 @@
-"""The pieces of `medlore decompose` for classification: settings, tasks, ranks, training, report."""

@@ -1,1 +1,0 @@
-"""Studies: a grid of tuning runs in one YAML file, run once each, compared draw by draw."""

@@ -1,0 +1,1 @@
+"""Floor 5: what every run shares: settings, report, lock, hardware, worker pool."""

@@ -1,0 +1,1 @@
+"""Floor 7: text-prompted segmentation of volumes, on the grid of each image."""

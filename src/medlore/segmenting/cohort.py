@@ -1,0 +1,400 @@
+"""`medlore segment`: text-prompted segmentation of a cohort, on the grid of each image, in bounded memory.
+
+The model is loaded once. Each case is planned from its header, segmented, and written as one folder that is whole or
+absent; a case that fails is reported and the others go on; a second run skips what is finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from medlore.data.volumes.cases import Case, find_images, folder_names, read_cases
+from medlore.data.volumes.geometry import check_orientation
+from medlore.errors import DataError, InputError, MedloreError
+from medlore.files import read_json, sha256_of
+from medlore.models.segmenter.vocabulary import canonical_modality, default_vocabulary
+from medlore.runs.output_lock import OutputLock
+from medlore.runs.settings import Run, choose_device
+from medlore.runs.workers import spread
+from medlore.segmenting.labels import ModelFacts, Routes, facts_of_bundle, facts_of_pack, route_labels, tissues_of, with_tissues
+from medlore.segmenting.plan import CasePlan, available_memory, plan_case, read_bytes
+from medlore.segmenting.settings import DECISIVE, RULES_VERSION, SegmentSettings
+
+if TYPE_CHECKING:
+    from medlore.segmenting.model import SegmentingModel
+
+State = Literal["done", "skipped", "failed"]
+
+
+class Watcher(Protocol):
+    """Told how a run goes on."""
+
+    def plan(self, name: str, plan: CasePlan) -> None:
+        """A case was planned."""
+
+    def window(self, name: str, done: int, total: int) -> None:
+        """Windows of a case were done."""
+
+    def case(self, index: int, total: int, entry: dict[str, Any]) -> None:
+        """A case was finished, skipped, or failed."""
+
+
+class Silence:
+    """A watcher that says nothing."""
+
+    def plan(self, name: str, plan: CasePlan) -> None:
+        """Nothing."""
+
+    def window(self, name: str, done: int, total: int) -> None:
+        """Nothing."""
+
+    def case(self, index: int, total: int, entry: dict[str, Any]) -> None:
+        """Nothing."""
+
+
+def collect_cases(settings: SegmentSettings) -> list[Case]:
+    """All cases of a run.
+
+    Raises:
+        InputError: neither or both of a list and an image; no labels; no modality; nothing in a folder.
+        DataError: broken lines in a jsonl.
+    """
+    if (settings.cases is None) == (settings.image is None):
+        came = "neither a list of cases nor an image" if settings.cases is None else "a list of cases and an image"
+        raise InputError("segment", came, "one of them", "give cases.jsonl, or --image FILE --labels NAMES --modality ct")
+    source = settings.cases if settings.cases is not None else settings.image
+    if source is None or not source.exists():
+        raise InputError(str(source), "no such file or folder", "a jsonl, an image, or a folder of them", "check the spelling")
+    if source.suffix.casefold() in (".jsonl", ".json"):
+        cases = read_cases(source)
+        return [replace(c, labels=settings.labels or c.labels, modality=settings.modality or c.modality) for c in cases]
+    images = (find_images(source) or [source]) if source.is_dir() else [source]
+    if not settings.labels:
+        fix = "give --labels liver,spleen, a region's name, or all"
+        raise InputError("--labels", "none were given", "names of structures, beside an image or a folder", fix)
+    modality = settings.modality or _modality_of_dicom(source)
+    return [Case(image, settings.labels, modality) for image in images]
+
+
+def segment_cases(settings: SegmentSettings, *, watcher: Watcher | None = None) -> dict[str, Any]:
+    """Segment a cohort; returns what `report.json` says under `results`.
+
+    Raises:
+        InputError: wrong use; nothing was written.
+        StepError: the output folder cannot be written. Cases that fail do not raise: their state says so.
+    """
+    watcher = watcher or Silence()
+    cases = collect_cases(settings)
+    names = folder_names(cases)
+    loaded = load_model(settings)  # a fault of the model ends the run before it starts
+    _check_flags(settings, loaded.facts, cases)
+    told, notes, device = _told_of(loaded)
+    alone = settings.engine == "local" and settings.workers == 1
+    model: SegmentingModel | None = loaded if alone else None  # each worker loads its own; this process keeps none
+    del loaded
+    with OutputLock(settings.out), Run("segment", settings.out, settings=settings, device=device) as run:
+        run.results = {"model": told, "cases": [], "notes": notes}
+        entries: list[dict[str, Any]] = run.results["cases"]
+        with closing(_entries(settings, model, cases, names, watcher)) as finished:  # Ctrl-C stops the workers here and now
+            for entry in finished:
+                entries.append(entry)
+                watcher.case(len(entries), len(cases), entry)
+                run.write("running")
+        entries.sort(key=lambda entry: entry["index"])
+        run.results["counts"] = {state: sum(e["state"] == state for e in entries) for state in ("done", "skipped", "failed")}
+    return run.results
+
+
+def _check_flags(settings: SegmentSettings, facts: ModelFacts, cases: Sequence[Case]) -> None:
+    """What was asked for by flags holds for every case: a fault in it is wrong use, not the fault of a case."""
+    from medlore.segmenting.rules import window_rules
+
+    modalities = dict.fromkeys(case.modality for case in cases)
+    if settings.orientation_code is not None:
+        check_orientation(settings.orientation_code)
+    for modality in modalities if settings.modality is not None or settings.image is not None else ():
+        if settings.labels:
+            route_labels(facts, settings.labels, modality, region=settings.region, allow_unknown=settings.allow_unknown)
+        window_rules(facts, canonical_modality(modality), roi_size=settings.roi_size, overlap=settings.overlap)
+    if settings.region is not None and settings.region not in facts.experts:
+        default_vocabulary().checked_region(settings.region)
+
+
+def _told_of(model: SegmentingModel) -> tuple[dict[str, Any], list[str], str]:
+    """What the report says of a model, its notes, and its device."""
+    bundle = model.bundle
+    return {"name": bundle.name, "sha256": bundle.sha256, "precision": model.precision}, list(bundle.notes), model.device
+
+
+def plan_cases(settings: SegmentSettings) -> dict[str, Any]:
+    """What a run would do, from headers and the pack's manifest; loads no network unless the model is no pack.
+
+    Raises:
+        InputError: wrong use.
+    """
+    facts = None if settings.text or settings.prompt_embeddings else facts_of_pack(settings.model)
+    if facts is None:
+        facts = facts_of_bundle(_load_bundle(settings))
+    device = choose_device("cuda") if settings.device == "cuda" else "cpu"  # nothing else is asked of torch
+    cases = collect_cases(settings)
+    _check_flags(settings, facts, cases)
+    plans: list[dict[str, Any]] = []
+    for case, name in zip(cases, folder_names(cases), strict=True):
+        try:
+            plan = _plan(settings, facts, case, device=device)
+            plans.append({"name": name, "image": str(case.image), "plan": plan.record(), "in_words": plan.in_words()})
+        except MedloreError as error:
+            plans.append({"name": name, "image": str(case.image), "error": str(error)})
+    return {"model": facts.name, "settings": settings.model_dump(mode="json"), "cases": plans}
+
+
+def load_model(settings: SegmentSettings) -> SegmentingModel:
+    """The model that the settings name, on the device that they name."""
+    from medlore.segmenting.model import SegmentingModel
+
+    return SegmentingModel(
+        _load_bundle(settings),
+        device=choose_device(settings.device),
+        precision=settings.precision,
+        roi_size=settings.roi_size,
+        overlap=settings.overlap,
+        sw_batch_size=settings.sw_batch_size,
+        max_queries=settings.max_queries,
+        memory_bytes=None if settings.memory is None and settings.workers == 1 else _memory_of(settings),
+        published=settings.published,
+        redraw_tissues=settings.redraw_tissues,
+    )
+
+
+def segment_case(settings: SegmentSettings, model: SegmentingModel, case: Case, name: str, watcher: Watcher) -> dict[str, Any]:
+    """One case, from the file to its folder; never raises for a fault of the case."""
+    start = time.perf_counter()
+    entry: dict[str, Any] = {"name": name, "image": str(case.image), "line": case.line or None}
+    try:
+        entry |= _segment_case(settings, model, case, name, watcher)
+    except MedloreError as error:
+        entry |= {"state": "failed", "error": str(error)}
+    except MemoryError:
+        entry |= {"state": "failed", "error": "out of memory; give a smaller --memory, so that labels go in smaller groups"}
+    except Exception as error:  # a fault of ours, or of a library, must not end the night's run
+        entry |= {"state": "failed", "error": f"{type(error).__name__}: {error}"}
+    return entry | {"seconds": round(time.perf_counter() - start, 3)}
+
+
+def _segment_case(settings: SegmentSettings, model: SegmentingModel, case: Case, name: str, watcher: Watcher) -> dict[str, Any]:
+    from medlore.data.volumes.preparation import read_volume
+    from medlore.segmenting.outputs import write_outputs
+
+    routes = _routes(settings, model.facts, case)
+    fingerprint = _fingerprint(settings, model, case, routes)
+    folder = settings.out / name
+    if settings.resume and _is_finished(folder, fingerprint, settings):
+        return {"state": "skipped", "folder": name}
+    start = time.perf_counter()
+    volume = read_volume(case.image, affine_from=settings.affine_from, frame=case.frame, series=case.series)
+    read = time.perf_counter() - start
+    if settings.dicom_seg and not volume.slices:  # before hours of work, not after them
+        raise InputError(f"--dicom-seg: {case.image}", "an image that is not DICOM", "a DICOM series", "leave --dicom-seg out")
+    grid = (volume.shape, volume.affine)
+    watcher.plan(name, _plan(settings, model.facts, case, routes=routes, volume=grid, device=model.device))
+    result = model.segment(
+        volume,
+        case.labels,
+        case.modality,
+        routes=routes,
+        orientation_code=case.orientation_code or settings.orientation_code,
+        grid=settings.grid,
+        resample=settings.resample,
+        on_window=lambda done, total: watcher.window(name, done, total),
+    )
+    result.seconds = {"read": read, **result.seconds}
+    about = {
+        "image": str(case.image),
+        "case": case.to_dict(),
+        "model": {"name": model.bundle.name, "sha256": model.bundle.sha256},
+        "precision": model.precision,
+        "published_rules": settings.published,
+        "fingerprint": fingerprint,
+    }
+    kept: list[str] = []
+    record = write_outputs(
+        folder,
+        result,
+        about=about,
+        overlap_rule=settings.overlap_rule,
+        image=settings.image_copy,
+        picture=settings.picture,
+        dicom_seg=settings.dicom_seg,
+        kept=kept,
+    )
+    return {
+        "state": "done",
+        "folder": name,
+        "volume_ml": {e["label"]: e["volume_ml"] for e in record["labels"]},
+        "notes": [*record["notes"], *([f"not written by the run before, so kept: {', '.join(kept)}"] if kept else [])],
+        "phases": record["seconds"],
+    }
+
+
+def _memory_of(settings: SegmentSettings) -> int:
+    """Bytes for one case: what may be used in all, shared by the workers."""
+    total = available_memory() if settings.memory is None else read_bytes(settings.memory)
+    return total // settings.workers
+
+
+def _entries(
+    settings: SegmentSettings, model: SegmentingModel | None, cases: Sequence[Case], names: Sequence[str], watcher: Watcher
+) -> Generator[dict[str, Any], None, None]:
+    """Entries of the report as cases finish."""
+    if model is not None:
+        for index, (case, name) in enumerate(zip(cases, names, strict=True)):
+            yield {"index": index, **segment_case(settings, model, case, name, watcher)}
+        return
+    if settings.memory is None:  # measured once, before the workers take their share
+        settings = settings.model_copy(update={"memory": f"{available_memory()}B"})
+    jobs = [(settings, index, case, name) for index, (case, name) in enumerate(zip(cases, names, strict=True))]
+    yield from spread(_work, jobs, lost=_lost, engine=settings.engine, workers=settings.workers, gpus_each=int(settings.device == "cuda"))
+
+
+_models: dict[str, SegmentingModel] = {}
+
+
+def _work(settings: SegmentSettings, index: int, case: Case, name: str) -> dict[str, Any]:
+    """One case in a worker process; the model stays loaded between its cases."""
+    key = settings.model_dump_json()
+    if key not in _models:
+        import torch
+
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // settings.workers))
+        _models.clear()
+        _models[key] = load_model(settings)
+    return {"index": index, **segment_case(settings, _models[key], case, name, Silence())}
+
+
+def _lost(job: tuple[Any, ...], reason: str) -> dict[str, Any]:
+    _, index, case, name = job
+    return {
+        "index": index,
+        "name": name,
+        "image": str(case.image),
+        "line": case.line or None,
+        "state": "failed",
+        "error": reason,
+        "seconds": None,
+    }
+
+
+def _load_bundle(settings: SegmentSettings) -> Any:
+    from medlore.models.segmenter.bundle import load_segmenter
+
+    return load_segmenter(
+        settings.model,
+        text=settings.text,
+        tokenizer=settings.tokenizer,
+        prompt_embeddings=settings.prompt_embeddings,
+        lora_alpha=settings.lora_alpha,
+    )
+
+
+def _routes(settings: SegmentSettings, facts: ModelFacts, case: Case) -> Routes:
+    dataset = case.dataset if settings.expert_by == "dataset" else None
+    return route_labels(facts, case.labels, case.modality, region=settings.region, dataset=dataset, allow_unknown=settings.allow_unknown)
+
+
+def _plan(
+    settings: SegmentSettings,
+    facts: ModelFacts,
+    case: Case,
+    *,
+    routes: Routes | None = None,
+    volume: tuple[Any, Any] | None = None,
+    device: str = "cpu",
+) -> CasePlan:
+    from medlore.segmenting.rules import is_half, window_rules
+
+    routes = routes or _routes(settings, facts, case)
+    rules = window_rules(
+        facts,
+        routes.modality,
+        roi_size=settings.roi_size,
+        overlap=settings.overlap,
+        sw_batch_size=settings.sw_batch_size,
+        orientation_code=case.orientation_code or settings.orientation_code,
+        half=is_half(settings.precision, settings.device, published=settings.published),
+        published=settings.published,
+    )
+    shape, affine = volume or _grid_of(case)
+    on_device = None
+    if device.startswith("cuda"):
+        from medlore.segmenting.model import device_memory
+
+        on_device = device_memory(device)
+    tissues = tissues_of(facts, routes) if settings.redraw_tissues and not settings.published else ()
+    return plan_case(
+        shape,
+        affine,
+        with_tissues(routes, tissues),
+        facts.size,
+        rules,
+        memory_bytes=_memory_of(settings),
+        where=str(case.image),
+        device_memory_bytes=on_device,
+        tissues=len(tissues),
+    )
+
+
+def _grid_of(case: Case) -> tuple[Any, Any]:
+    from medlore.data.volumes.nifti import read_grid
+
+    if case.image.is_file() and case.image.name.endswith((".nii", ".nii.gz")):
+        return read_grid(case.image)
+    from medlore.data.volumes.preparation import read_volume
+
+    volume = read_volume(case.image, frame=case.frame, series=case.series)
+    return volume.shape, volume.affine
+
+
+def _fingerprint(settings: SegmentSettings, model: SegmentingModel, case: Case, routes: Routes) -> str:
+    from medlore.data.volumes.preparation import existing_image
+
+    existing_image(case.image)
+    values = settings.model_dump(mode="json")
+    decisive = {name: values[name] for name in DECISIVE} | {"precision": model.precision}
+    orientation = case.orientation_code or settings.orientation_code
+    part = [case.frame, case.series]
+    prompts = [sha256_of(file) for file in (settings.prompt_embeddings, settings.text, settings.tokenizer) if file is not None]
+    weights = [model.bundle.sha256, *prompts]
+    told = [RULES_VERSION, sha256_of(case.image), weights, routes.modality, routes.by_region, routes.labels, orientation, part, decisive]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def _is_finished(folder: Path, fingerprint: str, settings: SegmentSettings) -> bool:
+    """Whether the same run was done, and every file that this one would write is there."""
+    from medlore.segmenting.outputs import output_names
+
+    try:
+        record = read_json(folder / "case.json")
+        if record["state"] != "done" or record["fingerprint"] != fingerprint:
+            return False
+        names = output_names([entry["file"] for entry in record["labels"]], image=settings.image_copy, picture=settings.picture)
+        return all((folder / name).is_file() for name in names)
+    except (InputError, DataError, KeyError, TypeError):
+        return False
+
+
+def _modality_of_dicom(source: Path) -> str:
+    if source.is_dir() or source.suffix.casefold() in (".dcm", ".zip"):
+        from medlore.data.volumes.dicom import dicom_modality
+
+        found = dicom_modality(source)
+        if found is not None:
+            return found
+    raise InputError("--modality", "none was given", "ct, mri, pet or us", "give --modality; only DICOM files tell it themselves")

@@ -1,0 +1,157 @@
+"""`medlore evaluate --pred DIR --truth cases.jsonl`: Dice and surface Dice of segmented cases against reference masks.
+
+Reference masks are named by the key `mask` of a case, in any layout that `medlore.data.volumes.masks` reads: a label map, a folder
+with one file a label, {label: file}, or a stack. Predictions are the folders that `medlore segment` wrote for the same list.
+Each case is measured on its own grid with the spacing of its header.
+
+Means are taken as LoRKD and SAT take them: over cases for each data set and label, over labels for a data set, over
+data sets for a label, over labels for a region.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medlore.data.volumes.cases import Case, folder_names, read_cases
+from medlore.data.volumes.geometry import spacing_of
+from medlore.data.volumes.masks import check_mask_grid, read_masks
+from medlore.data.volumes.nifti import read_nifti
+from medlore.errors import DataError, InputError, MedloreError, StepError
+from medlore.files import json_text, read_json
+from medlore.metrics.masks import EMPTY_RULE, dice, surface_dice
+from medlore.models.segmenter.vocabulary import canonical_modality, default_vocabulary
+from medlore.runs.settings import Run
+from medlore.segmenting.evaluation_tables import summarise, write_tables
+from medlore.segmenting.outputs import file_names
+
+
+def evaluate_masks(
+    pred: str | Path, truth: str | Path, *, out: str | Path | None = None, as_json: bool = False, tolerance_mm: float = 1.0
+) -> dict[str, Any]:
+    """Measure, write tables and box plots, and print the means.
+
+    Args:
+        pred: folder of `medlore segment`.
+        truth: jsonl whose cases have a `mask`.
+        out: folder of the results; `PRED/evaluation` unless given.
+        as_json: print one JSON object instead of a table.
+        tolerance_mm: of the surface Dice.
+
+    Raises:
+        InputError: no such folder, or no case has a mask.
+        StepError: some cases could not be measured; the others were, and are written.
+    """
+    if not (math.isfinite(tolerance_mm) and tolerance_mm >= 0):
+        raise InputError("--tolerance", f"got {tolerance_mm:g}", "millimetres from 0", "give --tolerance 1")
+    pred = Path(pred)
+    if not pred.is_dir():
+        raise InputError(f"--pred {pred}", "is not a folder", "the --out folder of medlore segment", "check the spelling")
+    cases = read_cases(truth)
+    if not any(_has_mask(case) for case in cases):
+        raise InputError(f"--truth {truth}", 'no case has a "mask"', "cases with reference masks", 'add "mask": "FILE" to the lines')
+    out = Path(out) if out is not None else pred / "evaluation"
+    with Run("evaluate", out, settings={"pred": str(pred), "truth": str(truth), "tolerance_mm": tolerance_mm}) as run:
+        rows, faults = _measure_all(pred, cases, tolerance_mm)
+        run.results = {"empty_masks": EMPTY_RULE, "tolerance_mm": tolerance_mm, "cases": len({r["case"] for r in rows}), "faults": faults}
+        if rows:
+            run.results |= summarise(rows)
+            for path in write_tables(out, rows, run.results):
+                run.add_output(path.name, path)
+    _print(run.results, as_json=as_json)
+    if faults:
+        accepted, fix = "a mask and a prediction on one grid for every case", "see the list; the other cases are written"
+        raise StepError(str(truth), f"{len(faults)} case(s) could not be measured", accepted, fix, faults=faults)
+    return run.results
+
+
+def measure_case(folder: Path, case: Case, tolerance_mm: float) -> list[dict[str, Any]]:
+    """One row a label.
+
+    Raises:
+        DataError: another grid, or a label without a value.
+        InputError: a file that is missing.
+    """
+    modality = canonical_modality(case.modality)
+    words = default_vocabulary()
+    files = _predicted_files(folder, case.labels)
+    first = read_nifti(folder / files[case.labels[0]])
+    truth = read_masks(case, first)  # the masks of the image lie on the grid of what was predicted for it
+    spacing = spacing_of(first.affine)
+    rows = []
+    for label in case.labels:
+        predicted = read_nifti(folder / files[label])
+        check_mask_grid(predicted.shape, predicted.affine, first, str(predicted.path))
+        mine, theirs = predicted.array > 0, truth.mask(label)
+        rows.append(
+            {
+                "case": folder.name,
+                "dataset": f"{case.dataset or 'none'} ({modality})",
+                "modality": modality,
+                "label": label,
+                "region": words.lookup(label, modality, allow_unknown=True).region,
+                "dice": dice(mine, theirs),
+                "surface_dice": surface_dice(mine, theirs, spacing_mm=list(spacing), tolerance_mm=tolerance_mm),
+                "predicted_voxels": int(np.count_nonzero(mine)),
+                "true_voxels": int(np.count_nonzero(theirs)),
+            }
+        )
+    return rows
+
+
+def _measure_all(pred: Path, cases: Sequence[Case], tolerance_mm: float) -> tuple[list[dict[str, Any]], list[str]]:
+    rows: list[dict[str, Any]] = []
+    faults: list[str] = []
+    for case, name in zip(cases, folder_names(cases), strict=True):
+        if not _has_mask(case):
+            faults.append(f"line {case.line}: no mask")
+            continue
+        try:
+            rows += measure_case(pred / name, case, tolerance_mm)
+        except MedloreError as error:
+            place = f"line {case.line}: "
+            faults.append(place + str(error).removeprefix(place))
+    return rows, faults
+
+
+def _has_mask(case: Case) -> bool:
+    return case.mask is not None or "mask" in case.other
+
+
+def _predicted_files(folder: Path, labels: Sequence[str]) -> dict[str, str]:
+    """File of each label: as `case.json` says, under the label's own or the vocabulary's spelling."""
+    names = file_names(labels)
+    record = folder / "case.json"
+    if record.is_file():
+        told = read_json(record)
+        try:
+            written = {entry["label"]: str(entry["file"]) for entry in told["labels"]}
+            modality = str(told["modality"])
+        except (KeyError, TypeError) as error:
+            raise DataError(str(record), "not the record of a case", "case.json as it was written", "segment the case again") from error
+        for label in labels:
+            known = default_vocabulary().lookup(label, modality, allow_unknown=True).label
+            names[label] = written.get(label) or written.get(known) or names[label]
+    return names
+
+
+def _print(results: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        sys.stdout.write(json_text(results) + "\n")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("label", "modality", "region", "Dice", "surface Dice", box=None, pad_edge=False)
+    for row in results.get("by_label", []):
+        table.add_row(row["label"], row["modality"], row["region"], f"{row['dice']:.4f}", f"{row['surface_dice']:.4f}")
+    if "mean" in results:
+        table.add_row("mean", "", "", f"{results['mean']['dice']:.4f}", f"{results['mean']['surface_dice']:.4f}")
+    console = Console()
+    console.print(table)
+    console.print(f"empty masks: {results['empty_masks']}; surface tolerance {results['tolerance_mm']:g} mm; {results['cases']} case(s)")

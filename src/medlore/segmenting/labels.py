@@ -1,0 +1,219 @@
+"""From what was asked for to what is run: labels, their experts, and the facts of a model that this needs (no torch)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medlore.assets import PREFIX, asset_path
+from medlore.errors import InputError, UnknownNameError
+from medlore.files import read_json
+from medlore.models.segmenter.vocabulary import REGIONS, WHOLE_BODY, Vocabulary, canonical_modality, default_vocabulary
+from medlore.segmenting.plan import NetworkSize
+
+if TYPE_CHECKING:
+    from medlore.models.segmenter.bundle import SegmenterBundle
+
+EVERYTHING = "all"
+REGION_PREFIX = "region:"  # `region:brain` is all labels of the brain, `brain` is the brain itself
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What routing and planning need to know of a model.
+
+    Args:
+        name: for people.
+        experts: regions that have an expert of their own.
+        region: the region of a merged expert; None for a model of all regions.
+        size: for the memory plan.
+        preprocessing: constants of the training.
+        prompts: keys `modality/label` of the stored embeddings; None where a text encoder answers anything.
+        label_regions: `modality/label` -> region, for labels that the vocabulary does not know.
+        patch: a window's sides are multiples of it.
+    """
+
+    name: str
+    experts: tuple[str, ...]
+    region: str | None
+    size: NetworkSize
+    preprocessing: Mapping[str, Any]
+    prompts: frozenset[str] | None
+    label_regions: Mapping[str, str] = field(default_factory=dict)
+    patch: int = 1
+
+
+def facts_of_bundle(bundle: SegmenterBundle) -> ModelFacts:
+    """The facts of a loaded model."""
+    weights = bundle.weights
+    adapted = {target for expert in weights.experts.values() for target in expert.pairs}
+    merged = sum(weights.base[f"{target}.weight"].numel() for target in adapted)
+    size = NetworkSize(bundle.config.features[0], sum(t.numel() for t in weights.base.values()), merged)
+    keys = None if bundle.text is not None or bundle.prompts is None else frozenset(bundle.prompts.keys)
+    own = bundle.preprocessing.get("label_regions", {})
+    return ModelFacts(bundle.name, tuple(weights.experts), bundle.region, size, bundle.preprocessing, keys, own, bundle.config.patch)
+
+
+def facts_of_pack(path: str | Path) -> ModelFacts | None:
+    """The facts of a pack from its manifest alone; None where `path` is no pack of a segmenter, or one that only a full load can judge."""
+    path = asset_path(str(path)) if str(path).startswith(PREFIX) else Path(path)
+    manifest_path = path / "manifest.json"
+    if not manifest_path.is_file():
+        return None
+    manifest = read_json(manifest_path)
+    if not isinstance(manifest, dict) or manifest.get("kind") != "segmenter":
+        return None
+    try:
+        return _facts_of_manifest(manifest)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError):  # the loader names what is wrong with it
+        return None
+
+
+def _facts_of_manifest(manifest: Mapping[str, Any]) -> ModelFacts:
+    told = manifest.get("prompts")
+    keys = None if told is None else frozenset(told["keys"])
+    count = int(manifest["parameters"])
+    size = NetworkSize(manifest["config"]["features"][0], count, count if manifest["experts"] else 0)
+    rules = manifest["preprocessing"]
+    region = manifest.get("region")
+    own, patch = rules.get("label_regions", {}), int(manifest["config"].get("patch", 32))
+    return ModelFacts(manifest["name"], tuple(manifest["experts"]), region, size, rules, keys, own, patch)
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Who answers for what.
+
+    Args:
+        modality: ct, mri, us or pet.
+        labels: in the order of the label map's values.
+        by_region: region -> labels; the key `None`'s place is taken by `whole body` (the shared base).
+    """
+
+    modality: str
+    labels: tuple[str, ...]
+    by_region: dict[str, list[str]]
+
+
+def route_labels(
+    facts: ModelFacts,
+    labels: Sequence[str],
+    modality: str,
+    *,
+    region: str | None = None,
+    dataset: str | None = None,
+    allow_unknown: bool = False,
+    vocabulary: Vocabulary | None = None,
+) -> Routes:
+    """Choose the expert of every label.
+
+    Args:
+        facts: of the model.
+        labels: names or synonyms, `region:NAME` (or NAME where no label has that name) for a region's labels, or `all`.
+        modality: any usual word.
+        region: this expert answers for all labels.
+        dataset: a published data set's name that chooses one expert, as LoRKD does.
+        allow_unknown: let labels through that the vocabulary does not know.
+        vocabulary: the shipped one unless given.
+
+    Raises:
+        InputError: a label that is unknown, belongs to another modality, or has no expert in this model.
+    """
+    words = vocabulary or default_vocabulary()
+    modality = canonical_modality(modality)
+    names = _expand(facts, labels, modality, words)
+    regions = _regions_of(facts, names, modality, words, allow_unknown=allow_unknown)
+    if region is not None or dataset is not None:
+        chosen = words.checked_region(region) if region is not None and region not in facts.experts else region
+        chosen = chosen or words.region_of_dataset(str(dataset))
+        regions = dict.fromkeys(regions, chosen)
+    _check_experts(facts, regions)
+    _check_prompts(facts, list(regions), modality)
+    by_region: dict[str, list[str]] = {}
+    for label, its_region in regions.items():
+        key = its_region if facts.experts else (facts.region or "all regions")
+        by_region.setdefault(key, []).append(label)
+    return Routes(modality, tuple(regions), by_region)
+
+
+def tissues_of(facts: ModelFacts, routes: Routes) -> tuple[str, ...]:
+    """The model's tissues of a modality, if one of them is asked for and all of them have a prompt; else none."""
+    told = tuple(facts.preprocessing.get("tissues", {}).get(routes.modality, ()))
+    answered = all(facts.prompts is None or f"{routes.modality}/{label}" in facts.prompts for label in told)
+    return told if answered and set(told) & set(routes.labels) else ()
+
+
+def with_tissues(routes: Routes, tissues: Sequence[str]) -> dict[str, list[str]]:
+    """What is asked of each expert: the labels of `routes`, and the tissues that are needed beside the one that was asked for."""
+    missing = [label for label in tissues if label not in routes.labels]
+    place = next((region for region, labels in routes.by_region.items() if set(labels) & set(tissues)), None)
+    return {region: [*labels, *(missing if region == place else ())] for region, labels in routes.by_region.items()}
+
+
+def _expand(facts: ModelFacts, labels: Sequence[str], modality: str, words: Vocabulary) -> list[str]:
+    """`all` and names of regions become labels that this model has prompts for."""
+    known = {e.label for e in words.entries(modality=modality)} | {key.split("/", 1)[1].casefold() for key in facts.label_regions}
+    names: list[str] = []
+    for label in labels:
+        plain = label.strip().casefold()
+        whole_region = plain.removeprefix(REGION_PREFIX)
+        if plain == EVERYTHING:
+            names += _known_labels(facts, modality, words, None)
+        elif plain.startswith(REGION_PREFIX) or (plain in {*REGIONS, WHOLE_BODY, *facts.experts} and plain not in known):
+            names += _known_labels(facts, modality, words, words.checked_region(whole_region))
+        else:
+            names.append(label)
+    if not names:
+        raise InputError("labels", "no label", f"labels of {modality} for which {facts.name} has prompts", "see medlore info --labels")
+    return list(dict.fromkeys(names))
+
+
+def _known_labels(facts: ModelFacts, modality: str, words: Vocabulary, region: str | None) -> list[str]:
+    own = [key.split("/", 1)[1] for key, r in facts.label_regions.items() if key.startswith(f"{modality}/") and region in (None, r)]
+    shared = [e.label for e in words.entries(modality=modality) if region in (None, e.region)]
+    answered = [e for e in dict.fromkeys([*own, *shared]) if facts.prompts is None or f"{modality}/{e}" in facts.prompts]
+    if region is None and (facts.experts or facts.region):
+        there = {*(facts.experts or (facts.region,)), WHOLE_BODY} if facts.experts else {facts.region}
+        places = {e.label: e.region for e in words.entries(modality=modality)}
+        answered = [label for label in answered if facts.label_regions.get(f"{modality}/{label}", places.get(label)) in there]
+    return answered
+
+
+def _regions_of(facts: ModelFacts, names: Sequence[str], modality: str, words: Vocabulary, *, allow_unknown: bool) -> dict[str, str]:
+    own = {key.casefold(): (key.split("/", 1)[1], region) for key, region in facts.label_regions.items()}
+    found: dict[str, str] = {}
+    asked = [name for name in names if f"{modality}/{name}".casefold() not in own]
+    words.lookup_all(asked, modality, allow_unknown=allow_unknown)  # reports every unknown label at once
+    entries = iter([words.lookup(name, modality, allow_unknown=allow_unknown) for name in asked])
+    for name in names:
+        if (key := f"{modality}/{name}".casefold()) in own:
+            found.setdefault(*own[key])
+        else:
+            entry = next(entries)
+            found.setdefault(entry.label, entry.region)
+    return found
+
+
+def _check_experts(facts: ModelFacts, regions: Mapping[str, str]) -> None:
+    there = {*facts.experts, WHOLE_BODY} if facts.experts else {facts.region} if facts.region else None
+    missing = {} if there is None else {label: region for label, region in regions.items() if region not in there}
+    if missing:
+        faults = [f"{label}: needs the expert for {region}" for label, region in missing.items()]
+        accepted = f"labels of {', '.join(facts.experts or (str(facts.region),))}"
+        fix = "load a model with these experts, or choose one that is there with --region"
+        raise InputError("labels", f"{facts.name} has no expert for {len(missing)} of them", accepted, fix, faults=faults)
+
+
+def _check_prompts(facts: ModelFacts, labels: Sequence[str], modality: str) -> None:
+    if facts.prompts is None:
+        return
+    missing = [label for label in labels if f"{modality}/{label}" not in facts.prompts]
+    if missing:
+        known = sorted(key.split("/", 1)[1] for key in facts.prompts if key.startswith(f"{modality}/"))
+        error = UnknownNameError("labels", missing[0], known)
+        accepted = error.accepted if known else f"no prompt of {modality} is stored in {facts.name}"
+        fix = "take one of them, or give a text encoder (--text)"
+        faults = [f"{label!r} has no stored embedding" for label in missing]
+        raise InputError("labels", f"{len(missing)} without a prompt in {facts.name}", accepted, fix, faults=faults)

@@ -1,0 +1,221 @@
+"""What a segmented case leaves on disk: one folder, whole or absent.
+
+::
+
+    OUT/NAME/
+    ├── LABEL.nii.gz            one mask a label, uint8; overlapping labels keep all their voxels
+    ├── prediction.nii.gz       label map in the smallest integer type, with its label table inside
+    ├── image.nii.gz            the image, on the same grid
+    ├── labels.json             value -> label
+    ├── labels_itksnap.txt      the same for ITK-SNAP
+    ├── quality_control.png     three planes with outlines
+    ├── segmentation.dcm        DICOM-SEG, on request, where the input was DICOM; overlapping labels in segmentation_2.dcm, ...
+    └── case.json               volumes, experts, windows, seconds, memory, what was odd
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from medlore.data.volumes.geometry import Array
+from medlore.data.volumes.nifti import copy_image, label_table, write_nifti
+from medlore.extras import is_installed
+from medlore.files import atomic_folder, write_json, write_text
+from medlore.pages.colours import label_colour
+from medlore.runs.settings import peak_memory_bytes
+from medlore.segmenting.model import Segmentation
+from medlore.segmenting.quality_control import write_quality_control
+
+CASE_SCHEMA = "medlore/case/1"
+OverlapRule = Literal["small-over-large", "given"]
+_RULE_WORDS = {
+    "small-over-large": "where labels overlap, the smaller structure keeps the voxel",
+    "given": "where labels overlap, the label that was named later keeps the voxel",
+}
+
+
+def write_outputs(
+    folder: str | Path,
+    result: Segmentation,
+    *,
+    about: Mapping[str, Any],
+    overlap_rule: OverlapRule = "small-over-large",
+    image: bool = True,
+    picture: bool = True,
+    dicom_seg: bool = False,
+    kept: list[str] | None = None,
+) -> dict[str, Any]:
+    """Write the folder of a case and return what its `case.json` says.
+
+    Args:
+        folder: what an earlier run wrote there is replaced as a whole; what somebody added or changed is kept.
+        result: of the model.
+        about: further values for `case.json`.
+        overlap_rule: who keeps a voxel of the label map.
+        image: write `image.nii.gz`.
+        picture: write `quality_control.png`, where matplotlib is installed (extra `plots`).
+        dicom_seg: write `segmentation.dcm`.
+        kept: gets the names of files that the earlier run did not write.
+
+    Raises:
+        StepError: the folder cannot be written, or a file's geometry differs from the input's when it is read back.
+    """
+    start = time.perf_counter()
+    folder = Path(folder)
+    files = file_names(result.routes.labels)
+    with atomic_folder(folder, kept=kept) as temporary:
+        _write_masks(temporary, result, files)
+        values = {index + 1: label for index, label in enumerate(result.routes.labels)}
+        grid = {"affine": result.affine}
+        write_nifti(temporary / "prediction.nii.gz", label_map(result, overlap_rule), result.volume, labels=values, **grid)
+        if image:
+            _write_image(temporary / "image.nii.gz", result)
+        write_json(temporary / "labels.json", {**label_table(values), "overlap_rule": _RULE_WORDS[overlap_rule]})
+        write_text(temporary / "labels_itksnap.txt", itksnap_labels(result.routes.labels))
+        if picture and is_installed("matplotlib"):
+            write_quality_control(temporary / "quality_control.png", result, folder.name)
+        if dicom_seg:
+            from medlore.data.volumes.dicom import write_dicom_seg
+
+            write_dicom_seg(temporary / "segmentation.dcm", result.volume, _OneByOne(result))
+        result.seconds["write"] = time.perf_counter() - start
+        record = {**case_record(result, files), "overlap_rule": _RULE_WORDS[overlap_rule], **about}
+        write_json(temporary / "case.json", record)
+    return record
+
+
+def label_map(result: Segmentation, rule: OverlapRule = "small-over-large") -> Array:
+    """One integer per voxel: the label's place in the list, from 1; 0 is background. The smallest type that holds all of them."""
+    labels = result.routes.labels
+    kind = np.uint8 if len(labels) < 256 else np.uint16
+    values, view = _canvas(result, kind)
+    order = sorted(labels, key=result.voxels, reverse=True) if rule == "small-over-large" else list(labels)
+    for label in order:  # later ones are painted over earlier ones
+        if (found := result.boxed(label)) is not None:
+            crop, mask = found
+            np.copyto(crop.apply(view), labels.index(label) + 1, where=mask)
+    return values
+
+
+def case_record(result: Segmentation, files: Mapping[str, str]) -> dict[str, Any]:
+    """The facts of a finished case."""
+    ml = result.voxel_ml()
+    experts = {label: region for region, labels in result.routes.by_region.items() for label in labels}
+    labels = [
+        {
+            "value": index + 1,
+            "label": label,
+            "expert": experts[label],
+            "file": files[label],
+            "voxels": result.voxels(label),
+            "volume_ml": round(result.voxels(label) * ml, 4),
+        }
+        for index, label in enumerate(result.routes.labels)
+    ]
+    return {
+        "schema": CASE_SCHEMA,
+        "state": "done",
+        "modality": result.routes.modality,
+        "labels": labels,
+        "experts": {region: list(names) for region, names in result.routes.by_region.items()},
+        "windows": {"all": result.windows, "skipped_without_body": result.skipped},
+        "grid": "original" if result.affine is None else "processed",
+        "geometry": result.prepared.path.record(),
+        "intensity": result.prepared.intensity.record(),
+        "notes": list(result.prepared.notes),
+        "tissues": result.tissues,
+        "plan": result.plan.record(),
+        "seconds": {name: round(seconds, 3) for name, seconds in result.seconds.items()},
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+def file_names(labels: Sequence[str]) -> dict[str, str]:
+    """A file name for each label: the label itself, with characters that a file system refuses replaced.
+
+    Example:
+        >>> file_names(["left kidney", "T1/T2"])
+        {'left kidney': 'left kidney.nii.gz', 'T1/T2': 'T1_T2.nii.gz'}
+    """
+    names: dict[str, str] = {}
+    taken = {"prediction", "image"}
+    for label in labels:
+        plain = stem = re.sub(r"[^\w .,+()-]", "_", label).strip(" .") or "label"
+        number = 1
+        while stem.casefold() in taken:
+            number += 1
+            stem = f"{plain}_{number}"
+        taken.add(stem.casefold())
+        names[label] = f"{stem}.nii.gz"
+    return names
+
+
+def output_names(masks: Sequence[str], *, image: bool, picture: bool) -> list[str]:
+    """What the folder of a finished case holds, DICOM-SEG apart.
+
+    Example:
+        >>> output_names(["liver.nii.gz"], image=False, picture=False)
+        ['liver.nii.gz', 'prediction.nii.gz', 'labels.json', 'labels_itksnap.txt', 'case.json']
+    """
+    drawn = picture and is_installed("matplotlib")
+    optional = [*(["image.nii.gz"] if image else []), *(["quality_control.png"] if drawn else [])]
+    return [*masks, "prediction.nii.gz", *optional, "labels.json", "labels_itksnap.txt", "case.json"]
+
+
+def itksnap_labels(labels: Sequence[str]) -> str:
+    """A label-description file of ITK-SNAP."""
+    head = "# ITK-SnAP Label Description File\n# IDX   -R-  -G-  -B-  -A--  VIS MSH  LABEL\n"
+    lines = ['    0     0    0    0        0  0  0    "Clear Label"']
+    for index, label in enumerate(labels):
+        red, green, blue = label_colour(index)
+        lines.append(f'{index + 1:>5} {red:>5} {green:>4} {blue:>4}        1  1  1    "{label}"')
+    return head + "\n".join(lines) + "\n"
+
+
+class _OneByOne(Mapping[str, Array]):
+    """The masks that have voxels, each made when it is asked for."""
+
+    def __init__(self, result: Segmentation) -> None:
+        self._result = result
+        self._labels = [label for label in result.routes.labels if result.voxels(label)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._labels)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, label: str) -> Array:
+        return self._result.mask(label)
+
+
+def _canvas(result: Segmentation, kind: type) -> tuple[Array, Array]:
+    """Zeros on the output grid, in the memory order of the file, and the view of them in which the masks are held."""
+    shape = result.reorientation.shape
+    values: Array = np.zeros(shape, kind, order="F")
+    return values, result.reorientation.apply(values)
+
+
+def _write_masks(folder: Path, result: Segmentation, files: Mapping[str, str]) -> None:
+    values, view = _canvas(result, np.uint8)
+    for label in result.routes.labels:
+        found = result.boxed(label)
+        if found is not None:
+            found[0].apply(view)[...] = found[1]
+        write_nifti(folder / files[label], values, result.volume, labels={1: label}, affine=result.affine)
+        if found is not None:
+            found[0].apply(view)[...] = 0
+
+
+def _write_image(path: Path, result: Segmentation) -> None:
+    volume = result.volume
+    if result.affine is not None:
+        write_nifti(path, result.prepared.pixels[0].numpy(), volume, affine=result.affine)
+    else:
+        copy_image(volume, path)

@@ -1,0 +1,1 @@
+"""Floor 7: few-shot tuning of image classifiers, and what is done with a tuned one."""

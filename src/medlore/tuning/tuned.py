@@ -1,0 +1,226 @@
+"""A tuned model on disk: what was learnt, and beside it everything that one must know to use it again.
+
+========= ============ ==============================================================================================
+form      folder       content
+========= ============ ==============================================================================================
+adapter   `adapter/`   a PEFT folder; `peft.PeftModel.from_pretrained(base, folder)` reads it too
+weights   `weights/`   `trained.safetensors`: the trained tensors alone, under the names of the backbone and of what the
+                       card says is added to it (`modules`)
+model     `model/`     a transformers folder with the whole network
+========= ============ ==============================================================================================
+
+Each holds `medlore.json`: backbone (source, hash, input size, statistics), classes, task and method.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+from torch import nn
+
+from medlore.data.images.transforms import Preprocessing
+from medlore.errors import CheckpointError, DataError, InputError, StepError
+from medlore.files import read_json, write_json
+from medlore.layers.surgery import load_trainable_state
+from medlore.layers.tuning.methods import TRAINED_NAMES, WEIGHTS_FILE, Form, Tuning, quiet_peft
+from medlore.layers.tuning.modules import AddedModules, absorb, add_modules
+from medlore.models.backbones.reading import Backbone, load_backbone
+from medlore.weightfiles import read_tensors
+
+CARD_SCHEMA = "medlore/tuned/1"
+CARD_FILE = "medlore.json"
+
+
+class TunedCard(pydantic.BaseModel):
+    """What `medlore.json` says."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+    method: str
+    form: Form
+    classes: tuple[str, ...]
+    task: Literal["single", "multi"]
+    source: str
+    sha256: str | None
+    family: str
+    image_size: int
+    heads: int | None = None
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: Literal["nearest", "bilinear", "bicubic"]
+    head_name: str
+    modules: AddedModules | None = None
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A tuned model that is ready to predict.
+
+    Attributes:
+        model: `model(pixel_values=x).logits`, adapters merged.
+        card: what it is.
+        folder: where it came from.
+        preprocessing: how its images are prepared.
+    """
+
+    model: nn.Module
+    card: TunedCard
+    folder: Path
+    preprocessing: Preprocessing
+
+
+def save_tuned(
+    tuning: Tuning, out: Path, *, backbone: Backbone, method: str, classes: tuple[str, ...], task: str, heads: int | None
+) -> Path:
+    """Write what was learnt below `out`, with its card; the folder's name is its form."""
+    from safetensors import SafetensorError
+
+    folder = out / tuning.form
+    try:
+        tuning.save(folder)
+    except SafetensorError as error:  # its writer's word for a full disk
+        raise StepError(str(folder), f"could not be written ({error})", "a disk with room", "free space or name another folder") from error
+    write_json(
+        folder / CARD_FILE,
+        {
+            "schema": CARD_SCHEMA,
+            "method": method,
+            "form": tuning.form,
+            "classes": classes,
+            "task": task,
+            "source": _findable(backbone.source),
+            "sha256": backbone.sha256,
+            "family": backbone.family,
+            "image_size": backbone.image_size,
+            "heads": heads,
+            "mean": backbone.mean,
+            "std": backbone.std,
+            "interpolation": backbone.interpolation,
+            "head_name": backbone.head_name,
+            "modules": None if tuning.modules is None else asdict(tuning.modules),
+        },
+    )
+    if tuning.form == "model":
+        modes = {"nearest": 0, "bilinear": 2, "bicubic": 3}
+        statistics = {"image_mean": backbone.mean, "image_std": backbone.std, "resample": modes[backbone.interpolation]}
+        write_json(
+            folder / "preprocessor_config.json", statistics | {"size": {"height": backbone.image_size, "width": backbone.image_size}}
+        )
+    return folder
+
+
+def load_tuned(path: str | Path, *, model: str | Path | None = None) -> Tuned:
+    """Load a run folder, or the `adapter`, `weights` or `model` folder in it.
+
+    Args:
+        path: the folder.
+        model: where the backbone lies now, if it was moved; its hash must still be the same.
+
+    Raises:
+        InputError: no such folder, or nothing tuned in it.
+        CheckpointError: broken files, or a backbone that is not the one it was tuned on.
+    """
+    folder = _tuned_folder(Path(path))
+    card = _read_card(folder / CARD_FILE)
+    network = _network(folder, card, model)
+    preprocessing = Preprocessing(card.image_size, card.mean, card.std, card.interpolation)
+    return Tuned(network.eval(), card, folder, preprocessing)
+
+
+def _network(folder: Path, card: TunedCard, model: str | Path | None) -> nn.Module:
+    count = len(card.classes)
+    if card.form == "model":
+        return load_backbone(folder, classes=count, keep_head=True).model
+    backbone = load_backbone(model or card.source, classes=count, image_size=card.image_size, heads=card.heads)
+    if card.sha256 is not None and backbone.sha256 is not None and backbone.sha256 != card.sha256:
+        raise CheckpointError(
+            str(folder),
+            f"tuned on {card.source} with hash {card.sha256[:12]}, but {backbone.source} has {backbone.sha256[:12]}",
+            "the very backbone that it was tuned on",
+            "name that backbone with --model, or tune again on this one",
+        )
+    if card.form == "weights":
+        file = folder / WEIGHTS_FILE
+        if card.modules is not None:
+            add_modules(backbone.model, card.modules, backbone.head_name)
+        load_trainable_state(backbone.model, read_tensors(file), expected=_trained_names(file))
+        return absorb(backbone.model)
+    return _with_adapter(backbone.model, folder)
+
+
+def _trained_names(file: Path) -> list[str]:
+    """The tensors that the header says were written; empty for a file of an earlier version, which does not say."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        stated = (opened.metadata() or {}).get(TRAINED_NAMES, "[]")
+    try:
+        names = json.loads(stated)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(str(file), "no list of names in its header", "the file as it was written", "copy it again") from error
+    return [str(name) for name in names] if isinstance(names, list) else []
+
+
+def _with_adapter(base: nn.Module, folder: Path) -> nn.Module:
+    """Base and PEFT folder as one plain network; PEFT passes silently over keys that fit nothing, we do not."""
+    import peft
+    from safetensors import SafetensorError
+
+    try:
+        with quiet_peft(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys", category=UserWarning)  # an error below
+            tuned: Any = peft.PeftModel.from_pretrained(base, str(folder))
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise CheckpointError(
+            str(folder), f"does not fit its backbone ({reason})", "a whole PEFT folder", "copy the folder again"
+        ) from error
+    stored = read_tensors(folder / "adapter_model.safetensors")
+    unmerged = peft.get_peft_model_state_dict(tuned, save_embedding_layers=False)
+    lost = sorted(set(stored) ^ set(unmerged))
+    if lost:
+        raise CheckpointError(str(folder), f"{len(lost)} tensors of it have no place", "a whole PEFT folder", "copy it again", faults=lost)
+    return tuned.merge_and_unload()  # type: ignore[no-any-return]
+
+
+def _tuned_folder(path: Path) -> Path:
+    if not path.is_dir():
+        raise InputError(
+            str(path),
+            "a file" if path.exists() else "no such folder",
+            "the folder of a run of `medlore finetune`, or the adapter in it",
+            "check the spelling",
+        )
+    for folder in (path, *(path / form for form in ("adapter", "weights", "model"))):
+        if (folder / CARD_FILE).is_file():
+            return folder
+    if (path / "adapter_config.json").is_file():
+        raise InputError(
+            str(path),
+            "a PEFT folder without medlore.json",
+            "one that `medlore finetune` wrote",
+            "load it with peft.PeftModel.from_pretrained",
+        )
+    raise InputError(str(path), "nothing tuned in it", "a folder with adapter/, weights/ or model/", "name the --out of `medlore finetune`")
+
+
+def _read_card(file: Path) -> TunedCard:
+    content = read_json(file)
+    if not isinstance(content, dict) or content.pop("schema", None) != CARD_SCHEMA:
+        raise DataError(str(file), "another schema", CARD_SCHEMA, "tune again with this version")
+    try:
+        return TunedCard.model_validate(content)
+    except pydantic.ValidationError as error:
+        faults = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise DataError(str(file), f"{len(faults)} faults", "the card as it was written", "tune again", faults=faults) from error
+
+
+def _findable(source: str) -> str:
+    """A relative path is made absolute, so that the card still leads to the backbone from another folder."""
+    path = Path(source)
+    return str(path.resolve()) if path.exists() else source
