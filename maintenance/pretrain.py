@@ -406,7 +406,7 @@ def _compute_type() -> torch.dtype:
 
 
 def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)  # noqa: T201 - progress
+    print(text, file=sys.stderr, flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -422,7 +422,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MedloreError as error:
         _note(str(error))
         return error.exit_status
-    print(results)  # noqa: T201 - the result of a command
+    print(results)
     return 0
 
 

@@ -16,12 +16,14 @@ from medlore.data.volumes.geometry import Array, Crop, GridPath, Reorientation, 
 from medlore.data.volumes.intensity import rule_of
 from medlore.data.volumes.nifti import Volume
 from medlore.data.volumes.preparation import MaskRestorer, PackedMasks, Prepared, Resample, prepare
+from medlore.data.volumes.training_cache import codes_on_grid
 from medlore.data.volumes.window_grid import Start, WindowGrid
 from medlore.data.volumes.windows import Rows, sliding_windows
-from medlore.models.segmenter.bundle import SegmenterBundle
+from medlore.models.segmenter.bundle import SegmenterBundle, load_segmenter
 from medlore.models.segmenter.network import Segmenter
 from medlore.models.segmenter.unet3d_inference import ready_for_cpu
 from medlore.models.segmenter.vocabulary import WHOLE_BODY
+from medlore.segmenting.first_pass import FirstPass, first_pass_rules, in_their_halves, look_first
 from medlore.segmenting.labels import ModelFacts, Routes, facts_of_bundle, route_labels, tissues_of, with_tissues
 from medlore.segmenting.parts import without_stray_parts
 from medlore.segmenting.plan import CasePlan, WindowRules, available_memory, plan_case, usable
@@ -122,6 +124,7 @@ class SegmentingModel:
         self.max_queries, self.memory_bytes = max_queries, memory_bytes
         self._batch, self._roi, self._overlap = sw_batch_size, roi_size, overlap
         self._placed: tuple[str, Segmenter] | None = None
+        self._first: SegmentingModel | None = None
 
     def rules(self, modality: str, orientation_code: str | None = None) -> WindowRules:
         """Windows and grid of this model for a modality."""
@@ -179,8 +182,9 @@ class SegmentingModel:
             tissues=len(tissues),
         )
         start = time.perf_counter()
+        first = self._look_first(volume, routes)
         prepared = prepare(
-            volume,
+            first.volume,
             routes.modality,  # type: ignore[arg-type]
             orientation_code=rules.orientation_code,
             spacing_mm=rules.spacing_mm,
@@ -197,7 +201,24 @@ class SegmentingModel:
             _redraw(result, kept, path)
         parts = {} if self.published else self.facts.preprocessing.get("parts", {}).get(routes.modality, {})
         result.masks |= {label: without_stray_parts(*result.masks[label], parts[label]) for label in result.masks if label in parts}
+        frame = result.reorientation.apply if grid == "original" else lambda half: codes_on_grid(half, prepared.path)
+        result.masks = in_their_halves(result.masks, first.halves, frame)
         return result
+
+    def _look_first(self, volume: Volume, routes: Routes) -> FirstPass:
+        """The volume without what lies outside of the brain, where the pack names a first pass; else the volume as it is."""
+        rules = None if self.published or routes.modality != "mri" else first_pass_rules(self.facts.preprocessing.get("first_pass"))
+        if rules is None:
+            return FirstPass(volume)
+        if self._first is None:
+            self._first = SegmentingModel(load_segmenter(rules.pack), device=self.device, precision=self.precision)
+        finder = self._first
+
+        def ask(whole: Volume, labels: Sequence[str]) -> dict[str, Array]:
+            found = finder.segment(whole, labels, routes.modality)
+            return {label: found.mask(label) for label in labels}
+
+        return look_first(volume, rules, routes.labels, ask)
 
     def _run(
         self,

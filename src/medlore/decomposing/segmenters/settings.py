@@ -31,7 +31,7 @@ DEFAULT_PREPROCESSING: dict[str, Any] = {
     "gaussian_sigma": 0.125,
     "threshold": 0.5,
 }
-_OF_INFERENCE = ("roi_size", "overlap", "threshold", "tissues", "parts")  # decide masks, not weights
+_OF_INFERENCE = ("roi_size", "overlap", "threshold", "tissues", "parts", "first_pass")  # decide masks, not weights
 
 
 class DataSettings(Settings):
@@ -236,7 +236,7 @@ class SegmentationSettings(Settings):
             raise ValueError(f"variants name one twice in {list(self.variants)}")
         if faults := preprocessing_faults(self.full_preprocessing, "preprocessing"):
             raise ValueError("; ".join(faults))
-        known = (*DEFAULT_PREPROCESSING, "tissues", "parts")
+        known = (*DEFAULT_PREPROCESSING, "tissues", "parts", "first_pass")
         if strange := sorted(set(self.preprocessing) - set(known)):
             raise ValueError(f"preprocessing has {strange}; known are {', '.join(known)}")
         for who, sizes in (("teacher", self.teacher.sizes), ("student", self.student.sizes)):
