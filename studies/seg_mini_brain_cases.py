@@ -37,11 +37,6 @@ NEW_VALUES: dict[str, list[int]] = {
     "ventral diencephalon": [28, 60],
 }
 INSIDE_VALUES: dict[str, list[int]] = {**{k: v for k, v in HEAD_VALUES.items() if k != "spinal cord"}, **NEW_VALUES}
-# Labels that come in pairs: `left X` and `right X` are X in one half.
-PAIRED = [
-    "cerebral cortex", "cerebral white matter", "cerebellar cortex", "cerebellar white matter", "lateral ventricle", "nucleus accumbens",
-    "ventral diencephalon", "hippocampus", "amygdala", "thalamus", "caudate nucleus", "putamen", "pallidum",
-]  # fmt: skip
 
 
 def head_lines(data: Path, values: dict[str, list[int]]) -> list[dict[str, Any]]:
