@@ -2,7 +2,7 @@
 
     python -m maintenance.assemble_seg_mini --pack medlore:seg-mini --prompts runs/brain/prompts.safetensors --out runs/brain/pack
 
-Base and experts are copied without a change. A label that comes in pairs gets two more names, `left X` and `right X`, with the row of X: the
+Base and experts are copied unchanged. A label that comes in pairs gets two more names, `left X` and `right X`, with the row of X: the
 halves of the first pass (`medlore:brain-finder`) tell them apart. Labels that were fitted and did badly are left out (`--without`).
 """
 
