@@ -13,6 +13,7 @@ import numpy as np
 from scipy import ndimage
 
 from benchmarks._head_labels import Head, codes_of
+from benchmarks._volumes import on_another_grid
 from medlore.data.volumes.augmentation import along_axes, blur_matrix, smooth_field
 from medlore.data.volumes.geometry import Array, bounding_box, orientation_of, reorientation_to, spacing_of
 from medlore.data.volumes.preparation import read_volume
@@ -40,7 +41,7 @@ def with_image(head: Head, image: Array) -> Head:
 def on_grid(head: Head, image: Array, manual: Array, affine: Array) -> Head:
     """Another image and its labels (x y z), where the affine says."""
     kept = with_image(head, image)
-    return replace(kept, volume=replace(kept.volume, affine=affine, header=None, file_shape=image.shape), manual=manual)
+    return replace(kept, volume=on_another_grid(kept.volume, kept.volume.array, affine), manual=manual)
 
 
 def white_level(head: Head) -> float:

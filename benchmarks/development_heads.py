@@ -13,13 +13,14 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks._page import put_section
+from benchmarks._volumes import on_another_grid
 from medlore.data.volumes.augmentation import along_axes, blur_matrix
 from medlore.data.volumes.geometry import Array
 from medlore.data.volumes.nifti import Volume, write_nifti
@@ -74,14 +75,15 @@ def write_heads(data: Path, out: Path, values: dict[str, list[int]]) -> None:
     for name, recipe in HEADS.items():
         image_file, labels_file = files_of(out, name)
         if not (image_file.is_file() and labels_file.is_file()):
-            image, labels, volume = made(codes, source, recipe)
-            write_nifti(image_file, np.rint(np.clip(image * 4, 0, 4095)).astype(np.int16), volume)
+            image, labels = made(codes, recipe)
+            volume = on_another_grid(source, np.rint(np.clip(image * 4, 0, 4095)).astype(np.int16), _affine(source, recipe.block))
+            write_nifti(image_file, volume.array, volume)
             write_nifti(labels_file, labels.astype(np.uint16), volume)
             sys.stderr.write(f"wrote {image_file}\n")
 
 
-def made(codes: Array, source: Volume, recipe: Recipe) -> tuple[Array, Array, Volume]:
-    """Image, labels, and a volume of their grid. The map is stored L I A: its second axis runs down."""
+def made(codes: Array, recipe: Recipe) -> tuple[Array, Array]:
+    """Image and labels. The map is stored L I A: its second axis runs down."""
     rng = np.random.default_rng([2026, recipe.seed])
     codes = np.pad(codes, [(0, 0), (0, recipe.neck_mm), (0, 0)], mode="edge") if recipe.neck_mm else codes
     chances = {f"{name}_like": float(name == recipe.family) for name in ("t1", "t2", "flair")}
@@ -89,7 +91,7 @@ def made(codes: Array, source: Volume, recipe: Recipe) -> tuple[Array, Array, Vo
     kept = strip_skull(codes, rng, least_share=0.0) if recipe.stripped else codes
     image = synthesise(codes, rng, rules, contrast=draw_contrast(rng, rules), keep=kept > 0 if recipe.stripped else None)
     image = along_axes(image, [blur_matrix(n, 0.4 * b) if b > 1 else None for n, b in zip(image.shape, recipe.block, strict=True)])
-    return in_blocks(image, recipe.block, np.mean), in_blocks(kept, recipe.block, most_frequent), _grid(source, recipe.block)
+    return in_blocks(image, recipe.block, np.mean), in_blocks(kept, recipe.block, most_frequent)
 
 
 def in_blocks(array: Array, block: Sequence[int], how: Any) -> Array:
@@ -112,10 +114,10 @@ def most_frequent(blocks: Array, axis: int = -1) -> Array:
     return best
 
 
-def _grid(source: Volume, block: Sequence[int]) -> Volume:
+def _affine(source: Volume, block: Sequence[int]) -> Array:
     affine = np.asarray(source.affine, float) @ np.diag([*block, 1]).astype(float)
     affine[:3, 3] += np.asarray(source.affine, float)[:3, :3] @ ((np.asarray(block, float) - 1) / 2)
-    return replace(source, affine=affine, header=None)
+    return affine
 
 
 def files_of(folder: Path, name: str) -> tuple[Path, Path]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,7 @@ from benchmarks._head_faults import FAULTS, faults
 from benchmarks._head_labels import DRY, SIDED, STRUCTURES, Head, codes_of, confusion, read_head, scores, stray
 from benchmarks._head_methods import Answers, answers_of_codes, masks_of_classes, voted
 from benchmarks._meshnet import CONFORMED, Layer, classes_of, conformed, largest_part, read_meshnet, restored
-from benchmarks.development_heads import in_blocks, most_frequent
+from benchmarks.development_heads import HEADS, files_of, in_blocks, most_frequent, write_heads
 from benchmarks.real_heads import section
 
 from medlore.data.volumes.geometry import spacing_of
@@ -149,6 +150,26 @@ def test_a_block_becomes_its_most_frequent_code() -> None:
     codes = np.array([[[3, 3, 7, 7, 7, 9]]]).repeat(2, axis=0)
     assert in_blocks(codes, (2, 1, 3), most_frequent).tolist() == [[[3, 7]]]
     assert most_frequent(np.array([[5, 2, 2, 5]])).tolist() == [2]
+
+
+def test_a_development_head_is_written_with_its_labels_on_the_same_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small map stored L I A, as the real ones: a brain above, a neck that touches the lowest plane."""
+    codes = np.zeros((24, 30, 24), np.int16)
+    codes[4:20, 4:14, 4:20], codes[8:16, 14:, 8:16] = 2, 507
+    affine = np.array([[-1.0, 0, 0, 12], [0, 0, 1, -12], [0, -1, 0, 15], [0, 0, 0, 1]])
+    (tmp_path / "synthseg").mkdir()
+    nib.save(nib.Nifti1Image(codes, affine), tmp_path / "synthseg" / "training_seg_05.nii.gz")
+    name = "t1 3 mm, neck"
+    monkeypatch.setattr("benchmarks.development_heads.HEADS", {name: HEADS[name]})
+    write_heads(tmp_path, tmp_path / "out", {"white matter": [2]})
+    image, labels = (nib.load(file) for file in files_of(tmp_path / "out", name))
+    assert image.shape == labels.shape == (8, 30, 8)  # 30 planes and 60 mm of neck in blocks of 3 mm
+    assert np.allclose(image.affine, labels.affine)
+    assert np.allclose(image.affine[:3, :3], affine[:3, :3] * 3)
+    assert np.allclose(image.affine[:3, 3], affine[:3, :3] @ [1, 1, 1] + affine[:3, 3])
+    found = np.asarray(labels.dataobj)
+    assert (found[3, -5:, 3] == 507).all()
+    assert (found == 2).sum() * 27 == pytest.approx((codes == 2).sum(), rel=0.4)
 
 
 @pytest.mark.parametrize("name", [*FAULTS, "skull put back"])
