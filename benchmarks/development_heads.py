@@ -10,6 +10,7 @@ are drawn at 1 mm and stored in blocks of whole millimetres; a voxel of the labe
 from __future__ import annotations
 
 import argparse
+import runpy
 import sys
 import time
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ from medlore.segmenting.segmenter import LoadedSegmenter, load_segmenter
 
 HEADING = "## Development heads"
 MAP = "training_seg_05.nii.gz"
+SIDED = ("cerebral cortex", "cerebellar cortex", "hippocampus", "caudate nucleus")  # whose sides are measured too
 NECK_MM = 60  # by how much the longest field of view goes on below the map
 
 
@@ -120,6 +122,15 @@ def _affine(source: Volume, block: Sequence[int]) -> Array:
     return affine
 
 
+def truths_of(cases: dict[str, Any]) -> dict[str, list[int]]:
+    """Label -> codes of the map: structures, halves of the brain, and both sides of some structures."""
+    values: dict[str, list[int]] = {**cases["INSIDE_VALUES"], **cases["HALVES"]}
+    for label in SIDED:
+        for side, half in (("left", cases["LEFT"]), ("right", cases["RIGHT"])):
+            values[f"{side} {label}"] = [code for code in values[label] if code in half]
+    return values
+
+
 def files_of(folder: Path, name: str) -> tuple[Path, Path]:
     """Image and label map of a head."""
     stem = name.replace(",", "").replace(" ", "_")
@@ -175,10 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     table.add_argument("--page", type=Path, help="page of results whose section is replaced; else it is printed")
     told = parser.parse_args(argv)
     if told.verb == "write":
-        import runpy
-
-        sys.path.insert(0, "studies")
-        write_heads(told.data, told.out, runpy.run_path("studies/seg_mini_brain_cases.py")["INSIDE_VALUES"])
+        write_heads(told.data, told.out, truths_of(runpy.run_path("studies/seg_mini_brain_cases.py")))
         return
     results = {pack: measured(load_segmenter(pack), told.heads) for pack in told.packs}
     text = section(results, f"python -m benchmarks.development_heads table {' '.join(told.packs)} --heads runs/development")
