@@ -34,6 +34,7 @@ FIRST_PASS: dict[str, Any] = {
     "margin_mm": 4.0,
     "least_mm": 110.0,
     "least_ml": 300.0,
+    "stripped_ml": 2000.0,
 }
 
 

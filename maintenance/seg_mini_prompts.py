@@ -88,14 +88,14 @@ def _window(network: Segmenter, heads: Sequence[CachedCase], rules: PatchRules, 
     }
 
 
-def fit(pack: str, folder: Path, out: Path, *, passes: int, rate: float, again: Sequence[str]) -> dict[str, float]:
+def fit(pack: str, folder: Path, out: Path, *, passes: int, rate: float, again: Sequence[str], every: int = 1) -> dict[str, float]:
     """Train the rows of the new labels, and those of `again` anew; write the whole table. Returns the loss of the last pass, by label."""
     bundle = load_segmenter(pack)
     assert bundle.prompts is not None  # noqa: S101 - a shipped pack has them
     network = bundle.network("brain" if bundle.weights.experts else None).eval().requires_grad_(requires_grad=False)
     labels = [*STARTS, *again]
     rows = torch.nn.Parameter(torch.stack([_start(bundle, label) for label in labels]))
-    windows = [_read(file) for file in sorted(folder.glob("window-*.npz"))]
+    windows = [_read(file, every) for file in sorted(folder.glob("window-*.npz"))]
     optimiser = torch.optim.Adam([rows], lr=rate)
     order = torch.Generator().manual_seed(0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, passes * len(windows))
@@ -131,10 +131,10 @@ def _loss(logits: Tensor, truth: Tensor) -> Tensor:
     return deep_mask_loss([logits], truth, torch.ones(1, 1), bce=1.0, dice=1.0)
 
 
-def _read(file: Path) -> tuple[Features, Tensor, list[str]]:
+def _read(file: Path, every: int) -> tuple[Features, Tensor, list[str]]:
     with np.load(file, allow_pickle=False) as held:
         x, y, z = (int(v) for v in held["grid"])
-        pixels = torch.from_numpy(held["pixels"].astype(np.float32))[None, :, :, None, None]  # one column of voxels
+        pixels = torch.from_numpy(held["pixels"][:, ::every].astype(np.float32))[None, :, :, None, None]  # one column of voxels
         return (
             Features(pixels, torch.from_numpy(held["tokens"])[None], (x, y, z)),
             torch.from_numpy(held["targets"]),
@@ -152,6 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--patches", type=int, default=120, help="windows")
     parser.add_argument("--passes", type=int, default=20, help="over all windows")
     parser.add_argument("--rate", type=float, default=0.01, help="learning rate")
+    parser.add_argument("--every", type=int, default=1, help="of the kept voxels one in so many: a quicker, rougher fit")
     parser.add_argument("--again", default="", help="known labels whose rows are trained again, by comma")
     parser.add_argument("--out", type=Path, default=Path("runs/brain/prompts.safetensors"), help="the table")
     told = parser.parse_args(argv)
@@ -159,7 +160,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         told.windows.mkdir(parents=True, exist_ok=True)
         draw(told.pack, told.cases, told.windows, told.patches)
     else:
-        fit(told.pack, told.windows, told.out, passes=told.passes, rate=told.rate, again=[a for a in told.again.split(",") if a])
+        again = [label for label in told.again.split(",") if label]
+        fit(told.pack, told.windows, told.out, passes=told.passes, rate=told.rate, again=again, every=told.every)
 
 
 if __name__ == "__main__":

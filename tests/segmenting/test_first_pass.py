@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,16 @@ def test_what_lies_outside_of_the_brain_is_taken_away() -> None:
     assert np.array_equal(found.volume.array > 0, grown(masks["brain"], 4.0, np.array([3.0] * 3)))
     assert found.brain_ml == pytest.approx(masks["brain"].sum() * 0.027)
     assert found.volume.array.dtype == volume.array.dtype
+    assert not found.volume.notes
+
+
+def test_what_was_stripped_before_is_not_cut_again_and_has_its_halves() -> None:
+    volume, masks = scene(spacing=2.0)
+    stripped = replace(volume, array=np.where(grown(masks["brain"], 10, np.array([2.0] * 3)), volume.array, 0).astype(np.int16))
+    assert 0.3 < (stripped.array > 0).sum() * 8e-6 < 2.0  # litres
+    found = look_first(stripped, FirstPassRules(**{**TOLD, "least_ml": 50.0}), ["left x"], asked(masks))
+    assert found.volume.array is stripped.array
+    assert found.halves["left"][:26].all()
     assert not found.volume.notes
 
 

@@ -2,8 +2,9 @@
 
 A pack may name one (`preprocessing.first_pass`): a shipped pack that finds `brain` and both `halves`. Before the windows of the pack
 itself, what lies further than `margin_mm` from the brain is set to 0, as a skull stripping does, so a skull, a face or a neck cannot be
-taken for tissue. A label `left X` is X in the left half, `right X` in the right. An image that is shorter than `least_mm` along an axis, or
-in which less than `least_ml` of brain is found, is a crop: it stays as it is, and a label with a side is then told of by a note.
+taken for tissue. A label `left X` is X in the left half, `right X` in the right. An image with less than `stripped_ml` of voxels that are
+not 0 was stripped before and is not cut again. One that is shorter than `least_mm` along an axis, or in which less than `least_ml` of brain
+is found, is a crop: it stays as it is, and a label with a side is then told of by a note.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class FirstPassRules:
         margin_mm: how far around the brain the image is kept.
         least_mm: an image shorter than this along an axis is a crop.
         least_ml: a brain smaller than this is none.
+        stripped_ml: an image with less that is not 0 holds no skull; the largest heads have about 1.9 l inside it.
     """
 
     pack: str
@@ -45,6 +47,7 @@ class FirstPassRules:
     margin_mm: float = 4.0
     least_mm: float = 110.0
     least_ml: float = 300.0
+    stripped_ml: float = 2000.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,8 +84,10 @@ def look_first(volume: Volume, rules: FirstPassRules, labels: Sequence[str], ask
     if brain_ml < rules.least_ml:
         came = f"the first pass found {brain_ml:.0f} ml of brain, and was not followed"
         return FirstPass(_with_sides_untold(volume, sided, came), brain_ml=brain_ml)
-    kept = np.where(grown(brain, rules.margin_mm, spacing), volume.array, np.zeros((), volume.array.dtype))
     halves = told_apart(found[rules.halves["left"]], found[rules.halves["right"]], spacing)
+    if float(np.count_nonzero(volume.array)) * float(np.prod(spacing)) / 1000 < rules.stripped_ml:
+        return FirstPass(volume, halves, brain_ml)
+    kept = np.where(grown(brain, rules.margin_mm, spacing), volume.array, np.zeros((), volume.array.dtype))
     return FirstPass(replace(volume, array=kept), halves, brain_ml)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from medlore.linalg.matricize import LAYOUTS
 
 _FORMS = ("plain", "balanced", "imbalanced")
+_FIRST_PASS_NUMBERS = ("margin_mm", "least_mm", "least_ml", "stripped_ml")
 _AXES = ("RL", "AP", "SI")
 
 
@@ -128,10 +129,10 @@ def _are_parts(value: Any) -> bool:
 
 
 def _is_first_pass(value: Any) -> bool:
-    if not isinstance(value, dict) or not set(value) <= {"pack", "brain", "halves", "margin_mm", "least_mm", "least_ml"}:
+    if not isinstance(value, dict) or not set(value) <= {"pack", "brain", "halves", *_FIRST_PASS_NUMBERS}:
         return False
     pack, brain, halves = (value.get(name) for name in ("pack", "brain", "halves"))
-    numbers = [value[name] for name in ("margin_mm", "least_mm", "least_ml") if name in value]
+    numbers = [value[name] for name in _FIRST_PASS_NUMBERS if name in value]
     named = isinstance(pack, str) and pack.startswith("medlore:") and isinstance(brain, str)
     both = isinstance(halves, dict) and set(halves) == {"left", "right"} and all(isinstance(label, str) for label in halves.values())
     return named and both and all(_is_number(number) and number >= 0 for number in numbers)
