@@ -1,6 +1,7 @@
 """Heads for development, and what a pack makes of them: synthetic heads with skull, face and neck at 1 to 5 mm, and the ICBM152 template.
 
     python -m benchmarks.development_heads write --data ../shared/data --out runs/development
+    python -m benchmarks.development_heads finder medlore:brain-finder --heads runs/development
     python -m benchmarks.development_heads table PACK [PACK ...] --heads runs/development --page docs/results.md
 
 Whatever is chosen or tuned is chosen here, never on the ten real heads of `benchmarks.real_heads`. The map (05) is in no training. Images
@@ -23,18 +24,20 @@ import numpy as np
 from benchmarks._page import put_section
 from benchmarks._volumes import on_another_grid
 from medlore.data.volumes.augmentation import along_axes, blur_matrix
-from medlore.data.volumes.geometry import Array
+from medlore.data.volumes.geometry import Array, spacing_of
 from medlore.data.volumes.nifti import Volume, write_nifti
 from medlore.data.volumes.preparation import read_volume
-from medlore.data.volumes.synthesis import SynthesisRules, draw_contrast, strip_skull, synthesise
+from medlore.data.volumes.synthesis import FIRST_OUTSIDE, SynthesisRules, draw_contrast, strip_skull, synthesise
 from medlore.demo.segmentation import template_file, tissue_truth
 from medlore.files import read_json, write_json
 from medlore.metrics.masks import dice
+from medlore.segmenting.first_pass import grown, told_apart
 from medlore.segmenting.segmenter import LoadedSegmenter, load_segmenter
 
 HEADING = "## Development heads"
 MAP = "training_seg_05.nii.gz"
 SIDED = ("cerebral cortex", "cerebellar cortex", "hippocampus", "caudate nucleus")  # whose sides are measured too
+MARGIN_MM = 4.0  # that a pack keeps around what a first pass found
 NECK_MM = 60  # by how much the longest field of view goes on below the map
 
 
@@ -153,9 +156,29 @@ def measured(model: LoadedSegmenter, folder: Path) -> dict[str, dict[str, float]
         sys.stderr.write(f"{name}: " + ", ".join(f"{k} {v:.3f}" for k, v in told[name].items()) + "\n")
     template = read_volume(template_file())
     truths = {label: truth for label in ("grey matter", "white matter") if (truth := tissue_truth(label)) is not None}
-    found = model.segment(template, list(truths), modality="mri")
-    told["ICBM152"] = {label: dice(found[label], truth) for label, truth in truths.items()}
+    if set(truths) <= set(known):
+        found = model.segment(template, list(truths), modality="mri")
+        told["ICBM152"] = {label: dice(found[label], truth) for label, truth in truths.items()}
     return told
+
+
+def finder_table(model: LoadedSegmenter, folder: Path) -> str:
+    """What a first pass finds: brain that lies within its margin, what is outside of the skull's inside and does so too, wrong halves."""
+    codes_of = {name: list(codes) for name, codes in read_json(folder / "truth.json").items()}
+    names = ("brain", "left half of the brain", "right half of the brain")
+    lines = [f"| head | brain covered | outside within {MARGIN_MM:.0f} mm, ml | wrong half |", "|---|---|---|---|"]
+    for head in HEADS:
+        image_file, labels_file = files_of(folder, head)
+        volume, codes = read_volume(image_file), np.asarray(np.rint(read_volume(labels_file).array), np.int32)
+        found = model.segment(volume, list(names), modality="mri")
+        brain, left, right = (np.isin(codes, codes_of[name]) for name in names)
+        spacing = spacing_of(volume.affine)
+        kept, halves = grown(found[names[0]], MARGIN_MM, spacing), told_apart(found[names[1]], found[names[2]], spacing)
+        wrong = (halves["left"] & right).sum() + (halves["right"] & left).sum() if halves else (left | right).sum()
+        outside = (kept & (codes >= FIRST_OUTSIDE)).sum() * float(np.prod(spacing)) / 1000
+        covered = (kept & brain).sum() / brain.sum()
+        lines.append(f"| {head} | {covered:.3f} | {outside:.0f} | {100 * wrong / (left | right).sum():.1f} % |")
+    return "\n".join([*lines, ""])
 
 
 def section(results: dict[str, dict[str, dict[str, float]]], command: str) -> str:
@@ -184,7 +207,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     table.add_argument("packs", nargs="+", help="pack folders or medlore:NAME")
     table.add_argument("--heads", type=Path, default=Path("runs/development"), help="folder of the heads")
     table.add_argument("--page", type=Path, help="page of results whose section is replaced; else it is printed")
+    finder = verbs.add_parser("finder", help="measure a first pass")
+    finder.add_argument("pack", help="pack folder or medlore:NAME")
+    finder.add_argument("--heads", type=Path, default=Path("runs/development"), help="folder of the heads")
     told = parser.parse_args(argv)
+    if told.verb == "finder":
+        sys.stdout.write(finder_table(load_segmenter(told.pack), told.heads))
+        return
     if told.verb == "write":
         write_heads(told.data, told.out, truths_of(runpy.run_path("studies/seg_mini_brain_cases.py")))
         return
