@@ -17,7 +17,10 @@ check: $(READY)
 	$(BIN)/ruff format --check src tests benchmarks maintenance
 	$(BIN)/ruff check src tests benchmarks maintenance
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/test_floors.py tests/test_docs.py
+	$(BIN)/python -m pytest -q tests/test_floors.py tests/test_docs.py tests/test_extras.py
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks
@@ -28,4 +31,4 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $$(grep '^torch==' constraints.txt) -e '.[dev]'
 	touch $(READY)
 
-.PHONY: demo test test-all check bench
+.PHONY: demo test test-all check docs bench

@@ -2,7 +2,7 @@
 
     python -m benchmarks.fewshot rates --out runs/fewshot             learning rates chosen on scikit-learn's digits (optional)
     python -m benchmarks.fewshot run --data DIR --out runs/fewshot    one line of cells.jsonl a finished cell; resumes
-    python -m benchmarks.fewshot table --out runs/fewshot             the section of docs/results.md, and all cells
+    python -m benchmarks.fewshot table --out runs/fewshot             the section of docs/evidence.md, and all cells
 
 Every labelled image trains, there is no validation set, the last epoch is kept: nothing is chosen on the sets that are reported.
 Cells are run draw by draw, so that a run that is stopped early has whole draws of everything.
@@ -142,7 +142,7 @@ def whole_draws(cells: Sequence[Cell]) -> dict[int, list[Standing]]:
 
 
 def section(out: Path) -> str:
-    """The section of docs/results.md: protocol, a table for each set, and what the differences say."""
+    """The section of docs/evidence.md: protocol, a table for each set, and what the differences say."""
     cells, best = read_cells(out), Counter[str]()
     lines, verdicts = [TITLE, "", *_protocol(out)], []
     for name, source in SOURCES.items():
@@ -169,7 +169,7 @@ def _protocol(out: Path) -> list[str]:
     epochs = ", ".join(f"{epochs} epochs at {k} shot" + ("s" if k > 1 else "") for k, epochs in EPOCHS.items())
     return [
         "`python -m benchmarks.fewshot run --data DIR --out runs/fewshot`, then",
-        "`python -m benchmarks.fewshot table --out runs/fewshot --json docs/results/fewshot.json --page docs/results.md`",
+        "`python -m benchmarks.fewshot table --out runs/fewshot --json docs/results/fewshot.json --page docs/evidence.md`",
         "([raw results](results/fewshot.json)). The shots are all the labels there are: no validation set, the last epoch counts,",
         f"nothing is chosen on these sets. AdamW, batch {BATCH}, {epochs}: short, to fit two busy cores.",
         f"Fixed peak rates, not tuned: {rates}.",

@@ -2,7 +2,7 @@
 
     python studies/seg_mini_cases.py --data DIR --out runs/seg-mini/cases
     python -m benchmarks.fewshot_segment run --cases runs/seg-mini/cases/hippocampus.jsonl --out runs/fewshot-segment
-    python -m benchmarks.fewshot_segment table --out runs/fewshot-segment --page docs/results.md
+    python -m benchmarks.fewshot_segment table --out runs/fewshot-segment --page docs/evidence.md
 
 Five training patients a draw come from the list's validation part, the test patients are its test part: a pack that was trained
 on the training part has seen neither. It has seen other hippocampi, however. So everything is run twice: `known` asks under
@@ -90,7 +90,7 @@ def _mean(cell: Mapping[str, Any], network: str) -> float:
 
 
 def section(done: Sequence[Mapping[str, Any]], command: str) -> str:
-    """The section of docs/results.md."""
+    """The section of docs/evidence.md."""
     draws = sorted({cell["draw"] for cell in done})
     cores = describe_machine()["machine"]["cores"]
     lines = [

@@ -1,7 +1,7 @@
 """A trained segmenter pack against k-means of the grey values, on volumes that its training has not seen.
 
     python studies/seg_mini_cases.py --data DIR --out runs/seg-mini/cases
-    python -m benchmarks.shipped_segmenter --pack medlore:seg-mini --cases runs/seg-mini/cases --page docs/results.md
+    python -m benchmarks.shipped_segmenter --pack medlore:seg-mini --cases runs/seg-mini/cases --page docs/evidence.md
 
 Template: the ICBM152 T1 template, skull-stripped, against its tissue maps above one half. Heads: whole heads of seven contrasts, drawn
 from a label map that was kept out of the training. Hippocampi: crops of 40 patients that were kept out. K-means has three classes and
@@ -141,7 +141,7 @@ def mean(rows: Sequence[Row], label: str, volume: str | None = None) -> float:
 
 
 def section(told: dict[str, Any], command: str) -> str:
-    """The section of docs/results.md."""
+    """The section of docs/evidence.md."""
     rows: list[Row] = told["rows"]
     heads = list(dict.fromkeys(row.volume for row in rows if row.kmeans is not None))
     lines = [

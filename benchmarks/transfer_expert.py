@@ -1,6 +1,6 @@
-"""A decomposed classifier in docs/results.md: the table of its study, and the transfer of one expert to data that nothing has seen.
+"""A decomposed classifier in docs/evidence.md: the table of its study, and the transfer of one expert to data that nothing has seen.
 
-    python -m benchmarks.transfer_expert study --decomposed runs/cls-mini [--page docs/results.md]
+    python -m benchmarks.transfer_expert study --decomposed runs/cls-mini [--page docs/evidence.md]
     python -m benchmarks.transfer_expert run   --decomposed runs/cls-mini --data brain_tumor_4c.zip --out runs/transfer
     python -m benchmarks.transfer_expert table --decomposed runs/cls-mini --data brain_tumor_4c.zip --out runs/transfer [--page ...]
 
@@ -80,7 +80,7 @@ def transfer_section(options: argparse.Namespace) -> str:
     lines = [
         TRANSFER_TITLE,
         "",
-        f"`python -m benchmarks.transfer_expert run {where}`, then `table` in place of `run` with `--page docs/results.md`.",
+        f"`python -m benchmarks.transfer_expert run {where}`, then `table` in place of `run` with `--page docs/evidence.md`.",
         f"{options.data.name}, which no network has seen: {first.shots} shots a class ({first.train_images} images),",
         f"{first.test_images} test images, {records[0]['epochs']} epochs of batch 8 at each method's default rate;",
         f"{first.measure.replace('_', ' ')}, majority answer {first.majority or 0:.3f}.",
@@ -118,7 +118,7 @@ def study_section(decomposed: Path) -> str:
         STUDY_TITLE,
         "",
         f"`medlore decompose studies/{settings['name']}.yaml --out {decomposed}`, then",
-        f"`python -m benchmarks.transfer_expert study --decomposed {decomposed} --page docs/results.md`.",
+        f"`python -m benchmarks.transfer_expert study --decomposed {decomposed} --page docs/evidence.md`.",
         f"{_teacher(settings['teacher'])}; students {settings['student']['kind']}, {settings['steps']} steps of {settings['batch_size']}",
         f"images of {settings['image_size']} pixels, {settings['precision']}; ranks {ranks['rule']}, mean {ranks['rank']};",
         f"loss beta {loss['beta']}, T {loss['temperature']}, feature {loss['feature']}; seed {settings['seed']}. {sizes}.",

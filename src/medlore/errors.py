@@ -31,7 +31,7 @@ class MedloreError(Exception):
         fix: what the reader can do now.
         faults: every single fault, when one input has several; printed one a line, the first twenty in full.
 
-    Example:
+    Examples:
         >>> str(InputError("--shots", "got 0", "a whole number from 1", "give --shots 5"))
         '--shots: got 0. Accepted: a whole number from 1. To do: give --shots 5.'
     """
@@ -74,7 +74,7 @@ class UnknownNameError(InputError):
         known: all names that would have been right.
         fix: what to do beside taking one of the nearest names; a default is given.
 
-    Example:
+    Examples:
         >>> print(UnknownNameError("--targets", "atention", ["attention", "conv", "all-linear"]).accepted)
         3 names; the nearest are 'attention', 'conv', 'all-linear'
     """
@@ -102,7 +102,7 @@ class DataError(InputError):
 class MissingExtraError(InputError):
     """An optional package is needed and not installed.
 
-    Example:
+    Examples:
         >>> print(MissingExtraError("reading DICOM", "pydicom", "dicom").fix)
         pip install 'medlore[dicom]'
     """
@@ -123,7 +123,7 @@ class StepError(MedloreError):
 def nearest_names(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     """The `count` known names that look most like `name`, best first.
 
-    Example:
+    Examples:
         >>> nearest_names("livr", ["liver", "spleen", "left kidney"], 1)
         ['liver']
     """

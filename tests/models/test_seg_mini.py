@@ -38,7 +38,7 @@ def model() -> LoadedSegmenter:
 
 
 def held_out_head(folder: Path, shared_data: Path, name: str) -> Case:
-    """A head of a fixed contrast, drawn from the label map that no training saw, as the table of docs/results.md has it."""
+    """A head of a fixed contrast, drawn from the label map that no training saw, as the table of docs/evidence.md has it."""
     made: Mapping[str, Any] = runpy.run_path(str(SCRIPT))
     family, seed, stripped = made["HELD_OUT_HEADS"][name]
     image, mask = folder / f"{name}.nii.gz", folder / f"{name}_labels.nii.gz"

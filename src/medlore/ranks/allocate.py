@@ -77,7 +77,7 @@ def plan_ranks(  # noqa: PLR0913 - every option is one decision that the plan re
         CheckpointError: a broken or unsafe file.
         TargetError: no target, or weights without a stable rank (zero, NaN); all of them are listed.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False))
         >>> _ = model[0].weight.data.copy_(torch.diag(torch.tensor([4.0, 4.0, 1.0, 0.5])))

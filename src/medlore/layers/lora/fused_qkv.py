@@ -55,7 +55,7 @@ def get_peft_model(
         TargetError: the plan does not fit the model, or belongs to other weights.
         InputError: an option that the plan decides, or one that fused matrices do not allow.
 
-    Example:
+    Examples:
         >>> import medlore, torch
         >>> block = torch.nn.ModuleDict({"attn": torch.nn.ModuleDict({"qkv": torch.nn.Linear(8, 24), "proj": torch.nn.Linear(8, 8)})})
         >>> model = get_peft_model(block, medlore.plan_ranks(block, rule="uniform:2"))

@@ -100,7 +100,7 @@ def load_backbone(
         InputError: no such source, or an image size that the network cannot take.
         CheckpointError: the weights are broken, incomplete, of another architecture, not finite or all zero.
 
-    Example:
+    Examples:
         >>> load_backbone("medlore:no-such-model", classes=2)
         Traceback (most recent call last):
         medlore.errors.UnknownNameError: ...
