@@ -2,7 +2,7 @@
 
     python -m benchmarks.development_heads write --data ../shared/data --out runs/development
     python -m benchmarks.development_heads finder medlore:brain-finder --heads runs/development
-    python -m benchmarks.development_heads table PACK [PACK ...] --heads runs/development --page docs/results.md
+    python -m benchmarks.development_heads table PACK [PACK ...] --heads runs/development --page docs/evidence.md
 
 Whatever is chosen or tuned is chosen here, never on the ten real heads of `benchmarks.real_heads`. The map (05) is in no training. Images
 are drawn at 1 mm and stored in blocks of whole millimetres; a voxel of the label map is what most of its block is.
@@ -182,7 +182,7 @@ def finder_table(model: LoadedSegmenter, folder: Path) -> str:
 
 
 def section(results: dict[str, dict[str, dict[str, float]]], command: str) -> str:
-    """The section of docs/results.md: one table a pack, a column a head."""
+    """The section of docs/evidence.md: one table a pack, a column a head."""
     lines = [HEADING, "", f"    {command}", ""]
     lines += ["Dice on the grid of the file. Heads are drawn from a label map that no training saw; ICBM152 is the real template.", ""]
     for pack, told in results.items():

@@ -1,7 +1,7 @@
 """Segmenters and what costs nothing, on ten real skull-stripped T1 of adults with manual labels (`brain35` of the shared data).
 
     python -m benchmarks.real_heads run seg-mini --data DIR --json docs/results/real-heads.json    (one method; goes on when run again)
-    python -m benchmarks.real_heads table --json docs/results/real-heads.json --page docs/results.md
+    python -m benchmarks.real_heads table --json docs/results/real-heads.json --page docs/evidence.md
     python -m benchmarks.real_heads orient --data DIR         the public networks on the template, in several orientations
 
 Nothing is tuned on these ten: development happens on synthetic heads and on the template, and the ten are read seldom. Each reading of a
@@ -78,7 +78,7 @@ def orient(data: Path, model: str) -> None:
 
 
 def section(told: dict[str, Any], command: str) -> str:
-    """The section of docs/results.md: Dice, then volumes, stray parts and costs."""
+    """The section of docs/evidence.md: Dice, then volumes, stray parts and costs."""
     methods = {name: entry["subjects"] for name, entry in told["methods"].items() if entry["subjects"]}
     names = list(methods)
     lines = [
