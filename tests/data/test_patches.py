@@ -11,7 +11,7 @@ import pytest
 
 from medlore.data.volumes.augmentation import GreyRules, WarpRules
 from medlore.data.volumes.cases import Case
-from medlore.data.volumes.patches import Patch, PatchRules, draw_patch
+from medlore.data.volumes.patches import Patch, PatchRules, draw_patch, other_side
 from medlore.data.volumes.synthesis import SynthesisRules
 from medlore.data.volumes.training_cache import CachedCase, build_cache
 from medlore.decomposing.segmenters.batches import make_rules
@@ -154,6 +154,34 @@ def test_labels_with_a_side_forbid_mirror_images(tmp_path: Path) -> None:
     assert mirrored == {"sided": False, "plain": True}
 
 
+def test_sides_are_swapped_with_the_image_where_each_has_its_partner(tmp_path: Path) -> None:
+    """The grey value tells which structure it was, the place which side it is on now: in a mirror image the names follow the place."""
+    codes = np.zeros((30, 30, 30), np.uint8)
+    codes[2:10, 10:20, 10:20] = 1  # x grows to the right: this one is left
+    codes[22:26, 10:20, 10:20] = 2
+    codes[14:16, 4:8, 4:8] = 3
+    values = {"left ball": [1], "right ball": [2], "vermis": [3]}
+    case = cached(tmp_path, codes, labels=tuple(values), mask_values=values)
+    volumes = {}
+    for flip in (0, 1):
+        rules = PatchRules(grey=STILL, warp=WarpRules(probability=0, flip=flip))
+        patch = draw(case, 0, rules, labels=tuple(values), size=(30, 30, 30))
+        masks = {label: patch.targets[patch.labels.index(label)].numpy() for label in values}
+        assert np.argwhere(masks["left ball"])[:, 0].max() < np.argwhere(masks["right ball"])[:, 0].min()
+        image = patch.image[0].numpy()
+        darker, brighter = (image[masks[f"{side} ball"]].mean() for side in (("left", "right") if flip == 0 else ("right", "left")))
+        assert darker < brighter  # code 1 is darker than code 2, whatever it is called now
+        volumes[flip] = [int(masks[f"{side} ball"].sum()) for side in ("left", "right")]
+    assert volumes[0] == [800, 400]
+    assert volumes[1] == [400, 800]
+
+
+def test_the_other_side_of_a_name() -> None:
+    assert other_side("left hippocampus") == "right hippocampus"
+    assert other_side("hippocampus (right)") == "hippocampus (left)"
+    assert other_side("leftover") == "leftover"
+
+
 def head_codes() -> np.ndarray[Any, Any]:
     at = np.stack(np.meshgrid(*[np.arange(48) - 23.5] * 3, indexing="ij"))
     radius = np.linalg.norm(at, axis=0)
@@ -203,3 +231,37 @@ def test_labels_can_weigh_more_in_the_loss(scene: CachedCase) -> None:
         assert patch.weight.tolist() == [3.0 if label == "ball" else 1.0 for label in patch.labels]
     assert {"ball", "rod"} <= {label for patch in patches for label in patch.labels}
     assert draw(scene, 1).weight is None
+
+
+def whole_head(folder: Path) -> CachedCase:
+    """The head of `head_codes` at 5 mm, with a neck of soft tissue down to the lowest plane, so that one patch shows all of it."""
+    codes = head_codes()
+    codes[20:28, 20:28, :8] = 507
+    nib.save(nib.Nifti1Image(codes, np.diag([5.0, 5.0, 5.0, 1.0])), folder / "head.nii.gz")
+    other = {"mask_values": {"white matter": [2], "grey matter": [3]}, "synthesise": True}
+    case = Case(folder / "head.nii.gz", ("white matter", "grey matter"), "mri", mask=folder / "head.nii.gz", other=other)
+    return build_cache([case], folder / "cache", {"spacing_mm": [5, 5, 5]}).cases[0]
+
+
+def test_a_patch_that_shows_a_whole_head_is_normalised_by_itself(tmp_path: Path) -> None:
+    case = whole_head(tmp_path)
+    for seed in range(6):
+        rules = PatchRules(warp=WarpRules(probability=0), grey=STILL, synthesis=SynthesisRules(skull_strip=0))
+        image = draw(case, seed, rules, labels=("white matter",), size=(64, 64, 64)).image[0].numpy()
+        box = tuple(slice(int(a.min()), int(a.max()) + 1) for a in np.nonzero(image > image.min()))
+        assert image[box].mean() == pytest.approx(0, abs=1e-3)
+        assert image[box].std() == pytest.approx(1, abs=1e-3)
+
+
+def test_a_longer_neck_fills_what_lies_below_the_map(tmp_path: Path) -> None:
+    case = whole_head(tmp_path)
+    filled = {}
+    for chance in (0.0, 1.0):
+        synthesis = SynthesisRules(skull_strip=0, longer_neck=chance, t1_like=1, t2_like=0, flair_like=0, noise=0)
+        rules = PatchRules(
+            warp=WarpRules(probability=1, rotation_degrees=0, scale=(1, 1), elastic_voxels=0), grey=STILL, synthesis=synthesis
+        )
+        images = [draw(case, seed, rules, labels=("white matter",), size=(64, 64, 64)).image[0].numpy() for seed in range(8)]
+        filled[chance] = np.mean([(image[:, :, :4] > image.min() + 0.2).mean() for image in images])
+    assert filled[0.0] < 0.05
+    assert filled[1.0] > filled[0.0] + 0.02

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from medlore.data.volumes.augmentation import blur_matrix
-from medlore.data.volumes.synthesis import TABLE, SynthesisRules, draw_contrast, majority_of_tissues, strip_skull, synthesise
+from medlore.data.volumes.synthesis import (
+    TABLE,
+    SynthesisRules,
+    draw_contrast,
+    majority_of_tissues,
+    strip_raggedly,
+    strip_skull,
+    synthesise,
+)
 
 Codes = np.ndarray[Any, Any]
 
@@ -142,6 +150,22 @@ def test_labels_follow_what_a_scanner_can_tell() -> None:
     lost = majority_of_tissues(codes, blurred)
     assert not (lost == 24).any()
     assert np.array_equal(lost == 17, codes == 17)
-    assert set(np.unique(lost)) == {3, 17}
+    assert set(np.unique(lost)) == {3, 17, 42}
+    assert (lost[:, :7, 4:] == 42).all()  # sides stay apart
+    assert (lost[:, 9:, 4:] == 3).all()
     only = np.full((4, 4, 4), 42, np.uint16)
     assert majority_of_tissues(only, [None] * 3) is only
+
+
+def test_a_ragged_stripping_cuts_and_leaves_over(head: Codes) -> None:
+    """As the coarse mask of a first pass does: nearly all of the brain stays, some cortex goes, some of what lies outside stays."""
+    brain = (head > 0) & (head < 500) & (head != 24)
+    kept = [strip_raggedly(head, np.random.default_rng(seed), voxel_mm=1.0) for seed in range(24)]
+    shares = np.array([(k > 0)[brain].mean() for k in kept])
+    assert shares.min() > 0.6
+    assert shares.mean() > 0.9
+    assert (shares < 1).any()
+    assert any(((k > 0) & ~brain).any() for k in kept)
+    assert all(np.array_equal(k[k > 0], head[k > 0]) for k in kept)
+    outside = np.where(brain, 0, head).astype(head.dtype)
+    assert strip_raggedly(outside, np.random.default_rng(0), voxel_mm=1.0) is outside

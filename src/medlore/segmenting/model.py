@@ -16,13 +16,15 @@ from medlore.data.volumes.geometry import Array, Crop, GridPath, Reorientation, 
 from medlore.data.volumes.intensity import rule_of
 from medlore.data.volumes.nifti import Volume
 from medlore.data.volumes.preparation import MaskRestorer, PackedMasks, Prepared, Resample, prepare
+from medlore.data.volumes.training_cache import codes_on_grid
 from medlore.data.volumes.window_grid import Start, WindowGrid
 from medlore.data.volumes.windows import Rows, sliding_windows
-from medlore.models.segmenter.bundle import SegmenterBundle
+from medlore.models.segmenter.bundle import SegmenterBundle, load_segmenter
 from medlore.models.segmenter.network import Segmenter
 from medlore.models.segmenter.ready import ready_for_cpu
 from medlore.models.segmenter.vocabulary import WHOLE_BODY
 from medlore.runs.hardware import FixedPrecision, Hardware
+from medlore.segmenting.first_pass import FirstPass, first_pass_rules, in_their_halves, look_first
 from medlore.segmenting.labels import Routes, facts_of_bundle, route_labels
 from medlore.segmenting.parts import without_stray_parts
 from medlore.segmenting.plan import CasePlan, Grid
@@ -99,6 +101,7 @@ class SegmentingModel:
         self.facts = facts_of_bundle(bundle)
         self.planner = Planner(self.facts, hardware, choices or Choices())
         self._placed: tuple[str, Segmenter] | None = None
+        self._first: SegmentingModel | None = None
 
     @property
     def device(self) -> str:
@@ -186,8 +189,9 @@ class SegmentingModel:
             DataError: nothing in the volume.
         """
         start = time.perf_counter()
+        first = self._look_first(volume, routes)
         prepared = prepare(
-            volume,
+            first.volume,
             routes.modality,  # type: ignore[arg-type]
             orientation_code=plan.rules.orientation_code,
             spacing_mm=plan.rules.spacing_mm,
@@ -206,7 +210,24 @@ class SegmentingModel:
             _redraw(result, kept, swept, path)
         parts = {} if self.published else self.facts.preprocessing.get("parts", {}).get(routes.modality, {})
         result.masks |= {label: without_stray_parts(*result.masks[label], parts[label]) for label in result.masks if label in parts}
+        frame = result.reorientation.apply if plan.grid == "original" else lambda half: codes_on_grid(half, prepared.path)
+        result.masks = in_their_halves(result.masks, first.halves, frame)
         return result
+
+    def _look_first(self, volume: Volume, routes: Routes) -> FirstPass:
+        """The volume without what lies outside of the brain, where the pack names a first pass; else the volume as it is."""
+        rules = None if self.published or routes.modality != "mri" else first_pass_rules(self.facts.preprocessing.get("first_pass"))
+        if rules is None:
+            return FirstPass(volume)
+        if self._first is None:
+            self._first = SegmentingModel(load_segmenter(rules.pack), self.hardware)
+        finder = self._first
+
+        def ask(whole: Volume, labels: Sequence[str]) -> dict[str, Array]:
+            found = finder.segment(whole, labels, routes.modality)
+            return {label: found.mask(label) for label in labels}
+
+        return look_first(volume, rules, routes.labels, ask)
 
     def _run(
         self,

@@ -29,16 +29,22 @@ class WarpRules:
         probability: that a patch is warped at all.
         rotation_degrees: largest angle about each axis.
         scale: smallest and largest magnification, of the whole and once more (a third of it) of each axis.
+        shear: largest shear of each axis along each other one.
         elastic_voxels: deviation of the elastic displacement is drawn from 0 to this.
         control_points: of the elastic field along each axis.
-        flip: the chance of a mirror image (left and right); only where no label has a side.
+        bend_voxels: the same for a second, smoother field, which bends a head as a whole.
+        bend_points: of that field along each axis.
+        flip: the chance of a mirror image (left and right); only where every label with a side has a partner on the other.
     """
 
     probability: float = 0.8
     rotation_degrees: float = 12.0
     scale: tuple[float, float] = (0.85, 1.18)
+    shear: float = 0.0
     elastic_voxels: float = 2.0
     control_points: int = 5
+    bend_voxels: float = 0.0
+    bend_points: int = 2
     flip: float = 0.5
 
 
@@ -80,7 +86,20 @@ class GreyRules:
 # -- where voxels come from --------------------------------------------------------------------------------------------
 
 
-def draw_coordinates(centre: Sequence[float], size: Shape, rng: np.random.Generator, rules: WarpRules, *, flip: bool) -> Array | None:
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Where each voxel of a patch lies in its volume.
+
+    Args:
+        coordinates: 3 x y z float32 in voxels of the volume; None where the patch is left unwarped.
+        mirrored: whether left and right are exchanged, and with them what labels with a side mean.
+    """
+
+    coordinates: Array | None
+    mirrored: bool = False
+
+
+def draw_places(centre: Sequence[float], size: Shape, rng: np.random.Generator, rules: WarpRules, *, flip: bool) -> Places:
     """Where each voxel of a patch lies in its volume.
 
     Args:
@@ -90,28 +109,37 @@ def draw_coordinates(centre: Sequence[float], size: Shape, rng: np.random.Genera
         rules: how far.
         flip: whether a mirror image is allowed.
 
-    Returns:
-        3 x y z float32 in voxels of the volume; None where the patch is left unwarped.
     """
     warped, mirrored = rng.random() < rules.probability, bool(flip and rng.random() < rules.flip)
     if not warped and not mirrored:
-        return None
-    matrix = np.eye(3)
-    if warped:
-        matrix = _rotation(np.deg2rad(rng.uniform(-1, 1, 3) * rules.rotation_degrees))
-        low, high = np.log(rules.scale)
-        matrix = matrix @ np.diag(np.exp(-rng.uniform(low, high) - rng.uniform(low, high, 3) / 3))
+        return Places(None)
+    matrix = _draw_matrix(rng, rules) if warped else np.eye(3)
     if mirrored:
         matrix = matrix @ np.diag([-1.0, 1.0, 1.0])
+    found = _affine_places(matrix, centre, size)
+    for largest, points in ((rules.elastic_voxels, rules.control_points), (rules.bend_voxels, rules.bend_points)) if warped else ():
+        if largest > 0:
+            strength = np.float32(rng.uniform(0, largest))
+            for axis in range(3):
+                found[axis] += strength * smooth_field(rng, size, points)
+    return Places(found, mirrored)
+
+
+def _draw_matrix(rng: np.random.Generator, rules: WarpRules) -> Array:
+    matrix = _rotation(np.deg2rad(rng.uniform(-1, 1, 3) * rules.rotation_degrees))
+    low, high = np.log(rules.scale)
+    matrix = matrix @ np.diag(np.exp(-rng.uniform(low, high) - rng.uniform(low, high, 3) / 3))
+    if rules.shear > 0:
+        matrix = matrix @ (np.eye(3) + (1 - np.eye(3)) * rng.uniform(-rules.shear, rules.shear, (3, 3)))
+    return matrix
+
+
+def _affine_places(matrix: Array, centre: Sequence[float], size: Shape) -> Array:
     axes = [(np.arange(n, dtype=np.float32) - (n - 1) / 2).reshape([-1 if a == i else 1 for a in range(3)]) for i, n in enumerate(size)]
     found = np.empty((3, *size), np.float32)
     for row in range(3):
         np.add(np.float32(matrix[row, 0]) * axes[0] + np.float32(centre[row]), np.float32(matrix[row, 1]) * axes[1], out=found[row])
         found[row] += np.float32(matrix[row, 2]) * axes[2]
-    if warped and rules.elastic_voxels > 0:
-        strength = np.float32(rng.uniform(0, rules.elastic_voxels))
-        for row in range(3):
-            found[row] += strength * smooth_field(rng, size, rules.control_points)
     return found
 
 

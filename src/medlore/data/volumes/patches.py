@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medlore.data.volumes.augmentation import GreyRules, WarpRules, change_greys, cut, draw_coordinates, draw_view, take
-from medlore.data.volumes.geometry import Array, Shape, bounding_box
+from medlore.data.volumes.augmentation import GreyRules, Places, WarpRules, change_greys, cut, draw_places, draw_view, take
+from medlore.data.volumes.geometry import Array, Shape, bounding_box, spacing_of
 from medlore.data.volumes.intensity import PUBLISHED_RULE, IntensityRule, intensity_of
 from medlore.data.volumes.masks import code_table
 from medlore.data.volumes.synthesis import (
@@ -28,6 +28,7 @@ from medlore.data.volumes.synthesis import (
     draw_contrast,
     draw_point_spread,
     majority_of_tissues,
+    strip_raggedly,
     strip_skull,
     synthesise,
 )
@@ -35,10 +36,14 @@ from medlore.data.volumes.training_cache import CachedCase
 from medlore.errors import InputError
 
 _SIDED = re.compile(r"(^|\W)(left|right)(\W|$)", re.IGNORECASE)
+View = tuple[slice, slice, slice]
 _OTHER_SHARE = 0.25  # how often a label that cannot be in the volume is asked for, against one that lies elsewhere in it
 _VIEW = 0.3  # by how much of its length a field of view may be longer than the head, on either side
 _SOFT_EDGE = 0.4  # how often the edge of a stripped brain is blurred
-_COARSE = 5  # every how many voxels a whole label map is looked at for its grey statistics
+_COARSE_MM = 6.25  # at which distance a whole label map is looked at for its grey statistics
+_WHOLE_MM = 180.0  # a patch of this size shows a whole head, and is normalised by itself
+_NECK_LOW, _NECK_HIGH = 0.0, 0.3  # how much of a patch may lie below the label map
+_SHOULDERS = 1.5  # by how much a body is wider at most, a patch below the label map
 
 
 @dataclass(frozen=True)
@@ -114,20 +119,49 @@ def draw_patch(
         accepted = f"at least one of the labels that it annotates: {', '.join(case.labels)}"
         raise InputError(case.name, f"none of the {len(labels)} label(s) asked for is known in it", accepted, "leave the case out")
     centre = _centre(case, size, asked, rng, rules)
-    flip = not any(_SIDED.search(label) for label in (*case.labels, *labels))
-    coordinates = draw_coordinates(centre, size, rng, rules.warp, flip=flip) if rules.augment else None
+    places = draw_places(centre, size, rng, rules.warp, flip=_has_partners(case, asked)) if rules.augment else Places(None)
+    coordinates = places.coordinates
+    if case.synthesise and coordinates is not None and rng.random() < rules.synthesis.longer_neck:
+        _lengthen_neck(coordinates, rng)
     start = [int(np.floor(c - n / 2 + 0.5)) for c, n in zip(centre, size, strict=True)]
     if coordinates is None:
         codes = cut(case.codes, start, size, outside=0)
     else:
         codes = take(case.codes, coordinates, outside=0, nearest=True).astype(case.codes.dtype)
+    view = draw_view(rng, size) if rules.augment and rng.random() < rules.grey.view_probability else None
     if case.synthesise:
-        codes, image, air = _synthesised(case, codes, rng, rules)
+        codes, image = _synthesised(case, codes, rng, rules, view)
     else:
-        image, air = _taken(case, coordinates, start, size, rng, rules), case.air
-    if rules.augment and rng.random() < rules.grey.view_probability:
-        codes, image = _narrow_view(codes, image, air, rng)
-    return _with_prompts(codes, image, case, asked, others, max_prompts, rng, rules)
+        codes, image = _seen(view, codes, _taken(case, coordinates, start, size, rng, rules), case.air)
+    members = {label: case.members[other_side(label) if places.mirrored else label] for label in asked}
+    return _with_prompts(codes, image, members, others, max_prompts, rng, rules)
+
+
+def other_side(label: str) -> str:
+    """The name of the same structure on the other side; a name without a side is its own.
+
+    Example:
+        >>> other_side("left hippocampus"), other_side("vermis")
+        ('right hippocampus', 'vermis')
+    """
+    return _SIDED.sub(lambda found: found[1] + ("right" if found[2].lower() == "left" else "left") + found[3], label)
+
+
+def _has_partners(case: CachedCase, asked: Sequence[str]) -> bool:
+    """Whether a mirror image of the case can be labelled: each label with a side has its partner."""
+    return all(other_side(label) in case.members for label in asked)
+
+
+def _lengthen_neck(coordinates: Array, rng: np.random.Generator) -> None:
+    """Move a patch down, and let what would lie below the label map be its lowest plane, wider and wider: neck and shoulders (in place)."""
+    across = coordinates.shape[3]
+    coordinates[2] -= np.float32(rng.uniform(_NECK_LOW, _NECK_HIGH) * across)
+    depth = np.clip(1 - coordinates[2], 0, None)
+    wider = 1 + depth * np.float32(rng.uniform(0, _SHOULDERS) / across)
+    for row, share in zip(coordinates, (wider, np.sqrt(wider)), strict=False):  # shoulders are wide, a chest is not as deep
+        middle = row.mean()
+        row[...] = (row - middle) / share + middle
+    np.maximum(coordinates[2], 1, out=coordinates[2])
 
 
 def _centre(case: CachedCase, size: Shape, asked: Sequence[str], rng: np.random.Generator, rules: PatchRules) -> list[float]:
@@ -160,10 +194,10 @@ def _taken(
     return change_greys(image, rng, rules.grey, air=case.air, bias=case.modality == "mri") if rules.augment else image
 
 
-def _synthesised(case: CachedCase, codes: Array, rng: np.random.Generator, rules: PatchRules) -> tuple[Array, Array, float]:
-    """Codes (without what was stripped), normalised image, and the value of air."""
+def _synthesised(case: CachedCase, codes: Array, rng: np.random.Generator, rules: PatchRules, view: View | None) -> tuple[Array, Array]:
+    """Codes (without what was stripped, or lies out of view) and normalised image."""
     contrast = draw_contrast(rng, rules.synthesis)
-    kept = strip_skull(codes, rng) if rng.random() < rules.synthesis.skull_strip else codes
+    kept = _stripped(case, codes, rng, rules.synthesis)
     stripped = kept is not codes
     spread = draw_point_spread(rng, (codes.shape[0], codes.shape[1], codes.shape[2]), rules.synthesis)
     if stripped and rng.random() < _SOFT_EDGE:  # blurred after the stripping, as averages of many heads and resampled images are
@@ -172,6 +206,11 @@ def _synthesised(case: CachedCase, codes: Array, rng: np.random.Generator, rules
     else:
         image = synthesise(codes, rng, rules.synthesis, contrast=contrast, keep=kept > 0 if stripped else None, spread=spread)
         kept = np.where(kept > 0, majority_of_tissues(codes, spread), 0).astype(codes.dtype)
+    if all(n * mm >= _WHOLE_MM for n, mm in zip(codes.shape, spacing_of(case.affine), strict=True)):
+        kept, image = _seen(view, kept, image, 0.0)
+        box = bounding_box(image > 0)
+        intensity = intensity_of(image if box is None else box.apply(image), "mri", where=case.name, rule=rules.intensity)
+        return kept, intensity.apply(image)
     reference = _reference(case, contrast, rng, stripped=stripped)
     intensity = intensity_of(reference, "mri", where=case.name, rule=rules.intensity)
     image = intensity.apply(image)
@@ -179,12 +218,21 @@ def _synthesised(case: CachedCase, codes: Array, rng: np.random.Generator, rules
     if rules.augment:  # what the coarse statistics leave out: bias, blur and noise over the whole head
         image *= np.float32(rng.uniform(1 - rules.grey.gain / 2, 1 + rules.grey.gain / 2))
         image += np.float32(rng.uniform(-rules.grey.shift, rules.grey.shift) / 2)
-    return kept, image, air
+    return _seen(view, kept, image, air)
+
+
+def _stripped(case: CachedCase, codes: Array, rng: np.random.Generator, rules: SynthesisRules) -> Array:
+    """What a skull stripping leaves, or the same array where there is none."""
+    if rng.random() >= rules.skull_strip:
+        return codes
+    if rng.random() < rules.ragged_strip:
+        return strip_raggedly(codes, rng, voxel_mm=float(spacing_of(case.affine)[0]))
+    return strip_skull(codes, rng)
 
 
 def _reference(case: CachedCase, contrast: Contrast, rng: np.random.Generator, *, stripped: bool) -> Array:
     """Grey values over the box of all values above 0, as a whole scan would have it: the patch alone does not tell them."""
-    codes = _coarse(str(case.codes_file))
+    codes = _coarse(str(case.codes_file), max(round(_COARSE_MM / float(spacing_of(case.affine)[0])), 1))
     if stripped:
         brain = bounding_box((codes > 0) & (codes < FIRST_OUTSIDE) & (codes != OUTER_FLUID))
         codes = codes if brain is None else np.where(brain.apply(codes) < FIRST_OUTSIDE, brain.apply(codes), 0)
@@ -200,13 +248,15 @@ def _reference(case: CachedCase, contrast: Contrast, rng: np.random.Generator, *
 
 
 @functools.lru_cache(maxsize=256)
-def _coarse(path: str) -> Array:
+def _coarse(path: str, step: int) -> Array:
     """Every few voxels of a whole label map; read once by each process."""
-    return np.ascontiguousarray(np.load(path, mmap_mode="r", allow_pickle=False)[::_COARSE, ::_COARSE, ::_COARSE])
+    return np.ascontiguousarray(np.load(path, mmap_mode="r", allow_pickle=False)[::step, ::step, ::step])
 
 
-def _narrow_view(codes: Array, image: Array, air: float, rng: np.random.Generator) -> tuple[Array, Array]:
-    view = draw_view(rng, image.shape)
+def _seen(view: View | None, codes: Array, image: Array, air: float) -> tuple[Array, Array]:
+    """Codes and image without what lies out of view."""
+    if view is None:
+        return codes, image
     seen_codes, seen = np.zeros_like(codes), np.full_like(image, air)
     seen_codes[view], seen[view] = codes[view], image[view]
     return seen_codes, seen
@@ -215,8 +265,7 @@ def _narrow_view(codes: Array, image: Array, air: float, rng: np.random.Generato
 def _with_prompts(
     codes: Array,
     image: Array,
-    case: CachedCase,
-    asked: Sequence[str],
+    members: Mapping[str, Sequence[int]],
     others: Sequence[str],
     max_prompts: int,
     rng: np.random.Generator,
@@ -224,7 +273,8 @@ def _with_prompts(
 ) -> Patch:
     """Prompts: labels in the patch first, then labels that are known to be absent from it."""
     counts = np.bincount(codes.reshape(-1))
-    tables = dict(zip(asked, code_table(case.members, asked, len(counts)), strict=True))
+    asked = list(members)
+    tables = dict(zip(asked, code_table(members, asked, len(counts)), strict=True))
     present = [label for label in asked if counts[tables[label]].sum() >= rules.least_voxels]
     elsewhere = [label for label in asked if label not in present]
     room = max(1, int(rules.negatives * len(present))) if elsewhere or others else 0

@@ -30,6 +30,7 @@ _BETWEEN = {
     25: 0.6, 85: 0.7, 136: -0.2, 137: -0.2,
 }  # fmt: skip
 _SORTED = (24, 2, 3, 7, 8)  # what partial volume mixes: outer fluid, white matter and cortex of cerebrum and cerebellum
+_SORTED_SIDES = ((41, 2), (42, 3), (46, 7), (47, 8))
 PointSpread = list[Array | None]  # a matrix an axis, None where nothing changes
 FIRST_OUTSIDE = 500  # codes from here on lie outside of brain and fluid
 OUTER_FLUID = 24
@@ -49,12 +50,14 @@ class SynthesisRules:
         jitter: deviation of a structure's mean around its tissue's, as a share of the distance of grey and white.
         deviation: smallest and largest deviation within a structure, of 255.
         skull_strip: the chance that what lies outside of the brain is taken away.
+        ragged_strip: among these, the chance that it is done by a smooth mask that cuts into the cortex here and leaves skull there.
         bias: largest deviation of the bias field, in logarithms.
         gamma: deviation of the exponent's logarithm.
         blur_voxels: smallest and largest deviation of the point spread.
         thick_slices: the chance of slices thicker than a voxel.
         slice_voxels: the thickest.
         noise: largest deviation of the final noise, of 255.
+        longer_neck: the chance that a field of view goes on below the label map: neck and shoulders, by its lowest plane.
     """
 
     t1_like: float = 0.4
@@ -64,12 +67,14 @@ class SynthesisRules:
     jitter: float = 0.08
     deviation: tuple[float, float] = (1.0, 14.0)
     skull_strip: float = 0.35
+    ragged_strip: float = 0.0
     bias: float = 0.3
     gamma: float = 0.2
     blur_voxels: tuple[float, float] = (0.35, 1.0)
     thick_slices: float = 0.25
     slice_voxels: float = 5.0
     noise: float = 8.0
+    longer_neck: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,6 +209,25 @@ def strip_skull(codes: Array, rng: np.random.Generator, *, least_share: float = 
     return np.where(keep, codes, 0).astype(codes.dtype)
 
 
+def strip_raggedly(codes: Array, rng: np.random.Generator, *, voxel_mm: float, least_share: float = 0.1) -> Array:
+    """The codes inside a smooth mask around the brain, as a first pass on a coarse grid finds it: wrong by some millimetres, both ways.
+
+    Args:
+        codes: x y z.
+        rng: draws.
+        voxel_mm: edge of a voxel.
+        least_share: where less than this is brain, the same array comes back.
+    """
+    brain = (codes > 0) & (codes < FIRST_OUTSIDE) & (codes != OUTER_FLUID)
+    if brain.mean() < least_share:
+        return codes
+    sigma = rng.uniform(1.0, 4.0) / voxel_mm
+    soft = along_axes(brain.astype(np.float32), [blur_matrix(n, sigma) for n in codes.shape])
+    wobble = np.float32(rng.uniform(0, 0.15)) * smooth_field(rng, _shape(codes), int(rng.integers(2, 7)))
+    keep = soft + wobble > np.float32(rng.uniform(0.05, 0.45))
+    return np.where(keep, codes, 0).astype(codes.dtype)
+
+
 def _tissues(rng: np.random.Generator, family: str) -> tuple[float, float, float]:
     """Means of fluid, grey and white matter."""
     if family == "t1":
@@ -251,16 +275,24 @@ def majority_of_tissues(codes: Array, spread: PointSpread) -> Array:
     """Codes as the scanner could tell them: each voxel of a tissue goes to the tissue that most of its signal comes from.
 
     Only fluid around the brain, cortex and white matter of cerebrum and cerebellum are sorted anew (a sulcus of one voxel is lost in a
-    blurred image, and so in its labels); all other codes stay. Left and right become one.
+    blurred image, and so in its labels); all other codes stay. A voxel is right or left as most of the signal of its new tissue is.
     """
     folded = codes.copy()
-    for right, left in ((41, 2), (42, 3), (46, 7), (47, 8)):
+    for right, left in _SORTED_SIDES:
         folded[codes == right] = left
     present = [code for code in _SORTED if (folded == code).any()]
     if len(present) < 2:
         return codes
     shares = np.stack([along_axes((folded == code).astype(np.float32), spread) for code in present])
     best = np.asarray(present, codes.dtype)[shares.argmax(0)]
+    for right, left in _SORTED_SIDES:
+        if not (there := codes == right).any():
+            continue
+        if not (codes == left).any():
+            best[best == left] = right
+        else:
+            of_right, of_left = (along_axes(side.astype(np.float32), spread) for side in (there, codes == left))
+            best[(best == left) & (of_right > of_left)] = right
     return np.where(np.isin(folded, present), best, codes)
 
 

@@ -35,8 +35,8 @@ DEFAULT_PREPROCESSING: dict[str, Any] = {
     "gaussian_sigma": 0.125,
     "threshold": 0.5,
 }
-KNOWN_PREPROCESSING = (*DEFAULT_PREPROCESSING, "tissues", "parts")
-_OF_INFERENCE = ("roi_size", "overlap", "threshold", "tissues", "parts")  # decide masks, not weights
+KNOWN_PREPROCESSING = (*DEFAULT_PREPROCESSING, "tissues", "parts", "first_pass")
+_OF_INFERENCE = ("roi_size", "overlap", "threshold", "tissues", "parts", "first_pass")  # decide masks, not weights
 
 
 class DataSettings(Settings):

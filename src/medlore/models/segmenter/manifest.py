@@ -10,6 +10,7 @@ from typing import Any
 from medlore.linalg.matricize import LAYOUTS
 
 _FORMS = ("plain", "balanced", "imbalanced")
+_FIRST_PASS_NUMBERS = ("margin_mm", "least_mm", "least_ml", "stripped_ml")
 _AXES = ("RL", "AP", "SI")
 
 
@@ -47,6 +48,7 @@ def preprocessing_faults(told: Mapping[str, Any], where: str) -> list[str]:
         "intensity": (_is_intensity, "mapping with `ct: {clip: [low, high]}` and `other: {clip_percentiles: [low, high]}`"),
         "tissues": (_are_tissues, "mapping from mri, pet or us to two labels or more that exclude each other"),
         "parts": (_are_parts, "mapping from modality to label to a share above 0 and up to 1"),
+        "first_pass": (_is_first_pass, "mapping with a shipped `pack` (medlore:NAME), its label of the `brain`, and of the `halves`"),
         "label_regions": (_is_text_to_text, "mapping from modality/label to region"),
     }
     return [
@@ -124,6 +126,16 @@ def _are_parts(value: Any) -> bool:
         isinstance(parts, dict) and all(isinstance(label, str) and _is_number(share) and 0 < share <= 1 for label, share in parts.items())
         for parts in value.values()
     )
+
+
+def _is_first_pass(value: Any) -> bool:
+    if not isinstance(value, dict) or not set(value) <= {"pack", "brain", "halves", *_FIRST_PASS_NUMBERS}:
+        return False
+    pack, brain, halves = (value.get(name) for name in ("pack", "brain", "halves"))
+    numbers = [value[name] for name in _FIRST_PASS_NUMBERS if name in value]
+    named = isinstance(pack, str) and pack.startswith("medlore:") and isinstance(brain, str)
+    both = isinstance(halves, dict) and set(halves) == {"left", "right"} and all(isinstance(label, str) for label in halves.values())
+    return named and both and all(_is_number(number) and number >= 0 for number in numbers)
 
 
 def _is_text_to_text(value: Any) -> bool:
