@@ -101,6 +101,19 @@ def test_balanced_models_have_the_published_sizes(config: SegmenterConfig, param
     assert scalings == {8: 2.0, 16: 1.0}
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_and_factors_that_are_not_finite_are_refused(value: float) -> None:
+    from medlore.models.segmenter.checkpoints import canonical_name, segmenter_weights
+
+    state = {k: torch.zeros(1).expand(s) for k, s in lorkd_shapes(LORKD_NANO, (8,) * 8).items()}
+    broken = [next(k for k in state if k.endswith("mask_embed_proj.0.bias")), next(k for k in state if "lora_B_list" in k)]
+    for name in broken:
+        wrong = torch.full(tuple(state[name].shape), value)
+        state |= {k: wrong for k in state if canonical_name(k) == canonical_name(name)}  # every copy of it
+    with pytest.raises(CheckpointError, match=r"fits .* only in part: 2 not finite"):
+        segmenter_weights(state)
+
+
 # --- reading -----------------------------------------------------------------------------------------------------------
 
 
