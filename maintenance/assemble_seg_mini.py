@@ -57,7 +57,14 @@ def assemble(pack: str, prompts: Path, out: Path, *, without: Sequence[str] = ()
     regions = dict(bundle.preprocessing.get("label_regions", {}))
     new = [key for key in table.keys if key not in bundle.prompts.keys]
     regions |= dict.fromkeys(new, "brain")
-    preprocessing = {**bundle.preprocessing, "label_regions": regions, "first_pass": FIRST_PASS}
+    parts = {
+        modality: {
+            **shares,
+            **{f"{side} {label}": share for label, share in shares.items() if label in PAIRED for side in ("left", "right")},
+        }
+        for modality, shares in bundle.preprocessing.get("parts", {}).items()
+    }  # stray parts are dropped before the halves are told apart, so left and right make up both
+    preprocessing = {**bundle.preprocessing, "label_regions": regions, "parts": parts, "first_pass": FIRST_PASS}
     about = read_json(bundle.source / MANIFEST).get("about", {})
     fitted = [label for label in STARTS if label not in without]
     about = {**about, "first_pass": FIRST_PASS["pack"], "prompts_fitted_to_frozen_weights": fitted}

@@ -265,7 +265,7 @@ def _seen(view: View | None, codes: Array, image: Array, air: float) -> tuple[Ar
 def _with_prompts(
     codes: Array,
     image: Array,
-    members: Mapping[str, Sequence[int]],
+    members: Mapping[str, tuple[int, ...]],
     others: Sequence[str],
     max_prompts: int,
     rng: np.random.Generator,
