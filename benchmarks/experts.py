@@ -26,10 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medlore.files import read_json, write_json
+from medlore.layers.experts import layer as expert_module
 from medlore.layers.experts.call import Job
 from medlore.layers.experts.dispatch import Form, choose_form, load_of
 from medlore.layers.experts.layer import ExpertLayer, expert_layer
-from medlore.layers.experts.layer import layer as expert_module
 from medlore.layers.experts.routing import route
 from medlore.layers.experts.surgery import install_experts
 from medlore.runs.report import describe_machine

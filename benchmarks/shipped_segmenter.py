@@ -15,7 +15,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from medlore.data.volumes.preparation import read_volume
 from medlore.demo.segmentation import template_file, tissue_truth
 from medlore.demo.tissue_baseline import best_dice, kmeans_classes
 from medlore.metrics.masks import dice
+from medlore.segmenting.planner import Planner
 from medlore.segmenting.segmenter import LoadedSegmenter, Masks, load_segmenter
 
 TISSUES = ("grey matter", "white matter")
@@ -61,11 +62,12 @@ def template_rows(model: LoadedSegmenter) -> list[Row]:
 
 def network_alone(model: LoadedSegmenter, volume: Volume) -> Masks:
     """Tissues without their borders redrawn."""
-    model.model.redraw_tissues, before = False, model.model.redraw_tissues
+    planner = model.model.planner
+    model.model.planner = Planner(planner.facts, planner.hardware, replace(planner.choices, redraw_tissues=False))
     try:
         return model.segment(volume, list(TISSUES), modality="mri")
     finally:
-        model.model.redraw_tissues = before
+        model.model.planner = planner
 
 
 def head_rows(model: LoadedSegmenter, case: Case) -> list[Row]:

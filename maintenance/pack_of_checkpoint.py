@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from medlore.decomposing.segmenters.context import open_context
 
+from medlore.decomposing.segmenters.context import open_context
 from medlore.decomposing.segmenters.packs import write_trained_pack
 from medlore.decomposing.segmenters.study import new_teacher, read_study
 from medlore.decomposing.stored_weights import as_stored

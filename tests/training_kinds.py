@@ -64,7 +64,7 @@ class TinyNet(nn.Module):
 
 
 def _tuning() -> Kind:
-    from medlore.layers.tuning.methods import Tuning
+    from medlore.layers.tuning.interface import Tuning
     from medlore.training.watching import Watcher
     from medlore.tuning.training import Examples, Schedule, Trainer, TuningTask
 

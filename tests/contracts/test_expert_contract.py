@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from medlore.layers.experts import layer as expert_module
 from medlore.layers.experts.layer import ExpertLayer, expert_layer
-from medlore.layers.experts.layer import layer as expert_module
 from medlore.layers.experts.routing import route
 from medlore.layers.experts.surgery import merge
 

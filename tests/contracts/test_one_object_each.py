@@ -42,7 +42,6 @@ def finetune(images: Path, out: Path, *flags: str) -> dict[str, Any]:
     return report
 
 
-@pytest.mark.xfail(strict=True, reason="the settings still list the names of the methods a second time")
 def test_a_method_is_one_object(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     installed = []
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from medlore.data.images.reading import trees
+from medlore.data.images import trees
 from medlore.data.images.trees import ArchiveMember, FolderTree, ZipTree, read_member, tree_of
 from medlore.errors import DataError
 

@@ -18,14 +18,15 @@ import pytest
 from medlore.models.segmenter.vocabulary import default_vocabulary
 
 _RUN = """
-import json, resource, sys
+import json, sys
 from pathlib import Path
+from medlore.runs.report import peak_memory_bytes
 from medlore.segmenting.cohort import segment_cases
 from medlore.segmenting.settings import SegmentSettings
 values = json.loads(sys.argv[1])
 results = segment_cases(SegmentSettings(**values))
 case = json.loads((Path(values["out"]) / "ct" / "case.json").read_text()) if results["counts"]["done"] else results
-print(json.dumps({"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "case": case}))
+print(json.dumps({"peak": peak_memory_bytes(), "case": case}))
 """
 
 
@@ -129,7 +130,13 @@ def test_masks_do_not_depend_on_the_way_of_the_windows(tmp_path: Path, axis: int
     from medlore.segmenting.cohort import segment_cases
     from medlore.segmenting.settings import SegmentSettings
 
-    shape = (24, 100, 30) if axis == 1 else (30, 24, 100)
+    # the file's axes run along y, z and -x in the first case, so that another one of them is long
+    shape = {
+        ("original", 1): (24, 100, 30),
+        ("original", 2): (100, 24, 30),
+        ("processed", 1): (24, 100, 30),
+        ("processed", 2): (30, 24, 100),
+    }[grid, axis]
     values = write_case(tmp_path, shape, roi=(24, 24, 24)) | {"labels": ["liver", "spleen"], "overlap": 0.5, "grid": grid}
     affine = np.array([[0, 0, -1.1, 5], [0.9, 0, 0, 3], [0, 1, 0, 1], [0, 0, 0, 1]]) if grid == "original" else np.eye(4)
     array = nib.load(tmp_path / "ct.nii").get_fdata().astype(np.int16)  # a copy: the file is written anew

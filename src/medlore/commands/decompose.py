@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from medlore.commands.flags import Given, Output, command
 from medlore.runs.hardware import DeviceChoice
@@ -20,9 +20,7 @@ class DecomposeCall(Settings):
     steps: int | None = setting(None, "Optimiser steps of every student.", group=_OVERRIDES, ge=1)
     seed: int | None = setting(None, "Of everything that is drawn.", group=_OVERRIDES, ge=0)
     device: DeviceChoice | None = setting(None, "Where it runs.", group=_OVERRIDES)
-    only: Literal["teacher"] | None = setting(
-        None, "`teacher` trains the teacher alone; the same command without it goes on.", group=_SEGMENTERS
-    )
+    only: str | None = setting(None, "`teacher` trains the teacher alone; the same command without it goes on.", group=_SEGMENTERS)
     add_expert: str | None = setting(
         None, "Train an expert of this region and add it to --pack; all else stays as it is.", group=_SEGMENTERS
     )
@@ -47,6 +45,10 @@ def decompose(given: Given) -> None:
         run_on_screen(call.study, call.out, dry_run=call.dry_run, **how)
         return
     from medlore.commands.screens import decomposing_segmenters as screen
+    from medlore.errors import UnknownNameError
+
+    if call.only not in (None, "teacher"):
+        raise UnknownNameError("--only", call.only, ["teacher"], "leave it out for the whole study")
 
     if call.add_expert is None:
         _refuse({"--pack": call.pack}, "a run with --add-expert")

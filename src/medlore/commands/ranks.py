@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 from medlore.commands.flags import Given, Output, command
 from medlore.runs.settings import Settings, setting
@@ -36,9 +35,7 @@ class RanksSettings(Settings):
     rounding: str = setting("half-even", "half-even, half-up, floor or ceil.", group=_RULE)
     min_rank: int = setting(1, "Smallest rank of a layer.", group=_RULE)
     max_rank: int | None = setting(None, "Largest rank of a layer.", group=_RULE)
-    tower: Literal["auto", "vision", "text", "both"] = setting(
-        "auto", "Of an image-text model: vision, text or both; auto takes the image half.", group=_RULE
-    )
+    tower: str = setting("auto", "Of an image-text model: vision, text or both; auto takes the image half.", group=_RULE)
     ema: bool = setting(False, "Take the moving average of the weights from a torch file that holds both.", group=_RULE)
     any_weights: bool = setting(False, "Take a given plan although it was computed for other weights.", group=_RULE)
     seed: int = setting(0, "Of the random start vectors; the ranks do not depend on it.", group=_RULE)

@@ -217,13 +217,13 @@ def _segment_case(settings: SegmentSettings, model: SegmentingModel, case: Case,
         return {"state": "skipped", "folder": name}
     start = time.perf_counter()
     shape, affine = _grid_of(case, settings.affine_from)
-    model.planner.plan(shape, affine, routes, where=str(case.image), **_asked_of(settings, case))  # too large is said before it is read
+    # from the header: what is too large is said before it is read
+    plan = model.planner.plan(shape, affine, routes, where=str(case.image), **_asked_of(settings, case))
     most = model.planner.hardware.memory_bytes
     volume = read_volume(case.image, affine_from=settings.affine_from, frame=case.frame, series=case.series, most_bytes=most)
     read = time.perf_counter() - start
     if settings.dicom_seg and not volume.slices:  # before hours of work, not after them
         raise InputError(f"--dicom-seg: {case.image}", "an image that is not DICOM", "a DICOM series", "leave --dicom-seg out")
-    plan = model.plan(volume, routes, **_asked_of(settings, case))
     watcher.plan(name, plan)
     result = model.execute(
         plan, volume, routes, resample=settings.resample, on_window=lambda done, total: watcher.window(name, done, total)

@@ -29,7 +29,7 @@ def print_demo(result: DemoResult, *, as_json: bool) -> None:
     if as_json:
         print_json(_as_json(result))
         return
-    print_plan(result.plan, {})
+    print_plan(result.plan, {}, full=True)
     console = Console(highlight=False, soft_wrap=True)
     console.print()
     console.print(_table(result))
