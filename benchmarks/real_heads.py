@@ -79,7 +79,16 @@ def orient(data: Path, model: str) -> None:
 
 def section(told: dict[str, Any], command: str) -> str:
     """The section of docs/evidence.md: Dice, then volumes, stray parts and costs."""
-    methods = {name: entry["subjects"] for name, entry in told["methods"].items() if entry["subjects"]}
+    read = {name: entry["subjects"] for name, entry in told["methods"].items() if entry["subjects"]}
+    most = max(len(subjects) for subjects in read.values())
+    full = [set(subjects) for subjects in read.values() if len(subjects) >= most / 2]
+    common = set.intersection(*full)
+    methods = {
+        name if len(rows) >= most / 2 else f"({name})": {s: row for s, row in rows.items() if s in common}
+        if len(rows) >= most / 2
+        else rows
+        for name, rows in read.items()
+    }
     names = list(methods)
     lines = [
         HEADING,
@@ -90,7 +99,8 @@ def section(told: dict[str, Any], command: str) -> str:
         "on but the atlases (leave one out). Mean Dice over the subjects; the best of a row is bold. The manual cortex holds sulcal fluid:",
         "rows `without fluid` leave out what is darker than midway between ventricle and cortex. Grey matter is cortex, hippocampus,",
         "amygdala and deep nuclei but the pallidum; white matter holds pallidum, ventral diencephalon and brainstem. Raw numbers:",
-        "docs/results/real-heads.json.",
+        f"docs/results/real-heads.json. Means are over the {len(common)} subject(s) that all methods have; a method in brackets was read",
+        "on fewer (last table), and nothing of it is compared.",
         "",
         "| Dice | " + " | ".join(names) + " |",
         "|---" * (len(names) + 1) + "|",
@@ -102,7 +112,7 @@ def section(told: dict[str, Any], command: str) -> str:
     lines += ["| ml | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     lines += [_row(structure, methods, "stray_ml", "{:.1f}", spread=True) for structure in STRUCTURES]
     lines += ["", "| method | subjects | read | right and left confused | processor seconds | MiB |", "|---|---|---|---|---|---|"]
-    for name, subjects in methods.items():
+    for name, subjects in read.items():
         rows = list(subjects.values())
         sides = [row["confusion"] for row in rows if row["confusion"] is not None]
         confused = f"{100 * statistics.mean(sides):.2f} %" if sides else "no sides"
@@ -118,7 +128,8 @@ def _row(structure: str, methods: dict[str, Any], what: str, form: str, *, best:
         values = [row["scores"][structure][what] for row in subjects.values() if structure in row["scores"]]
         text = form.format(statistics.mean(values)) if values else ""
         cells.append((statistics.mean(values), text + (f"; {form.format(max(values))}" if spread else "")) if values else None)
-    top = max((cell[0] for cell in cells if cell is not None), default=None)
+    compared = [cell for cell, name in zip(cells, methods, strict=True) if cell is not None and not name.startswith("(")]
+    top = max((cell[0] for cell in compared), default=None)
     told = ["" if cell is None else f"**{cell[1]}**" if best and cell[0] == top else cell[1] for cell in cells]
     return f"| {structure} | " + " | ".join(told) + " |"
 
