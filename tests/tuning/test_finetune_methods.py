@@ -88,3 +88,22 @@ def test_a_card_that_was_changed_is_refused(vit: Path, tmp_path: Path) -> None:
 def test_a_path_of_glora_is_checked_with_the_other_settings() -> None:
     with pytest.raises(pydantic.ValidationError, match="C: 'scalar', known are lora, vector, none"):
         FinetuneSettings(method="glora", glora_path="lora,lora,scalar,vector,vector")
+
+
+def test_adalora_writes_a_checkpoint_before_its_first_pruning_and_goes_on_from_it(vit: Path, tmp_path: Path) -> None:
+    from medlore.training.watching import Watcher
+
+    class Stopped(Watcher):
+        def epoch(self, record: dict[str, Any]) -> None:
+            if record["epoch"] == 2:
+                raise KeyboardInterrupt
+
+    settings = FinetuneSettings(
+        model=str(vit), method="adalora", epochs=24, batch_size=6, shots=4, bootstrap=0, learning_rate=0.02, augment=False, rank=2
+    )  # two steps an epoch, and pruning begins after a tenth of them
+    parts = {"train": striped(12), "test": striped(6, seed=9)}
+    whole = finetune(settings, **parts)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(settings, tmp_path / "run", watcher=Stopped(), **parts)
+    resumed = finetune(settings, tmp_path / "run", resume=True, **parts)
+    assert np.array_equal(resumed.scores, whole.scores)  # type: ignore[arg-type]

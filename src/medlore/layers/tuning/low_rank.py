@@ -110,12 +110,13 @@ def adalora(model: nn.Module, request: Request) -> Tuning:
 
     def state() -> dict[str, Any]:
         # lora_E of pruned directions is zero in the trained tensors; the averages and the pattern decide what comes next
-        return {name: dict(getattr(allocator, name)) for name in kept} | {"rank_pattern": dict(tuned.peft_config["default"].rank_pattern)}
+        pattern = tuned.peft_config["default"].rank_pattern  # None before the first pruning
+        return {name: dict(getattr(allocator, name)) for name in kept} | {"rank_pattern": dict(pattern or {})}
 
     def restore(saved: dict[str, Any]) -> None:
         for name in kept:
             setattr(allocator, name, saved[name])
-        tuned.peft_config["default"].rank_pattern = saved["rank_pattern"]
+        tuned.peft_config["default"].rank_pattern = saved["rank_pattern"] or None
 
     def plain() -> dict[str, Factors]:
         found = {}
