@@ -46,7 +46,8 @@ def test_the_student_comes_near_the_teacher_in_all_its_losses(tmp_path: Path) ->
     trainer = trainer_of(tmp_path, 60)
     losses = [trainer.train_step() for _ in range(60)]
     for name, share in (("class", 0.6), ("patch", 0.95), ("relation", 0.75), ("label", 0.7)):
-        first, last = (np.mean([part[name] for part in group]) for group in (losses[:3], losses[-3:]))
+        # relations within a batch of few images differ much from batch to batch: a dozen of them
+        first, last = (np.mean([part[name] for part in group]) for group in (losses[:12], losses[-12:]))
         assert last < share * first, name
 
 
