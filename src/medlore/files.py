@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -238,12 +238,12 @@ def existing_file(path: str | Path, *, where: str = "") -> Path:
     return path
 
 
-def sha256_of(path: str | Path) -> str:
-    """Hex SHA-256 of a file, or of the names and contents of all files of a folder."""
+def sha256_of(path: str | Path, *, leave_out: Callable[[Path], bool] = lambda _: False) -> str:
+    """Hex SHA-256 of a file, or of the names and contents of all files of a folder but those to `leave_out`."""
     path = Path(path)
     digest = hashlib.sha256()
     if path.is_dir():
-        for item in sorted(p for p in path.rglob("*") if p.is_file()):
+        for item in sorted(p for p in path.rglob("*") if p.is_file() and not leave_out(p)):
             digest.update(os.fsencode(item.relative_to(path).as_posix()) + b"\0" + sha256_of(item).encode())
         return digest.hexdigest()
     with path.open("rb") as stream:
