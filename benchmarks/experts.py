@@ -329,9 +329,9 @@ def _measure_and_write(options: argparse.Namespace) -> None:
     from benchmarks._expert_page import refit, section
     from benchmarks._page import put_section
 
-    told = " ".join(f"--{name} {getattr(options, name)}" for name in ("threads", "clock", "repeats"))
+    flags = " ".join(f"--{name} {getattr(options, name)}" for name in ("threads", "clock", "repeats"))
     if options.all:
-        measured = {"command": f"python -m benchmarks.experts --all {told}", **describe_machine(), "rows": measure_all(options)}
+        measured = {"command": f"python -m benchmarks.experts --all {flags}", **describe_machine(), "rows": measure_all(options)}
         if options.json is not None:
             write_json(options.json, measured)
     elif options.json is not None:

@@ -195,8 +195,8 @@ def main(arguments: Sequence[str] = ()) -> None:
     clock = CLOCKS[options.clock]
     steps = measure_steps(options.repeats, clock) if options.only != "probe" else []
     probe = measure_probe(options.repeats, clock) if options.only != "step" else None
-    told = f"--repeats {options.repeats} --threads {options.threads} --clock {options.clock}"
-    text = section(f"python -m benchmarks.tuning_speed {told}", steps, probe)
+    flags = f"--repeats {options.repeats} --threads {options.threads} --clock {options.clock}"
+    text = section(f"python -m benchmarks.tuning_speed {flags}", steps, probe)
     print(text)
     if options.page is not None:
         put_section(options.page, text)

@@ -155,13 +155,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--every", type=int, default=1, help="of the kept voxels one in so many: a quicker, rougher fit")
     parser.add_argument("--again", default="", help="known labels whose rows are trained again, by comma")
     parser.add_argument("--out", type=Path, default=Path("runs/brain/prompts.safetensors"), help="the table")
-    told = parser.parse_args(argv)
-    if told.verb == "draw":
-        told.windows.mkdir(parents=True, exist_ok=True)
-        draw(told.pack, told.cases, told.windows, told.patches)
+    arguments = parser.parse_args(argv)
+    if arguments.verb == "draw":
+        arguments.windows.mkdir(parents=True, exist_ok=True)
+        draw(arguments.pack, arguments.cases, arguments.windows, arguments.patches)
     else:
-        again = [label for label in told.again.split(",") if label]
-        fit(told.pack, told.windows, told.out, passes=told.passes, rate=told.rate, again=again, every=told.every)
+        again = [label for label in arguments.again.split(",") if label]
+        fit(
+            arguments.pack,
+            arguments.windows,
+            arguments.out,
+            passes=arguments.passes,
+            rate=arguments.rate,
+            again=again,
+            every=arguments.every,
+        )
 
 
 if __name__ == "__main__":

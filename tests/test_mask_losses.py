@@ -47,7 +47,7 @@ def test_a_pair_that_does_not_count_takes_no_part_even_if_it_is_not_finite() -> 
     assert mask_loss(logits[:, :1], target[:, :1], torch.zeros(1, 1)).item() == 0
 
 
-def test_pairs_weigh_as_they_are_told() -> None:
+def test_pairs_weigh_as_they_are_reported() -> None:
     logits, target = torch.cat([mask(2.0, 2.0), mask(-1.0, -1.0)], dim=1), torch.ones(1, 2, 1, 1, 2, dtype=torch.bool)
     one, other = (mask_loss(logits[:, i : i + 1], target[:, :1], VALID) for i in (0, 1))
     torch.testing.assert_close(mask_loss(logits, target, torch.tensor([[3.0, 1.0]])), (3 * one + other) / 4)

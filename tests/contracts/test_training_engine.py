@@ -515,12 +515,12 @@ def test_every_kind_hands_its_settings_on() -> None:
     from medlore.decomposing.segmenters.training import Plan
     from medlore.tuning.training import Schedule as Epochs
 
-    told = {"learning_rate": 0.25, "weight_decay": 0.5, "clip": 0.125}
-    steps = {**told, "steps": 40, "warmup_fraction": 0.25}
+    values = {"learning_rate": 0.25, "weight_decay": 0.5, "clip": 0.125}
+    steps = {**values, "steps": 40, "warmup_fraction": 0.25}
     segmenters = ScheduleSettings(**steps, accumulate=3, ema=0.9, final_share=0.5)
     study = DecomposeSettings(name="x", tasks=[{"name": "a", "data": "a.npz"}], evaluate_every=8, **steps)  # type: ignore[list-item]
     found = {
-        "tuning": Epochs(epochs=4, warmup_fraction=0.25, patience=3, min_learning_rate=0.01, **told).in_steps(10),
+        "tuning": Epochs(epochs=4, warmup_fraction=0.25, patience=3, min_learning_rate=0.01, **values).in_steps(10),
         "segmenter": Plan(segmenters, LossSettings(), 0, "fp32", validate_every=8, log_every=7).in_steps(),
         "classifier": _Context(study, {}, None, Path(), None, None).plan(40, 0.25).schedule,  # type: ignore[arg-type]
         "pre-training": PretrainSettings(

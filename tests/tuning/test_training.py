@@ -42,7 +42,7 @@ def test_losses() -> None:
 
 
 class Recorder(Watcher):
-    """Remembers what a watcher is told; can pull the plug after an epoch."""
+    """Remembers what a watcher receives; can pull the plug after an epoch."""
 
     def __init__(self, stop_after: int | None = None) -> None:
         self.epochs: list[dict[str, Any]] = []

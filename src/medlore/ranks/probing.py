@@ -1,4 +1,4 @@
-"""Rows of a fused matrix told by trying: the attention module is called, and what each row does is looked at.
+"""Rows of a fused matrix identified by probing: the attention module is called, and what each row does is looked at.
 
 On a copy of the module with random weights and without biases, the numbers that the fused matrix gives are changed by hand:
 

@@ -195,12 +195,12 @@ def resampling_to(spacing_mm: Sequence[float], affine: Array, shape: Sequence[in
 
 
 def spacing_for(
-    told: Sequence[float] | Mapping[str, Sequence[float]], modality: str, *, where: str = "spacing_mm"
+    spacing: Sequence[float] | Mapping[str, Sequence[float]], modality: str, *, where: str = "spacing_mm"
 ) -> tuple[float, float, float]:
     """The spacing of a network's grid for a modality: three numbers for all, or a mapping modality -> three numbers.
 
     Args:
-        told: millimetres along x y z of the network's grid; a key `other` serves the modalities that are not named.
+        spacing: millimetres along x y z of the network's grid; a key `other` serves the modalities that are not named.
         modality: ct, mri, pet or us.
         where: name of the setting, for the error.
 
@@ -212,11 +212,11 @@ def spacing_for(
         ((1.0, 1.0, 1.0), (1.0, 1.0, 3.0))
     """
     accepted, fix = "three lengths in mm, or {ct: [3, 3, 3], mri: [1, 1, 1]}", "mend the preprocessing of the pack or the settings"
-    entry: Any = told
-    if isinstance(told, Mapping):
-        entry = told.get(modality, told.get("other"))
+    entry: Any = spacing
+    if isinstance(spacing, Mapping):
+        entry = spacing.get(modality, spacing.get("other"))
         if entry is None:
-            raise DataError(where, f"no spacing for {modality} (there is one for {', '.join(told) or 'nothing'})", accepted, fix)
+            raise DataError(where, f"no spacing for {modality} (there is one for {', '.join(spacing) or 'nothing'})", accepted, fix)
     try:
         x, y, z = (float(v) for v in entry)
     except (TypeError, ValueError) as error:

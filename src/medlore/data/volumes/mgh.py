@@ -30,7 +30,7 @@ def read_mgh(path: str | Path, *, frame: int | None = None, most_bytes: int | No
     """Read a .mgz or .mgh file.
 
     Args:
-        path: the file; compression is told by its first bytes, not by its name.
+        path: the file; compression is recognised by its first bytes, not by its name.
         frame: which volume, from 0, where there are several.
         most_bytes: voxels that need more than this are refused before they are read.
 
@@ -51,7 +51,7 @@ def read_mgh_grid(path: str | Path) -> tuple[Shape, Array]:
     """Shape and affine, from the header alone.
 
     Raises:
-        DataError: as `read_mgh`, as far as the header tells.
+        DataError: as `read_mgh`, as far as the header shows.
     """
     path = existing_file(path)
     with unpacked(path) as stream:

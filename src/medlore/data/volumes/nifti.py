@@ -74,7 +74,7 @@ def read_nifti(path: str | Path, *, affine_from: AffineChoice = "auto", frame: i
     """Read a .nii or .nii.gz file (either byte order, NIfTI-1 or -2).
 
     Args:
-        path: the file; compression is told by its first bytes, not by its name.
+        path: the file; compression is recognised by its first bytes, not by its name.
         affine_from: which matrix to believe; `auto` takes the sform, else the qform, and refuses two that contradict each other.
         frame: which volume of a 4D file, from 0; only its voxels are held.
         most_bytes: voxels that need more than this are refused before they are read.
@@ -100,7 +100,7 @@ def read_grid(path: str | Path, *, affine_from: AffineChoice = "auto", frame: in
     """Shape and affine of a NIfTI file, from its first bytes alone; of any one volume where there are several.
 
     Raises:
-        DataError: as `read_nifti`, as far as the header tells.
+        DataError: as `read_nifti`, as far as the header shows.
     """
     path = existing_file(path)
     header = read_header(path)
@@ -271,7 +271,7 @@ def _says_more(path: Path) -> bool:
 
 
 def is_nifti(head: bytes) -> bool:
-    """Whether these are the first bytes of a NIfTI file, told by the size that it says of its header."""
+    """Whether these are the first bytes of a NIfTI file, recognised by the header size that they state."""
     return any(size in (int.from_bytes(head[:4], "little"), int.from_bytes(head[:4], "big")) for size in (348, 540))
 
 

@@ -95,7 +95,7 @@ def read_part(stream: IO[bytes], part: Part, path: Path, *, begun: bytes = b"") 
 
 
 def check_end(stream: IO[bytes]) -> None:
-    """Read a little beyond the voxels: a packed file whose voxels end it tells now whether its checksum is right.
+    """Read a little beyond the voxels: a compressed file that ends with its voxels shows now whether its checksum is right.
 
     Raises:
         OSError, EOFError or the unpacker's own: it is not.

@@ -87,7 +87,7 @@ def _read_task(task: TaskSettings, preprocessing: Preprocessing, *, folder: Path
 
 
 def fingerprint(task: Task) -> str:
-    """What tells one task's data from another's: classes, and pixels and labels of the parts that are trained and selected on."""
+    """What distinguishes one task's data from another's: classes, and pixels and labels of the parts that are trained and selected on."""
     digest = hashlib.sha256(repr((task.classes, task.kind)).encode())
     for part in (task.train, task.validation):
         for tensor in (part.images, part.targets):

@@ -122,7 +122,7 @@ def cohort_of(cohort: Cohort, region: str, bundle: SegmenterBundle) -> Cohort:
 
 
 def regions_of_prompts(bundle: SegmenterBundle) -> dict[str, str]:
-    """`modality/label` -> region of the prompts in a pack's table, as far as vocabulary and pack tell them."""
+    """`modality/label` -> region of the prompts in a pack's table, as far as vocabulary and pack record them."""
     known: dict[str, str] = {entry.key: entry.region for entry in default_vocabulary().entries()}
     known |= bundle.preprocessing.get("label_regions", {})
     return {key: known[key] for key in (bundle.prompts.keys if bundle.prompts else ()) if key in known}
