@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from medlore.files import read_json, write_json
 from medlore.layers.experts import layer as expert_module
-from medlore.layers.experts.call import Job
+from medlore.layers.experts.call import LayerCall
 from medlore.layers.experts.dispatch import Form, choose_form, load_of
 from medlore.layers.experts.layer import ExpertLayer, expert_layer
 from medlore.layers.experts.routing import route
@@ -109,7 +109,7 @@ def variants(
 ) -> dict[str, Callable[[], Tensor]]:
     """Name -> one forward pass; what the cost model saw and chose is put into `noted`."""
 
-    def note(job: Job) -> Form:
+    def note(job: LayerCall) -> Form:
         chosen = choose_form(job)
         if noted is not None:
             noted.update(form=chosen, load=asdict(load_of(job)))

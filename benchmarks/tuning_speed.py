@@ -32,7 +32,7 @@ from medlore.layers.tuning.low_rank import quiet_peft
 from medlore.training.accelerator import make_accelerator
 from medlore.training.watching import Watchers
 from medlore.tuning.examples import feature_examples
-from medlore.tuning.training import Examples, Schedule, Trainer
+from medlore.tuning.training import EpochSchedule, Examples, Trainer
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 TITLE = "## The cost of a tuning step"
@@ -148,7 +148,7 @@ def measure_probe(repeats: int, clock: Callable[[], float], *, images: int = 8) 
 def one_epoch(model: nn.Module, examples: Examples, accelerator: Any) -> None:
     """One epoch of the trainer that `medlore finetune` uses."""
     tuning = Tuning(model, "weights", lambda _folder: None, lambda: model)
-    schedule = Schedule(epochs=1, batch_size=4, learning_rate=1e-2)
+    schedule = EpochSchedule(epochs=1, batch_size=4, learning_rate=1e-2)
     trainer = Trainer(tuning, "single", schedule, accelerator, judge=lambda _targets, _scores: 0.0, watcher=Watchers([]))
     trainer.fit(examples, None)
 

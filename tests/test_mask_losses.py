@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from medlore.decomposing.segmenters.batches import Batch
-from medlore.decomposing.segmenters.settings import LossSettings
+from medlore.decomposing.segmenters.settings import SegmenterLossSettings
 from medlore.decomposing.segmenters.training import loss_terms
 from medlore.losses import DEEP_WEIGHTS, deep_mask_loss, mask_distillation, mask_loss, nearest_mask
 
@@ -102,8 +102,8 @@ def test_no_gradient_reaches_the_teacher_and_one_reaches_the_student() -> None:
 def test_the_terms_are_weighed_as_the_study_says() -> None:
     batch = Batch(torch.zeros(1, 1, 1, 1, 2), mask(1, 0).bool(), torch.zeros(1, 1).long(), VALID, ("brain",), ("case",))
     logits, taught = mask(0.5, -0.5), mask(2.0, 1.0)
-    terms = loss_terms([logits], batch, LossSettings(bce=0.5, dice=2.0, distillation=0.3, temperature=2.0), taught)
+    terms = loss_terms([logits], batch, SegmenterLossSettings(bce=0.5, dice=2.0, distillation=0.3, temperature=2.0), taught)
     torch.testing.assert_close(terms["masks"], mask_loss(logits, batch.targets, VALID, bce=0.5, dice=2.0))
     torch.testing.assert_close(terms["distillation"], 0.3 * mask_distillation(logits, taught, VALID, temperature=2.0))
     assert terms.keys() == {"masks", "distillation"}
-    assert loss_terms([logits], batch, LossSettings()).keys() == {"masks"}
+    assert loss_terms([logits], batch, SegmenterLossSettings()).keys() == {"masks"}

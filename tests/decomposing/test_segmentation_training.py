@@ -14,11 +14,11 @@ from medlore.data.volumes.cases import Case
 from medlore.data.volumes.synthesis import SynthesisRules
 from medlore.decomposing.segmenters.batches import PatchSampler, batches_ahead, make_sampler
 from medlore.decomposing.segmenters.cohort import Cohort, read_cohort, with_split
-from medlore.decomposing.segmenters.context import Job, StudyContext, settings_rules, silent
+from medlore.decomposing.segmenters.context import NetworkJob, StudyContext, settings_rules, silent
 from medlore.decomposing.segmenters.few_shot import FewShotSettings, _TunedSegmenter
 from medlore.decomposing.segmenters.network import PromptedSegmenter, new_prompts
-from medlore.decomposing.segmenters.settings import LossSettings, ScheduleSettings, SegmentationSettings
-from medlore.decomposing.segmenters.training import Plan, train_segmenter
+from medlore.decomposing.segmenters.settings import ScheduleSettings, SegmentationSettings, SegmenterLossSettings
+from medlore.decomposing.segmenters.training import SegmenterTrainingPlan, train_segmenter
 from medlore.decomposing.segmenters.validation import WindowSettings, make_validation
 from medlore.errors import InputError, StepError
 from medlore.layers.experts.surgery import install_experts
@@ -50,8 +50,10 @@ def network_of(study: tuple[SegmentationSettings, Cohort], *, dropout: float = 0
     return PromptedSegmenter(model, new_prompts(len(cohort.keys), 16, seed=0), learn_prompts=True)
 
 
-def plan_of(schedule: ScheduleSettings = SCHEDULE, *, minutes: float = 0.0) -> Plan:
-    return Plan(schedule, LossSettings(), seed=5, precision="fp32", validate_every=2, checkpoint_minutes=minutes, log_every=3)
+def plan_of(schedule: ScheduleSettings = SCHEDULE, *, minutes: float = 0.0) -> SegmenterTrainingPlan:
+    return SegmenterTrainingPlan(
+        schedule, SegmenterLossSettings(), seed=5, precision="fp32", validate_every=2, checkpoint_minutes=minutes, log_every=3
+    )
 
 
 class KilledError(Exception):
@@ -157,7 +159,7 @@ def test_labels_that_go_to_another_expert_make_another_network(study: tuple[Segm
     context = StudyContext(settings, cohort, tmp_path, make_accelerator("cpu", "fp32"), silent)
 
     def identity(data: Cohort, *, by_region: bool) -> str:
-        return context.identity(Job("any", SCHEDULE, data, ("student", "experts"), by_region=by_region))
+        return context.identity(NetworkJob("any", SCHEDULE, data, ("student", "experts"), by_region=by_region))
 
     moved = replace(cohort, prompts=swapped)
     assert moved.keys == cohort.keys

@@ -116,9 +116,9 @@ class ModuleSource(WeightSource):
 
     def orders(self) -> Orders | None:
         """By calling the attention modules; see `probing`."""
-        from medlore.ranks.probing import Probe
+        from medlore.ranks.probing import FusedRowProbe
 
-        return None if self.is_meta else Probe(self.model)
+        return None if self.is_meta else FusedRowProbe(self.model)
 
     def _read(self, raw_name: str) -> Tensor:
         return self._scales[raw_name] if raw_name in self._scales else self._tensors[raw_name]

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 State = Literal["done", "skipped", "failed"]
 
 
-class Watcher(Protocol):
+class CohortWatcher(Protocol):
     """Receives the progress of a run."""
 
     def plan(self, name: str, plan: CasePlan) -> None:
@@ -88,7 +88,7 @@ def collect_cases(settings: SegmentSettings) -> list[Case]:
     return [Case(image, settings.labels, modality) for image in images]
 
 
-def segment_cases(settings: SegmentSettings, *, watcher: Watcher | None = None) -> dict[str, Any]:
+def segment_cases(settings: SegmentSettings, *, watcher: CohortWatcher | None = None) -> dict[str, Any]:
     """Segment a cohort; returns what `report.json` says under `results`.
 
     Raises:
@@ -189,7 +189,7 @@ def _asked_of(settings: SegmentSettings, case: Case) -> dict[str, Any]:
     return {"orientation_code": case.orientation_code or settings.orientation_code, "grid": settings.grid}
 
 
-def segment_case(settings: SegmentSettings, model: SegmentingModel, case: Case, name: str, watcher: Watcher) -> dict[str, Any]:
+def segment_case(settings: SegmentSettings, model: SegmentingModel, case: Case, name: str, watcher: CohortWatcher) -> dict[str, Any]:
     """One case, from the file to its folder; never raises for a fault of the case."""
     start = time.perf_counter()
     entry: dict[str, Any] = {"name": name, "image": str(case.image), "line": case.line or None}
@@ -204,7 +204,7 @@ def segment_case(settings: SegmentSettings, model: SegmentingModel, case: Case, 
     return entry | {"seconds": round(time.perf_counter() - start, 3)}
 
 
-def _segment_case(settings: SegmentSettings, model: SegmentingModel, case: Case, name: str, watcher: Watcher) -> dict[str, Any]:
+def _segment_case(settings: SegmentSettings, model: SegmentingModel, case: Case, name: str, watcher: CohortWatcher) -> dict[str, Any]:
     from medlore.data.volumes.preparation import read_volume
     from medlore.segmenting.outputs import write_outputs
 
@@ -264,7 +264,7 @@ def _entries(
     model: SegmentingModel | None,
     cases: Sequence[Case],
     names: Sequence[str],
-    watcher: Watcher,
+    watcher: CohortWatcher,
 ) -> Generator[dict[str, Any], None, None]:
     """Entries of the report as cases finish."""
     if model is not None:

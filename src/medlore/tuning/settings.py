@@ -22,7 +22,7 @@ from medlore.runs.hardware import DeviceChoice, Precision
 from medlore.runs.settings import Idle, Settings, Subject, known_name, setting
 
 if TYPE_CHECKING:
-    from medlore.tuning.training import Schedule
+    from medlore.tuning.training import EpochSchedule
 
 METHOD_GROUP = "Method and ranks"
 
@@ -298,11 +298,11 @@ class FinetuneSettings(Settings):
         values: Mapping[str, Any] = self.options.flat()  # type: ignore[attr-defined]
         return values
 
-    def schedule(self) -> Schedule:
+    def schedule(self) -> EpochSchedule:
         """How long and how fast."""
-        from medlore.tuning.training import Schedule
+        from medlore.tuning.training import EpochSchedule
 
         values = self.training.flat()
         if values["learning_rate"] is None:
             values["learning_rate"] = self.way().learning_rate
-        return Schedule(**values)
+        return EpochSchedule(**values)

@@ -11,7 +11,7 @@ from nibabel.freesurfer.mghformat import MGHHeader
 
 from medlore.data.volumes.geometry import Array, Shape, check_affine
 from medlore.data.volumes.nifti import Volume, header_for
-from medlore.data.volumes.voxel_bytes import Part, as_voxels, check_end, check_promise, is_gzip, part_of, read_part, unpacked
+from medlore.data.volumes.voxel_bytes import VoxelRange, as_voxels, check_end, check_promise, is_gzip, part_of, read_part, unpacked
 from medlore.errors import DataError
 from medlore.files import existing_file
 
@@ -59,7 +59,7 @@ def read_mgh_grid(path: str | Path) -> tuple[Shape, Array]:
     return part.shape, affine
 
 
-def _header_of(head: bytes, frame: int | None, path: Path) -> tuple[np.dtype[Any], Part, int, Array]:
+def _header_of(head: bytes, frame: int | None, path: Path) -> tuple[np.dtype[Any], VoxelRange, int, Array]:
     """Type of the voxels, which are meant, bytes of all of them, and the affine."""
     if len(head) < _HEAD or not is_mgh(head):
         raise DataError(str(path), "not MGH", "a .mgz or .mgh file of FreeSurfer", "name an image, or convert it")

@@ -23,7 +23,7 @@ from nibabel.spatialimages import HeaderDataError
 from medlore.data.volumes.geometry import Array, Shape, check_affine, spacing_of
 from medlore.data.volumes.gzip_writer import GzipWriter
 from medlore.data.volumes.nifti_affine import AffineChoice, affine_of
-from medlore.data.volumes.voxel_bytes import Part, as_voxels, check_end, check_promise, is_gzip, part_of, read_part, unpacked
+from medlore.data.volumes.voxel_bytes import VoxelRange, as_voxels, check_end, check_promise, is_gzip, part_of, read_part, unpacked
 from medlore.errors import DataError, StepError
 from medlore.files import atomic_path, existing_file
 
@@ -290,7 +290,7 @@ def _parse_header(head: bytes, path: Path) -> Any:
     raise DataError(str(path), f"not NIfTI: {kind_of_file}", "a NIfTI file", "name an image, or convert it")
 
 
-def _part_of(header: Any, frame: int | None, path: Path) -> Part:
+def _part_of(header: Any, frame: int | None, path: Path) -> VoxelRange:
     """Which bytes of the unpacked file are the volume that is meant; everything else is refused, from the header alone."""
     shape = tuple(int(n) for n in header.get_data_shape())
     kind = header.get_data_dtype()
@@ -303,7 +303,7 @@ def _part_of(header: Any, frame: int | None, path: Path) -> Part:
     return part_of(shape, frame, start=int(offset), itemsize=int(kind.itemsize), path=path)
 
 
-def _check_sizes(header: Any, part: Part, path: Path, most_bytes: int | None) -> None:
+def _check_sizes(header: Any, part: VoxelRange, path: Path, most_bytes: int | None) -> None:
     """Refuse what cannot be in the file, or in memory, before any is taken."""
     shape, kind = tuple(int(n) for n in header.get_data_shape()), header.get_data_dtype()
     size = int(header["vox_offset"]) + math.prod(shape) * int(kind.itemsize)

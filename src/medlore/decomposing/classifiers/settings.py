@@ -52,7 +52,7 @@ class TaskSettings(Settings):
         return name
 
 
-class TeacherSettings(Settings):
+class ClassifierTeacherSettings(Settings):
     """The foundation model."""
 
     source: str = setting(
@@ -63,7 +63,7 @@ class TeacherSettings(Settings):
     learning_rate: float = setting(1e-3, "Peak of the schedule.", gt=0)
 
 
-class StudentSettings(Settings):
+class ClassifierStudentSettings(Settings):
     """The light network that experts are installed in; see `medlore.models.backbones.students.build_student`."""
 
     kind: StudentKind = setting("shufflenet", "Architecture.")
@@ -87,7 +87,7 @@ class RankSettings(Settings):
     layout: Layout = setting("channel", "`channel` (PEFT's) or `interleaved` (LoRKD's).")
 
 
-class LossSettings(Settings):
+class ClassifierLossSettings(Settings):
     """Weights of the terms; a weight of zero skips the term and its cost."""
 
     beta: float = setting(0.5, "Of T² KL(teacher ‖ student) on the logits.", ge=0)
@@ -102,10 +102,10 @@ class DecomposeSettings(Settings):
     name: str = setting(..., "Of the pack.", decides=False)
     image_size: int = setting(64, "Side of the input in pixels.", ge=16, le=2048)
     tasks: tuple[TaskSettings, ...] = setting(..., "At least one.", min_length=1)
-    teacher: TeacherSettings | None = setting(TeacherSettings(), "None trains the student without distillation.")
-    student: StudentSettings = setting(StudentSettings(), "The light network.")
+    teacher: ClassifierTeacherSettings | None = setting(ClassifierTeacherSettings(), "None trains the student without distillation.")
+    student: ClassifierStudentSettings = setting(ClassifierStudentSettings(), "The light network.")
     ranks: RankSettings = setting(RankSettings(), "How much rank each expert gets.", decides=_STUDENTS)
-    loss: LossSettings = setting(LossSettings(), "Weights of the terms.", decides=_STUDENTS)
+    loss: ClassifierLossSettings = setting(ClassifierLossSettings(), "Weights of the terms.", decides=_STUDENTS)
     variants: tuple[Variant, ...] = setting(
         ("teacher", "experts", "shared", "shared-distilled", "single"),
         "Which networks to train and report beside the student with experts; `experts-RULE` has another rule of ranks than the pack.",

@@ -108,7 +108,7 @@ class ScheduleSettings(Settings):
     ema: float | None = setting(None, "Decay of the averaged weights that are kept instead of the last ones; default none.", gt=0, lt=1)
 
 
-class TeacherSettings(ScheduleSettings):
+class SegmenterTeacherSettings(ScheduleSettings):
     """The network that is decomposed. Paths start from the folder of the study file."""
 
     source: str | None = setting(None, "A pack or a published file (SAT, LoRKD), taken as it is; else one is trained here, of these sizes.")
@@ -120,7 +120,7 @@ class TeacherSettings(ScheduleSettings):
     )
 
 
-class StudentSettings(ScheduleSettings):
+class SegmenterStudentSettings(ScheduleSettings):
     """The light network that experts are installed in."""
 
     sizes: SizeSettings = setting(SizeSettings(features=(8, 16, 32, 64, 128)), "Prompts keep the teacher's width.")
@@ -144,7 +144,7 @@ class ExpertSettings(Settings):
     layout: Layout = setting("channel", "`channel` (PEFT's) or `interleaved` (LoRKD's).")
 
 
-class LossSettings(Settings):
+class SegmenterLossSettings(Settings):
     """Weights of the terms; a weight of zero skips the term and its cost. A teacher is not taught."""
 
     bce: float = setting(1.0, "Of the cross-entropy.", ge=0)
@@ -168,10 +168,10 @@ class SegmentationSettings(Settings):
     patches: dict[str, Any] = setting({}, "Rules of drawing and augmenting a patch; see PatchRules.")
     synthesis: dict[str, Any] = setting({}, "Rules of images that are made from label maps; see SynthesisRules.")
     preprocessing: dict[str, Any] = setting({}, "Constants that the pack carries; laid over the defaults.", decides=False)
-    teacher: TeacherSettings = setting(TeacherSettings(), "The network that is decomposed.", decides=("teacher",))
-    student: StudentSettings = setting(StudentSettings(), "The light network.", decides=("student",))
+    teacher: SegmenterTeacherSettings = setting(SegmenterTeacherSettings(), "The network that is decomposed.", decides=("teacher",))
+    student: SegmenterStudentSettings = setting(SegmenterStudentSettings(), "The light network.", decides=("student",))
     experts: ExpertSettings = setting(ExpertSettings(), "One expert a region.", decides=("experts",))
-    loss: LossSettings = setting(LossSettings(), "Weights of the terms.")
+    loss: SegmenterLossSettings = setting(SegmenterLossSettings(), "Weights of the terms.")
     batches: BatchMode = setting("mixed", "`mixed` regions in a batch, or one `region` a batch.")
     variants: tuple[Variant, ...] = setting(
         ("teacher", "shared", "experts"),
