@@ -38,7 +38,7 @@ def browser_path() -> str | None:
 
 
 class Tab:
-    """One tab, message what to do in the words of the DevTools protocol."""
+    """One tab, driven through the DevTools protocol."""
 
     def __init__(self, write: int, read: int) -> None:
         self._write, self._read, self._buffer, self._number = write, read, b"", 0

@@ -90,8 +90,9 @@ def _tuning() -> Kind:
 
 
 def _pretraining() -> Kind:
-    from maintenance.pretrain import PretrainSettings, PretrainTask
+    from maintenance.pretrain import PretrainTask
     from maintenance.pretrain_images import LabelledImages
+    from maintenance.pretrain_settings import PretrainSettings
 
     settings = PretrainSettings(
         archives=("colours.zip",), image_size=16, width=16, depth=1, heads=2, mlp_width=16, steps=STEPS, batch_size=8, kept_patches=3,

@@ -507,7 +507,7 @@ def test_programs_of_the_maintainers_train_through_the_engine(program: str) -> N
 
 
 def test_every_kind_hands_its_settings_on() -> None:
-    from maintenance.pretrain import PretrainSettings
+    from maintenance.pretrain_settings import PretrainSettings
 
     from medlore.decomposing.classifiers.settings import DecomposeSettings
     from medlore.decomposing.classifiers.study import _Context

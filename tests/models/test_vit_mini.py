@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from maintenance.pretrain import PretrainSettings, build_vit
+from maintenance.pretrain_network import build_vit
+from maintenance.pretrain_settings import PretrainSettings
 from maintenance.transfer import measure_transfer
 
 from medlore.assets import asset_path

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from medlore.data.volumes.geometry import Array, Crop, GridPath, Shape, Taps, bounding_box
+from medlore.data.volumes.geometry import Array, Crop, GridPath, Shape, bounding_box
 from medlore.data.volumes.intensity import finite_values
+from medlore.data.volumes.interpolation import Taps
 from medlore.data.volumes.preparation import PackedMasks, Prepared
 from medlore.data.volumes.tissue_mixture import ANY_TISSUE, TissueMixture, fit_mixture
 
