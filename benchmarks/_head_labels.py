@@ -130,16 +130,16 @@ def scores(head: Head, answer: Callable[[str], Array | None]) -> dict[str, dict[
         answer: structure -> Boolean mask, None where the method does not know it.
     """
     voxel_ml = float(abs(np.linalg.det(head.volume.affine[:3, :3])) / 1000)
-    told = {}
+    records = {}
     for name, truth in head.truths().items():
         mask = answer(DRY.get(name, name))
         if mask is not None:
-            told[name] = {
+            records[name] = {
                 "dice": round(dice(mask, truth), 4),
                 "volume_ratio": round(float(mask.sum() / max(truth.sum(), 1)), 4),
                 "stray_ml": round(stray(mask, truth, voxel_ml), 3),
             }
-    return told
+    return records
 
 
 def confusion(head: Head, sided: Mapping[str, tuple[Array, Array]]) -> float | None:

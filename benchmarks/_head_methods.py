@@ -161,7 +161,7 @@ def meshnet_method(folder: Path) -> Method:
 
 
 def masks_of_classes(labels: Array, names: Sequence[str]) -> Iterable[tuple[str, Array]]:
-    """Structure -> mask of a MeshNet's classes; a brain is told only by a network that tells its parts."""
+    """Structure -> mask of a MeshNet's classes; only a network that finds its parts yields a brain."""
     members: dict[str, list[int]] = {}
     for value, name in enumerate(names):
         structure = "cerebral cortex" if name.startswith("ctx-") else _MESHNET_NAMES.get(name)

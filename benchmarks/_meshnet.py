@@ -44,14 +44,14 @@ class Layer:
 
 def read_meshnet(folder: Path) -> tuple[list[Layer], list[str]]:
     """Layers and class names of a model folder."""
-    told = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    model = json.loads((folder / "model.json").read_text(encoding="utf-8"))
     numbers = np.frombuffer((folder / "model.bin").read_bytes(), "<f4")
     weights, at = {}, 0
-    for entry in (w for group in told["weightsManifest"] for w in group["weights"]):
+    for entry in (w for group in model["weightsManifest"] for w in group["weights"]):
         size = int(np.prod(entry["shape"]))
         weights[entry["name"]] = torch.from_numpy(numbers[at : at + size].reshape(entry["shape"]).copy())
         at += size
-    convolutions = [c["config"] for c in told["modelTopology"]["model_config"]["config"]["layers"] if c["class_name"] == "Conv3D"]
+    convolutions = [c["config"] for c in model["modelTopology"]["model_config"]["config"]["layers"] if c["class_name"] == "Conv3D"]
     layers = [
         Layer(weights[f"{c['name']}/kernel"].permute(4, 3, 0, 1, 2).contiguous(), weights[f"{c['name']}/bias"], c["dilation_rate"][0])
         for c in convolutions

@@ -62,10 +62,10 @@ def read_rules(path: Path | None) -> list[Rule]:
 def flat_record(steps: Mapping[str, Any]) -> Flat:
     """Commands and files of a record, side by side; what became volatile after it was recorded is left out."""
     found: Flat = {}
-    for step, told in steps.items():
-        for label, command in told["commands"].items():
+    for step, record in steps.items():
+        for label, command in record["commands"].items():
             found[step, f"$ {label}"] = {"exit status": command["status"], **_steady(command["stdout"])}
-        for name, values in told["files"].items():
+        for name, values in record["files"].items():
             found[step, name] = _steady(values)
     return found
 

@@ -45,7 +45,7 @@ class Step:
         Args:
             label: name of the command in the record.
             arguments: of the command line.
-            status: expected; another one is kept and told.
+            status: expected; another one is kept and reported.
             kill: kill it at its first checkpoint; nothing of it is kept but its files.
             module: program.
             root: folder whose packages it needs beside medlore.

@@ -144,22 +144,22 @@ def measured(model: LoadedSegmenter, folder: Path) -> dict[str, dict[str, float]
     """Head -> label -> Dice, and seconds of the processor."""
     values = {name: list(codes) for name, codes in read_json(folder / "truth.json").items()}
     known = model.labels("mri")
-    told: dict[str, dict[str, float]] = {}
+    scores: dict[str, dict[str, float]] = {}
     for name in HEADS:
         image_file, labels_file = files_of(folder, name)
         volume, codes = read_volume(image_file), np.asarray(np.rint(read_volume(labels_file).array), np.int32)
         began = time.process_time()
         labels = [label for label in values if label in known]
         found = model.segment(volume, labels, modality="mri")
-        told[name] = {"seconds": time.process_time() - began}
-        told[name] |= {label: dice(found[label], np.isin(codes, values[label])) for label in labels}
-        sys.stderr.write(f"{name}: " + ", ".join(f"{k} {v:.3f}" for k, v in told[name].items()) + "\n")
+        scores[name] = {"seconds": time.process_time() - began}
+        scores[name] |= {label: dice(found[label], np.isin(codes, values[label])) for label in labels}
+        sys.stderr.write(f"{name}: " + ", ".join(f"{k} {v:.3f}" for k, v in scores[name].items()) + "\n")
     template = read_volume(template_file())
     truths = {label: truth for label in ("grey matter", "white matter") if (truth := tissue_truth(label)) is not None}
     if set(truths) <= set(known):
         found = model.segment(template, list(truths), modality="mri")
-        told["ICBM152"] = {label: dice(found[label], truth) for label, truth in truths.items()}
-    return told
+        scores["ICBM152"] = {label: dice(found[label], truth) for label, truth in truths.items()}
+    return scores
 
 
 def finder_table(model: LoadedSegmenter, folder: Path) -> str:
@@ -185,14 +185,14 @@ def section(results: dict[str, dict[str, dict[str, float]]], command: str) -> st
     """The section of docs/evidence.md: one table a pack, a column a head."""
     lines = [HEADING, "", f"    {command}", ""]
     lines += ["Dice on the grid of the file. Heads are drawn from a label map that no training saw; ICBM152 is the real template.", ""]
-    for pack, told in results.items():
-        heads = list(told)
-        labels = list(dict.fromkeys(label for row in told.values() for label in row if label != "seconds"))
+    for pack, scores in results.items():
+        heads = list(scores)
+        labels = list(dict.fromkeys(label for row in scores.values() for label in row if label != "seconds"))
         lines += [f"| {pack} | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
         lines += [
-            f"| {label} | " + " | ".join(f"{told[h][label]:.3f}" if label in told[h] else "" for h in heads) + " |" for label in labels
+            f"| {label} | " + " | ".join(f"{scores[h][label]:.3f}" if label in scores[h] else "" for h in heads) + " |" for label in labels
         ]
-        lines += ["| mean | " + " | ".join(f"{np.mean([v for k, v in told[h].items() if k != 'seconds']):.3f}" for h in heads) + " |", ""]
+        lines += ["| mean | " + " | ".join(f"{np.mean([v for k, v in scores[h].items() if k != 'seconds']):.3f}" for h in heads) + " |", ""]
     return "\n".join(lines)
 
 
@@ -210,16 +210,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     finder = verbs.add_parser("finder", help="measure a first pass")
     finder.add_argument("pack", help="pack folder or medlore:NAME")
     finder.add_argument("--heads", type=Path, default=Path("runs/development"), help="folder of the heads")
-    told = parser.parse_args(argv)
-    if told.verb == "finder":
-        sys.stdout.write(finder_table(load_segmenter(told.pack), told.heads))
+    arguments = parser.parse_args(argv)
+    if arguments.verb == "finder":
+        sys.stdout.write(finder_table(load_segmenter(arguments.pack), arguments.heads))
         return
-    if told.verb == "write":
-        write_heads(told.data, told.out, truths_of(runpy.run_path("studies/seg_mini_brain_cases.py")))
+    if arguments.verb == "write":
+        write_heads(arguments.data, arguments.out, truths_of(runpy.run_path("studies/seg_mini_brain_cases.py")))
         return
-    results = {pack: measured(load_segmenter(pack), told.heads) for pack in told.packs}
-    text = section(results, f"python -m benchmarks.development_heads table {' '.join(told.packs)} --heads runs/development")
-    sys.stdout.write(text) if told.page is None else put_section(told.page, text)
+    results = {pack: measured(load_segmenter(pack), arguments.heads) for pack in arguments.packs}
+    text = section(results, f"python -m benchmarks.development_heads table {' '.join(arguments.packs)} --heads runs/development")
+    sys.stdout.write(text) if arguments.page is None else put_section(arguments.page, text)
 
 
 if __name__ == "__main__":

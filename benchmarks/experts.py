@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from medlore.files import read_json, write_json
 from medlore.layers.experts import layer as expert_module
-from medlore.layers.experts.call import Job
+from medlore.layers.experts.call import LayerCall
 from medlore.layers.experts.dispatch import Form, choose_form, load_of
 from medlore.layers.experts.layer import ExpertLayer, expert_layer
 from medlore.layers.experts.routing import route
@@ -109,7 +109,7 @@ def variants(
 ) -> dict[str, Callable[[], Tensor]]:
     """Name -> one forward pass; what the cost model saw and chose is put into `noted`."""
 
-    def note(job: Job) -> Form:
+    def note(job: LayerCall) -> Form:
         chosen = choose_form(job)
         if noted is not None:
             noted.update(form=chosen, load=asdict(load_of(job)))
@@ -329,9 +329,9 @@ def _measure_and_write(options: argparse.Namespace) -> None:
     from benchmarks._expert_page import refit, section
     from benchmarks._page import put_section
 
-    told = " ".join(f"--{name} {getattr(options, name)}" for name in ("threads", "clock", "repeats"))
+    flags = " ".join(f"--{name} {getattr(options, name)}" for name in ("threads", "clock", "repeats"))
     if options.all:
-        measured = {"command": f"python -m benchmarks.experts --all {told}", **describe_machine(), "rows": measure_all(options)}
+        measured = {"command": f"python -m benchmarks.experts --all {flags}", **describe_machine(), "rows": measure_all(options)}
         if options.json is not None:
             write_json(options.json, measured)
     elif options.json is not None:

@@ -199,7 +199,7 @@ def _verdict(verdicts: Sequence[tuple[str, int, Standing]]) -> list[str]:
 
 def _decided(difference: DrawMean | None) -> bool:
     """Whether zero is left out by at least three draws: two can agree by chance to the last test image."""
-    return difference is not None and difference.draws >= 3 and difference.apart_from_zero
+    return difference is not None and difference.draws >= 3 and difference.excludes_zero
 
 
 def report(out: Path, destination: Path | None, page: Path | None) -> None:

@@ -74,11 +74,11 @@ def run(arguments: argparse.Namespace) -> None:
             "region": "brain", "patch_size": (48, 48, 48), "precision": arguments.precision, "device": device,
         }  # fmt: skip
         result = tune_segmenter(check_settings(FewShotSettings, values, where="cell"), out / name / method)
-        told = {"draw": draw, "renamed": renamed, "method": method, "steps": arguments.steps, "model": str(arguments.model)}
-        told |= {"trainable": result.trainable, "factors": result.plan.parameters if result.plan else None, "rows": result.table}
-        done.append(told)
+        record = {"draw": draw, "renamed": renamed, "method": method, "steps": arguments.steps, "model": str(arguments.model)}
+        record |= {"trainable": result.trainable, "factors": result.plan.parameters if result.plan else None, "rows": result.table}
+        done.append(record)
         write_text(file, "".join(json.dumps(cell) + "\n" for cell in done))
-        sys.stderr.write(f"{name} {method}: {_mean(told, method):.3f}\n")
+        sys.stderr.write(f"{name} {method}: {_mean(record, method):.3f}\n")
 
 
 def _read(file: Path) -> list[dict[str, Any]]:
@@ -128,7 +128,7 @@ def _against(own: Mapping[int, Mapping[str, Any]], part: Sequence[Mapping[str, A
     if method == "lora" or not paired:
         return ""
     found = mean_of_draws(paired)
-    return f"{found}" + ("" if found.apart_from_zero else ", no difference shown")
+    return f"{found}" + ("" if found.excludes_zero else ", no difference shown")
 
 
 def table(arguments: argparse.Namespace) -> None:

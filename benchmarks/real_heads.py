@@ -45,8 +45,8 @@ _ORIENTATIONS = ("LIA", "AIL", "RAS", "LAS", "RIA", "LSA", "LIP")
 
 def run(name: str, method: Method, data: Path, file: Path, subjects: Sequence[str]) -> None:
     """Measure the subjects that the file does not have yet, and write it after each."""
-    told: dict[str, Any] = read_json(file) if file.is_file() else {"methods": {}}
-    entry = told["methods"].setdefault(name, {"read": dt.date.today().isoformat(), "subjects": {}})
+    record: dict[str, Any] = read_json(file) if file.is_file() else {"methods": {}}
+    entry = record["methods"].setdefault(name, {"read": dt.date.today().isoformat(), "subjects": {}})
     for subject in [s for s in subjects if s not in entry["subjects"]]:
         head = read_head(data / "brain35", subject)
         began, wall = time.process_time(), time.perf_counter()
@@ -54,10 +54,10 @@ def run(name: str, method: Method, data: Path, file: Path, subjects: Sequence[st
         spent = {"cpu_s": round(time.process_time() - began, 1), "wall_s": round(time.perf_counter() - wall, 1)}
         memory = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         row = {"scores": scores(head, answers), "confusion": confusion(head, answers.sided), **spent, "peak_mib": memory}
-        told = read_json(file) if file.is_file() else told  # another method may have written meanwhile
-        entry = told["methods"].setdefault(name, {"read": dt.date.today().isoformat(), "subjects": {}})
+        record = read_json(file) if file.is_file() else record  # another method may have written meanwhile
+        entry = record["methods"].setdefault(name, {"read": dt.date.today().isoformat(), "subjects": {}})
         entry["subjects"][subject] = row
-        write_json(file, told)
+        write_json(file, record)
         sys.stderr.write(f"{name}, {subject}: " + ", ".join(f"{k} {v['dice']:.3f}" for k, v in row["scores"].items()) + f" {spent}\n")
 
 
@@ -77,9 +77,9 @@ def orient(data: Path, model: str) -> None:
         sys.stdout.flush()
 
 
-def section(told: dict[str, Any], command: str) -> str:
+def section(record: dict[str, Any], command: str) -> str:
     """The section of docs/evidence.md: Dice, then volumes, stray parts and costs."""
-    read = {name: entry["subjects"] for name, entry in told["methods"].items() if entry["subjects"]}
+    read = {name: entry["subjects"] for name, entry in record["methods"].items() if entry["subjects"]}
     most = max(len(subjects) for subjects in read.values())
     full = [set(subjects) for subjects in read.values() if len(subjects) >= most / 2]
     common = set.intersection(*full)
@@ -118,7 +118,7 @@ def section(told: dict[str, Any], command: str) -> str:
         confused = f"{100 * statistics.mean(sides):.2f} %" if sides else "no sides"
         seconds = statistics.mean(row["cpu_s"] for row in rows)
         memory = max(row["peak_mib"] for row in rows)
-        lines.append(f"| {name} | {len(rows)} | {told['methods'][name]['read']} | {confused} | {seconds:.0f} | {memory} |")
+        lines.append(f"| {name} | {len(rows)} | {record['methods'][name]['read']} | {confused} | {seconds:.0f} | {memory} |")
     return "\n".join([*lines, ""])
 
 
@@ -130,8 +130,8 @@ def _row(structure: str, methods: dict[str, Any], what: str, form: str, *, best:
         cells.append((statistics.mean(values), text + (f"; {form.format(max(values))}" if spread else "")) if values else None)
     compared = [cell for cell, name in zip(cells, methods, strict=True) if cell is not None and not name.startswith("(")]
     top = max((cell[0] for cell in compared), default=None)
-    told = ["" if cell is None else f"**{cell[1]}**" if best and cell[0] == top else cell[1] for cell in cells]
-    return f"| {structure} | " + " | ".join(told) + " |"
+    texts = ["" if cell is None else f"**{cell[1]}**" if best and cell[0] == top else cell[1] for cell in cells]
+    return f"| {structure} | " + " | ".join(texts) + " |"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -150,16 +150,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         verb.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the shared data")
     for verb in (one, page):
         verb.add_argument("--json", type=Path, default=Path("docs/results/real-heads.json"), help="raw results")
-    told = parser.parse_args(argv)
-    if told.verb == "orient":
-        orient(told.data, told.model)
-    elif told.verb == "run":
-        make = METHODS.get(told.method)
-        method = pack_method(told.method) if make is None else make(told.data)
-        run(told.name or told.method, method, told.data, told.json, told.subjects.split(","))
+    arguments = parser.parse_args(argv)
+    if arguments.verb == "orient":
+        orient(arguments.data, arguments.model)
+    elif arguments.verb == "run":
+        make = METHODS.get(arguments.method)
+        method = pack_method(arguments.method) if make is None else make(arguments.data)
+        run(arguments.name or arguments.method, method, arguments.data, arguments.json, arguments.subjects.split(","))
     else:
-        text = section(read_json(told.json), "python -m benchmarks.real_heads run METHOD --data DIR, then `table`")
-        sys.stdout.write(text) if told.page is None else put_section(told.page, text)
+        text = section(read_json(arguments.json), "python -m benchmarks.real_heads run METHOD --data DIR, then `table`")
+        sys.stdout.write(text) if arguments.page is None else put_section(arguments.page, text)
 
 
 if __name__ == "__main__":

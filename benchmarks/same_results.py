@@ -62,10 +62,10 @@ def _record_step(name: str, *, out: Path, caller: Caller, programs: Path, fixtur
     step = Step(name, folder, inputs, fixtures, work, caller, places, programs, pretrain)
     began, used = time.monotonic(), caller.seconds
     fault = _run(step)
-    told = {"fault": fault, "machine": _machine(), "commands": step.record, "files": step.files()}
-    (out / "steps" / f"{name}.json").write_text(json.dumps(told, indent=1, ensure_ascii=False), encoding="utf-8")
+    record = {"fault": fault, "machine": _machine(), "commands": step.record, "files": step.files()}
+    (out / "steps" / f"{name}.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
     spent = f"{time.monotonic() - began:.0f} s, {caller.seconds - used:.0f} s of processor"
-    lines = [f"{name}: {len(step.record)} commands, {len(told['files'])} files, {spent}"]
+    lines = [f"{name}: {len(step.record)} commands, {len(record['files'])} files, {spent}"]
     for label, command in step.record.items():
         if command["status"] != command["expected"]:
             lines.append(f"  {label}: status {command['status']} in place of {command['expected']}: {command['stderr'][-600:]}")
@@ -109,8 +109,8 @@ def compare(given: argparse.Namespace) -> int:
         for name in names
         if found[name] is None
     ]
-    faults = [f"{name}: did not end in {folder}: {told['fault']}" for folder, found in zip((given.a, given.b), records, strict=True)
-              for name, told in found.items() if told is not None and told["fault"]]  # fmt: skip
+    faults = [f"{name}: did not end in {folder}: {record['fault']}" for folder, found in zip((given.a, given.b), records, strict=True)
+              for name, record in found.items() if record is not None and record["fault"]]  # fmt: skip
     both = [name for name in names if all(found[name] is not None for found in records)]
     rules = read_rules(given.allow)
     a, b = (applied(flat_record({n: found[n] for n in both}), rules, first=k == 0) for k, found in enumerate(records))
@@ -135,12 +135,12 @@ def _summary(rules: Sequence[Rule], steps: Sequence[str], flat: dict[Any, dict[s
 
 
 def _other_machines(records: Sequence[dict[str, Any]], names: Sequence[str]) -> list[str]:
-    """Other versions or another processor may change last bits: told, and no difference by itself."""
-    told = set()
+    """Other versions or another processor may change last bits: reported as notes, and not counted as differences."""
+    notes = set()
     for name in names:
         one, two = (found[name]["machine"] for found in records)
-        told |= {f"note: {key} {one.get(key)} and {two.get(key)}" for key in one if one.get(key) != two.get(key)}
-    return sorted(told)
+        notes |= {f"note: {key} {one.get(key)} and {two.get(key)}" for key in one if one.get(key) != two.get(key)}
+    return sorted(notes)
 
 
 def _read(folder: Path, name: str) -> dict[str, Any] | None:

@@ -307,10 +307,10 @@ def _measure(function: Callable[[float], Any], scale: float, keep: str) -> None:
     seconds, cpu = time.perf_counter() - start, time.process_time() - used
     stop.set()
     watcher.join()
-    told: dict[str, Any] = result if isinstance(result, dict) else {"masks": result}
-    if "masks" in told:
-        np.save(keep, told.pop("masks"))
-    print(json.dumps({"wall": told.pop("seconds", seconds), "cpu": told.pop("cpu", cpu), "bytes": peak[0] - before, **told}))
+    record: dict[str, Any] = result if isinstance(result, dict) else {"masks": result}
+    if "masks" in record:
+        np.save(keep, record.pop("masks"))
+    print(json.dumps({"wall": record.pop("seconds", seconds), "cpu": record.pop("cpu", cpu), "bytes": peak[0] - before, **record}))
 
 
 def _resident() -> int:

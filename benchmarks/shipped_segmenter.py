@@ -6,7 +6,7 @@
 Template: the ICBM152 T1 template, skull-stripped, against its tissue maps above one half. Heads: whole heads of seven contrasts, drawn
 from a label map that was kept out of the training. Hippocampi: crops of 40 patients that were kept out. K-means has three classes and
 takes for each tissue the class that fits the truth best; once it sees the image as it is, once inside the true mask of the brain,
-which no user has. Tissues are told with their borders redrawn by grey values, as the pack does it, and as the network alone has them.
+which no user has. Tissues are reported with their borders redrawn by grey values, as the pack does it, and as the network alone has them.
 """
 
 from __future__ import annotations
@@ -142,16 +142,16 @@ def mean(rows: Sequence[Row], label: str, volume: str | None = None) -> float:
     return float(np.mean([row.dice for row in rows if row.label == label and volume in (None, row.volume)]))
 
 
-def section(told: dict[str, Any], command: str) -> str:
+def section(record: dict[str, Any], command: str) -> str:
     """The section of docs/evidence.md."""
-    rows: list[Row] = told["rows"]
+    rows: list[Row] = record["rows"]
     heads = list(dict.fromkeys(row.volume for row in rows if row.kmeans is not None))
     lines = [
         HEADING,
         "",
         f"    {command}",
         "",
-        f"Pack {told['pack']}, {told['precision']}. Dice; in brackets the network alone, without redrawn borders, then three-class",
+        f"Pack {record['pack']}, {record['precision']}. Dice; in brackets the network alone, without redrawn borders, then three-class",
         "k-means of the image as it is, and inside the true mask of the brain, each tissue by the class that fits the truth best. ICBM152:",
         "the real template, truth is its tissue maps above one half. The others are whole heads synthesised from a label map that no",
         "training saw; they cannot show lesions, atrophy and artefacts of real scanners.",
@@ -167,22 +167,22 @@ def section(told: dict[str, Any], command: str) -> str:
         ]
         cells += [f"{by[head, label].dice:.2f}" if (head, label) in by else "" for label in NUCLEI]
         lines.append(f"| {head} | " + " | ".join(cells) + " |")
-    crops = [row for row in rows if row.volume == told["crops"]]
-    told_crops = ", ".join(f"{label} {mean(crops, label):.3f}" for label in HIPPOCAMPUS)
+    crops = [row for row in rows if row.volume == record["crops"]]
+    crop_scores = ", ".join(f"{label} {mean(crops, label):.3f}" for label in HIPPOCAMPUS)
     lines += [
         "",
-        f"Hippocampi of {len(crops) // len(HIPPOCAMPUS)} held-out patients (crops, real MR): mean Dice {told_crops}.",
+        f"Hippocampi of {len(crops) // len(HIPPOCAMPUS)} held-out patients (crops, real MR): mean Dice {crop_scores}.",
         "A mask of the template's tissues that is right on a coarser grid has, brought back, Dice "
-        + "; ".join(f"{grey:.3f} grey and {white:.3f} white at {mm} mm" for mm, (grey, white) in told["ceiling"].items())
+        + "; ".join(f"{grey:.3f} grey and {white:.3f} white at {mm} mm" for mm, (grey, white) in record["ceiling"].items())
         + ".",
-        f"Largest part called hippocampus that touches none, over the whole heads: {told['stray_ml']:.2f} ml.",
-        f"{told['seconds']:.1f} s a whole head with {len(TISSUES) + len(NUCLEI)} labels (this machine, other work beside it).",
+        f"Largest part called hippocampus that touches none, over the whole heads: {record['stray_ml']:.2f} ml.",
+        f"{record['seconds']:.1f} s a whole head with {len(TISSUES) + len(NUCLEI)} labels (this machine, other work beside it).",
     ]
     return "\n".join([*lines, ""])
 
 
 def measure(model: LoadedSegmenter, cases: Path, pack: str, *, patients: int) -> dict[str, Any]:
-    """Everything that the section tells."""
+    """Everything that the section reports."""
     rows = template_rows(model)
     heads = held_out(cases, "synthesised")
     for case in heads:
@@ -218,9 +218,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--patients", type=int, default=40, help="at most so many crops of a hippocampus")
     parser.add_argument("--page", type=Path, help="page of results whose section is replaced; else it is printed")
     arguments = parser.parse_args(argv)
-    told = measure(load_segmenter(arguments.pack), arguments.cases, arguments.pack, patients=arguments.patients)
+    record = measure(load_segmenter(arguments.pack), arguments.cases, arguments.pack, patients=arguments.patients)
     command = f"python -m benchmarks.shipped_segmenter --pack {arguments.pack} --cases runs/seg-mini/cases"
-    text = section(told, command)
+    text = section(record, command)
     if arguments.page is None:
         sys.stdout.write(text)
     else:

@@ -102,7 +102,7 @@ def _row(scores: dict[str, dict[int, float]], draws: Sequence[int], expert: str)
     cells = [str(mean_of_draws(own)) for own in values.values()]
     for other in ("shared base", "teacher"):
         difference = mean_difference(values[f"expert {expert}"], values[other])
-        cells.append(f"{difference}{' *' if difference.apart_from_zero else ''}")
+        cells.append(f"{difference}{' *' if difference.excludes_zero else ''}")
     return cells
 
 

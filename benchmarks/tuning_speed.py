@@ -32,7 +32,7 @@ from medlore.layers.tuning.low_rank import quiet_peft
 from medlore.training.accelerator import make_accelerator
 from medlore.training.watching import Watchers
 from medlore.tuning.examples import feature_examples
-from medlore.tuning.training import Examples, Schedule, Trainer
+from medlore.tuning.training import EpochSchedule, Examples, Trainer
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 TITLE = "## The cost of a tuning step"
@@ -148,7 +148,7 @@ def measure_probe(repeats: int, clock: Callable[[], float], *, images: int = 8) 
 def one_epoch(model: nn.Module, examples: Examples, accelerator: Any) -> None:
     """One epoch of the trainer that `medlore finetune` uses."""
     tuning = Tuning(model, "weights", lambda _folder: None, lambda: model)
-    schedule = Schedule(epochs=1, batch_size=4, learning_rate=1e-2)
+    schedule = EpochSchedule(epochs=1, batch_size=4, learning_rate=1e-2)
     trainer = Trainer(tuning, "single", schedule, accelerator, judge=lambda _targets, _scores: 0.0, watcher=Watchers([]))
     trainer.fit(examples, None)
 
@@ -195,8 +195,8 @@ def main(arguments: Sequence[str] = ()) -> None:
     clock = CLOCKS[options.clock]
     steps = measure_steps(options.repeats, clock) if options.only != "probe" else []
     probe = measure_probe(options.repeats, clock) if options.only != "step" else None
-    told = f"--repeats {options.repeats} --threads {options.threads} --clock {options.clock}"
-    text = section(f"python -m benchmarks.tuning_speed {told}", steps, probe)
+    flags = f"--repeats {options.repeats} --threads {options.threads} --clock {options.clock}"
+    text = section(f"python -m benchmarks.tuning_speed {flags}", steps, probe)
     print(text)
     if options.page is not None:
         put_section(options.page, text)

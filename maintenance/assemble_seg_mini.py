@@ -3,7 +3,7 @@
     python -m maintenance.assemble_seg_mini --pack medlore:seg-mini --prompts runs/brain/prompts.safetensors --out runs/brain/pack
 
 Base and experts are copied unchanged. A label that comes in pairs gets two more names, `left X` and `right X`, with the row of X: the
-halves of the first pass (`medlore:brain-finder`) tell them apart. Labels that were fitted and did badly are left out (`--without`).
+halves of the first pass (`medlore:brain-finder`) separate them. Labels that were fitted and did badly are left out (`--without`).
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def assemble(pack: str, prompts: Path, out: Path, *, without: Sequence[str] = ()
             **{f"{side} {label}": share for label, share in shares.items() if label in PAIRED for side in ("left", "right")},
         }
         for modality, shares in bundle.preprocessing.get("parts", {}).items()
-    }  # stray parts are dropped before the halves are told apart, so left and right make up both
+    }  # stray parts are dropped before the halves are separated, so left and right make up both
     preprocessing = {**bundle.preprocessing, "label_regions": regions, "parts": parts, "first_pass": FIRST_PASS}
     about = read_json(bundle.source / MANIFEST).get("about", {})
     fitted = [label for label in STARTS if label not in without]
@@ -78,8 +78,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompts", type=Path, required=True, help="the table of maintenance.seg_mini_prompts")
     parser.add_argument("--without", default="", help="fitted labels that are left out, by comma")
     parser.add_argument("--out", type=Path, required=True, help="the new pack")
-    told = parser.parse_args(argv)
-    sys.stdout.write(f"{assemble(told.pack, told.prompts, told.out, without=[w for w in told.without.split(',') if w])}\n")
+    arguments = parser.parse_args(argv)
+    sys.stdout.write(
+        f"{assemble(arguments.pack, arguments.prompts, arguments.out, without=[w for w in arguments.without.split(',') if w])}\n"
+    )
 
 
 if __name__ == "__main__":

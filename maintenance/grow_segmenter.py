@@ -102,16 +102,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--deep-widths", default="64,64", help="hidden widths of the heads of deep supervision, by comma; empty for none")
     parser.add_argument("--prompts", type=Path, help="a fitted table of maintenance.seg_mini_prompts")
     parser.add_argument("--out", type=Path, required=True, help="the new pack")
-    told = parser.parse_args(argv)
-    bundle = load_segmenter(told.pack)
-    small = bundle.network(told.region if bundle.weights.experts else None)
-    features, deep = (tuple(int(v) for v in text.split(",") if v) for text in (told.features, told.deep_widths))
+    arguments = parser.parse_args(argv)
+    bundle = load_segmenter(arguments.pack)
+    small = bundle.network(arguments.region if bundle.weights.experts else None)
+    features, deep = (tuple(int(v) for v in text.split(",") if v) for text in (arguments.features, arguments.deep_widths))
     large = grown(small, replace(small.config, features=features, deep_widths=deep))
     weights = SegmenterWeights(large.config, dict(large.state_dict()), {})
     preprocessing = {k: v for k, v in bundle.preprocessing.items() if k != "first_pass"}
-    about = {"start": told.pack, "region": told.region, "role": "start of a further training"}
-    write_segmenter_pack(told.out, weights, prompts=with_new_prompts(bundle, told.prompts), preprocessing=preprocessing, about=about)
-    sys.stdout.write(f"{told.out}: {sum(t.numel() for t in weights.base.values()):,} parameters\n")
+    about = {"start": arguments.pack, "region": arguments.region, "role": "start of a further training"}
+    write_segmenter_pack(
+        arguments.out, weights, prompts=with_new_prompts(bundle, arguments.prompts), preprocessing=preprocessing, about=about
+    )
+    sys.stdout.write(f"{arguments.out}: {sum(t.numel() for t in weights.base.values()):,} parameters\n")
 
 
 if __name__ == "__main__":

@@ -54,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("study", type=Path, help="study of the training")
     parser.add_argument("--run", type=Path, required=True, help="its output folder")
     parser.add_argument("--out", type=Path, required=True, help="the pack")
-    told = parser.parse_args(argv)
-    pack, step = pack_of_checkpoint(told.study, told.run, told.out)
+    arguments = parser.parse_args(argv)
+    pack, step = pack_of_checkpoint(arguments.study, arguments.run, arguments.out)
     sys.stdout.write(f"{pack}: after step {step}\n")
 
 

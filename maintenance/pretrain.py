@@ -1,6 +1,6 @@
 """Supervised pre-training of a small ViT on labelled archives: how `medlore:vit-mini` was made.
 
-Run with ``python -m maintenance.pretrain studies/pretrain-vit-mini.yaml --data DIR --out RUN``. On a CPU with
+Run with ``python -m maintenance.pretrain studies/pretrain-vit-mini-1.yaml --data DIR --out RUN``. On a CPU with
 bfloat16 units the arithmetic runs in bfloat16 with float32 master weights; the loop is the engine of every other training.
 ``torchrun --nproc-per-node 2 -m ...`` shares every batch between processes; on a busy machine that is far faster than two
 threads, which wait for each other after every operation. All draws of a step come from a generator seeded by (seed, step,
@@ -18,140 +18,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pydantic
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import ViTConfig, ViTForImageClassification
 
 from maintenance.pretrain_images import LabelledImages, augment, balanced_order, mix, read_labelled_zips
+from maintenance.pretrain_network import accuracy_by_source, build_vit, export_backbone, forward_kept, normalise
+from maintenance.pretrain_settings import PretrainSettings
 from medlore.errors import CheckpointError, MedloreError
-from medlore.files import atomic_folder, existing_file, write_json
-from medlore.runs.hardware import seed_everything
+from medlore.files import existing_file
 from medlore.runs.report import Run
-from medlore.runs.settings import Settings
 from medlore.runs.settings_file import read_settings
 from medlore.training.accelerator import make_accelerator
 from medlore.training.checkpoint import Checkpoint, read_saved
 from medlore.training.loop import train
 from medlore.training.masters import MasterWeights
-from medlore.training.schedule import CosineOfShares, Schedule
 from medlore.training.task import Judgement, Stretch, Task
 from medlore.training.watching import Watcher
 
 _STATE = "state.pt"
-_CHANNEL_MEAN = _CHANNEL_STD = (0.5, 0.5, 0.5)
-
-
-class PretrainSettings(Settings):
-    """Everything that decides the weights.
-
-    `class_weights` maps the stem of an archive to the relative frequency of each of its classes (1 if absent);
-    `kept_patches` of the patches are seen per image until the share `full_from` of the steps, then all. `start_from` is the
-    `state.pt` of an earlier stage, whose weights (not its optimiser) are the start; `stop_at` ends a stage before its schedule.
-    """
-
-    archives: tuple[str, ...]
-    skip_classes: tuple[str, ...] = ()
-    class_weights: dict[str, float] = pydantic.Field(default_factory=dict)
-    image_size: int = 64
-    patch_size: int = 8
-    width: int = 256
-    depth: int = 8
-    heads: int = 4
-    mlp_width: int = 512
-    steps: int = 3600
-    batch_size: int = 128
-    kept_patches: int = 32
-    full_from: float = 0.85
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.05
-    warm_up: float = 0.05
-    final_rate: float = 0.01
-    label_smoothing: float = 0.1
-    mix_share: float = 0.3
-    smallest_area: float = 0.35
-    colour: float = 0.3
-    grey: float = 0.15
-    ema_decay: float = 0.998
-    seed: int = 0
-    start_from: Path | None = None
-    stop_at: int | None = None
-
-    def in_steps(self, halt_at: int | None = None) -> Schedule:
-        """The same for the engine.
-
-        Args:
-            halt_at: leave after this many steps, as if interrupted.
-        """
-        return Schedule(
-            steps=self.steps,
-            rate=CosineOfShares(self.learning_rate, self.final_rate, self.warm_up),
-            weight_decay=self.weight_decay,
-            clip=1.0,
-            betas=(0.9, 0.98),
-            ema=self.ema_decay,
-            judge_every=None,  # whenever a state is written
-            stop_at=min(self.stop_at or self.steps, halt_at or self.steps),
-        )
-
-
-def build_vit(settings: PretrainSettings, classes: int) -> ViTForImageClassification:
-    """The network at its random start, drawn from `settings.seed`; position embeddings start as 2D sine waves."""
-    seed_everything(settings.seed)
-    config = ViTConfig(
-        image_size=settings.image_size,
-        patch_size=settings.patch_size,
-        hidden_size=settings.width,
-        num_hidden_layers=settings.depth,
-        num_attention_heads=settings.heads,
-        intermediate_size=settings.mlp_width,
-        num_labels=classes,
-        attn_implementation="eager",  # on a CPU the fused kernel takes twice the time at 33 tokens
-    )
-    model = ViTForImageClassification(config)
-    with torch.no_grad():
-        model.vit.embeddings.position_embeddings[0, 1:] = sine_positions(settings.image_size // settings.patch_size, settings.width)
-    return model
-
-
-def sine_positions(side: int, width: int) -> Tensor:
-    """Position embeddings of a square grid: a quarter of the width each for sine and cosine of row and column.
-
-    Args:
-        side: patches along an edge.
-        width: size of an embedding, a multiple of 4.
-
-    Returns:
-        side**2 d, of the spread that transformers draws position embeddings with (0.02).
-    """
-    place = torch.arange(side, dtype=torch.float32)
-    rate = torch.exp(-math.log(100.0) * torch.arange(width // 4) / (width // 4))
-    wave = torch.cat([torch.sin(place[:, None] * rate), torch.cos(place[:, None] * rate)], dim=1)  # side d/2
-    rows, columns = wave.repeat_interleave(side, 0), wave.repeat(side, 1)
-    return 0.02 * math.sqrt(2.0) * torch.cat([rows, columns], dim=1)
-
-
-def forward_kept(model: ViTForImageClassification, pixels: Tensor, kept: Tensor | None) -> Tensor:
-    """Class scores from a part of the patches.
-
-    Args:
-        model: the classifier.
-        pixels: b c h w, normalised.
-        kept: b k, indices of the patches that are seen; None for all.
-
-    Returns:
-        b classes.
-    """
-    tokens = model.vit.embeddings(pixels)  # b 1+n d
-    if kept is not None:
-        patches = tokens[:, 1:].gather(1, kept[..., None].expand(-1, -1, tokens.shape[-1]))
-        tokens = torch.cat([tokens[:, :1], patches], dim=1)
-    for block in model.vit.layers:
-        tokens = block(tokens)
-    scores: Tensor = model.classifier(model.vit.layernorm(tokens)[:, 0])
-    return scores
 
 
 @dataclass(frozen=True)
@@ -290,49 +175,6 @@ class _Notes(Watcher):
         _note(f"step {record['step']}  validation " + "  ".join(f"{k} {v:.3f}" for k, v in record["accuracy"].items()))
 
 
-def normalise(images: Tensor) -> Tensor:
-    """Images in 0 to 1 (b 3 h w) as the network takes them."""
-    return (images - torch.tensor(_CHANNEL_MEAN).view(3, 1, 1)) / torch.tensor(_CHANNEL_STD).view(3, 1, 1)
-
-
-def accuracy_by_source(model: ViTForImageClassification, data: LabelledImages) -> dict[str, float]:
-    """Top-1 accuracy over all classes, separately for the images of each archive."""
-    dtype = next(model.parameters()).dtype
-    with torch.inference_mode():
-        parts = [model(pixel_values=normalise(part.float() / 255).to(dtype)).logits.argmax(1) for part in data.images.split(128)]
-    right = torch.cat(parts) == data.labels
-    sources = [name.split(":")[0] for name in data.classes]
-    of_image = [sources[label] for label in data.labels.tolist()]
-    return {source: right[torch.tensor([other == source for other in of_image])].float().mean().item() for source in dict.fromkeys(sources)}
-
-
-def export_backbone(settings: PretrainSettings, weights: dict[str, Tensor], folder: Path) -> None:
-    """Write the network without its classifier as an ordinary transformers folder in float16."""
-    config = build_vit(settings, 2).config
-    described = {k: v for k, v in config.to_dict().items() if k not in {"id2label", "label2id", "_attn_implementation"}}
-    described |= {"architectures": ["ViTModel"], "dtype": "float16"}
-    tensors = {name.removeprefix("vit."): value.half().contiguous() for name, value in weights.items() if name.startswith("vit.")}
-    with atomic_folder(folder) as temporary:
-        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
-        (temporary / "model.safetensors").chmod(0o644)  # safetensors writes for the owner alone
-        write_json(temporary / "config.json", described)
-        write_json(temporary / "preprocessor_config.json", _preprocessing(settings.image_size))
-
-
-def _preprocessing(size: int) -> dict[str, Any]:
-    return {
-        "image_processor_type": "ViTImageProcessor",
-        "do_resize": True,
-        "size": {"height": size, "width": size},
-        "resample": 3,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(_CHANNEL_MEAN),
-        "image_std": list(_CHANNEL_STD),
-    }
-
-
 def pretrain(
     settings: PretrainSettings, data: Path, out: Path, *, resume: bool = False, save_seconds: float = 300.0, halt_at: int | None = None
 ) -> dict[str, Any]:
@@ -398,7 +240,7 @@ def _note(text: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line of this recipe."""
     parser = argparse.ArgumentParser(prog="python -m maintenance.pretrain", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("settings", help="YAML file, e.g. studies/pretrain-vit-mini.yaml")
+    parser.add_argument("settings", help="YAML file, e.g. studies/pretrain-vit-mini-1.yaml")
     parser.add_argument("--data", type=Path, required=True, help="folder of the archives")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--resume", action="store_true", help="go on from OUT/state.pt")

@@ -18,7 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from maintenance.pretrain import PretrainSettings, build_vit
+from maintenance.pretrain_network import build_vit
+from maintenance.pretrain_settings import PretrainSettings
 from medlore.data.images.fewshot import draw_shots
 from medlore.data.images.imageset import ImageSet
 from medlore.data.images.reading import read_images

@@ -38,7 +38,7 @@ def browser_path() -> str | None:
 
 
 class Tab:
-    """One tab, told what to do in the words of the DevTools protocol."""
+    """One tab, driven through the DevTools protocol."""
 
     def __init__(self, write: int, read: int) -> None:
         self._write, self._read, self._buffer, self._number = write, read, b"", 0
@@ -63,10 +63,10 @@ class Tab:
 
     def run(self, script: str) -> Any:
         """Value of an expression (promises are awaited)."""
-        told = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
-        if "exceptionDetails" in told:
-            raise AssertionError(told["exceptionDetails"]["exception"].get("description"))
-        return told["result"].get("value")
+        message = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        if "exceptionDetails" in message:
+            raise AssertionError(message["exceptionDetails"]["exception"].get("description"))
+        return message["result"].get("value")
 
     def until(self, condition: str, *, seconds: float = 60) -> None:
         """Wait until an expression is true."""
@@ -90,8 +90,8 @@ class Tab:
     def _send(self, method: str, values: dict[str, Any], *, session: str | None) -> dict[str, Any]:
         self._number += 1
         number = self._number
-        told = {"id": number, "method": method, "params": values} | ({"sessionId": session} if session else {})
-        os.write(self._write, json.dumps(told).encode() + b"\0")
+        request = {"id": number, "method": method, "params": values} | ({"sessionId": session} if session else {})
+        os.write(self._write, json.dumps(request).encode() + b"\0")
         while True:
             message = self._receive()
             if message.get("id") == number:

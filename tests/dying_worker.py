@@ -14,5 +14,5 @@ def job(index: int, dies: int) -> dict[str, Any]:
     return answer(index, dies=bool(dies))
 
 
-def lost(told: tuple[Any, ...], reason: str) -> dict[str, Any]:
-    return {"index": told[0], "lost": reason}
+def lost(item: tuple[Any, ...], reason: str) -> dict[str, Any]:
+    return {"index": item[0], "lost": reason}

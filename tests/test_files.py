@@ -104,7 +104,7 @@ def test_permissions_follow_the_umask(tmp_path: Path) -> None:
     assert write_text(tmp_path / "ours", "x").stat().st_mode == plain.stat().st_mode
 
 
-def test_a_full_disk_is_told(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported(tmp_path: Path) -> None:
     def fill() -> None:
         with atomic_path(tmp_path / "x"):
             raise OSError(28, "No space left on device")
@@ -113,7 +113,7 @@ def test_a_full_disk_is_told(tmp_path: Path) -> None:
         fill()
 
 
-def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StepError, match="could not be written"):
         write_text(tmp_path / "file" / "below", "x")

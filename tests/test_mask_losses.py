@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from medlore.decomposing.segmenters.batches import Batch
-from medlore.decomposing.segmenters.settings import LossSettings
+from medlore.decomposing.segmenters.settings import SegmenterLossSettings
 from medlore.decomposing.segmenters.training import loss_terms
 from medlore.losses import DEEP_WEIGHTS, deep_mask_loss, mask_distillation, mask_loss, nearest_mask
 
@@ -47,7 +47,7 @@ def test_a_pair_that_does_not_count_takes_no_part_even_if_it_is_not_finite() -> 
     assert mask_loss(logits[:, :1], target[:, :1], torch.zeros(1, 1)).item() == 0
 
 
-def test_pairs_weigh_as_they_are_told() -> None:
+def test_pairs_weigh_as_they_are_reported() -> None:
     logits, target = torch.cat([mask(2.0, 2.0), mask(-1.0, -1.0)], dim=1), torch.ones(1, 2, 1, 1, 2, dtype=torch.bool)
     one, other = (mask_loss(logits[:, i : i + 1], target[:, :1], VALID) for i in (0, 1))
     torch.testing.assert_close(mask_loss(logits, target, torch.tensor([[3.0, 1.0]])), (3 * one + other) / 4)
@@ -102,8 +102,8 @@ def test_no_gradient_reaches_the_teacher_and_one_reaches_the_student() -> None:
 def test_the_terms_are_weighed_as_the_study_says() -> None:
     batch = Batch(torch.zeros(1, 1, 1, 1, 2), mask(1, 0).bool(), torch.zeros(1, 1).long(), VALID, ("brain",), ("case",))
     logits, taught = mask(0.5, -0.5), mask(2.0, 1.0)
-    terms = loss_terms([logits], batch, LossSettings(bce=0.5, dice=2.0, distillation=0.3, temperature=2.0), taught)
+    terms = loss_terms([logits], batch, SegmenterLossSettings(bce=0.5, dice=2.0, distillation=0.3, temperature=2.0), taught)
     torch.testing.assert_close(terms["masks"], mask_loss(logits, batch.targets, VALID, bce=0.5, dice=2.0))
     torch.testing.assert_close(terms["distillation"], 0.3 * mask_distillation(logits, taught, VALID, temperature=2.0))
     assert terms.keys() == {"masks", "distillation"}
-    assert loss_terms([logits], batch, LossSettings()).keys() == {"masks"}
+    assert loss_terms([logits], batch, SegmenterLossSettings()).keys() == {"masks"}

@@ -83,21 +83,21 @@ def test_the_last_bit_of_one_value_is_seen(name: str, change: Any, entry: str, t
     assert {key for key in before if before[key] != after[key]} >= {entry}
 
 
-def write_record(folder: Path, told: dict[str, Any]) -> Path:
+def write_record(folder: Path, record: dict[str, Any]) -> Path:
     (folder / "steps").mkdir(parents=True)
-    (folder / "steps" / "demo.json").write_text(json.dumps(HERE | told))
+    (folder / "steps" / "demo.json").write_text(json.dumps(HERE | record))
     return folder
 
 
 def test_a_comparison_names_step_file_and_value(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    told: dict[str, Any] = {
+    record: dict[str, Any] = {
         "commands": {"demo": {"status": 0, "stdout": {"table.score": 0.5}}},
         "files": {"demo/plan.json": {"rank": 4, "settings.epochs": 2}, "demo/w.pt": {"a": "x"}},
     }
-    changed = copy.deepcopy(told)
+    changed = copy.deepcopy(record)
     changed["files"] = {"demo/plan.json": {"rank": 5, "settings.training.epochs": 2}}
     changed["commands"]["demo"]["stdout"]["table.score"] = 0.25
-    one, same, other = (str(write_record(tmp_path / n, t)) for n, t in (("one", told), ("same", told), ("other", changed)))
+    one, same, other = (str(write_record(tmp_path / n, t)) for n, t in (("one", record), ("same", record), ("other", changed)))
     assert main(["compare", one, same, "--only", "demo"]) == 0
     assert "0 commands or files differ" in capsys.readouterr().out
     assert main(["compare", one, same]) == 1  # the other steps are in neither record

@@ -66,13 +66,13 @@ def test_every_door_says_the_same_of_a_file_that_cannot_be_read(tmp_path: Path, 
     monkeypatch.chdir(tmp_path)
     message, write = broken(tmp_path)[name]
     write(tmp_path / name)
-    told = set()
+    messages = set()
     for door in DOORS:
         with pytest.raises(CheckpointError, match=message) as caught:
             door(tmp_path / name)
-        told.add(str(caught.value))
-    assert len(told) == 1
-    assert name in told.pop()
+        messages.add(str(caught.value))
+    assert len(messages) == 1
+    assert name in messages.pop()
     assert not (tmp_path / "bombed").exists()
 
 

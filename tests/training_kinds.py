@@ -66,9 +66,9 @@ class TinyNet(nn.Module):
 def _tuning() -> Kind:
     from medlore.layers.tuning.interface import Tuning
     from medlore.training.watching import Watcher
-    from medlore.tuning.training import Examples, Schedule, Trainer, TuningTask
+    from medlore.tuning.training import EpochSchedule, Examples, Trainer, TuningTask
 
-    schedule = Schedule(epochs=3, batch_size=4, learning_rate=0.05, warmup_fraction=0.2)
+    schedule = EpochSchedule(epochs=3, batch_size=4, learning_rate=0.05, warmup_fraction=0.2)
 
     def make(accelerator: Any, _folder: Path, scores: list[float] | None = None) -> Task:
         rng = np.random.default_rng(4)
@@ -90,8 +90,9 @@ def _tuning() -> Kind:
 
 
 def _pretraining() -> Kind:
-    from maintenance.pretrain import PretrainSettings, PretrainTask
+    from maintenance.pretrain import PretrainTask
     from maintenance.pretrain_images import LabelledImages
+    from maintenance.pretrain_settings import PretrainSettings
 
     settings = PretrainSettings(
         archives=("colours.zip",), image_size=16, width=16, depth=1, heads=2, mlp_width=16, steps=STEPS, batch_size=8, kept_patches=3,
@@ -127,10 +128,9 @@ class TinyBody(nn.Module):
 
 def _classifier() -> Kind:
     from medlore.data.images.transforms import Preprocessing, TrainAugmentation
-    from medlore.decomposing.classifiers.settings import LossSettings, TaskSettings
-    from medlore.decomposing.classifiers.tasks import Part
-    from medlore.decomposing.classifiers.tasks import Task as Images
-    from medlore.decomposing.classifiers.training import ClassifierTask, Distillation, Plan
+    from medlore.decomposing.classifiers.settings import ClassifierLossSettings, TaskSettings
+    from medlore.decomposing.classifiers.tasks import LabelledImages, TaskData
+    from medlore.decomposing.classifiers.training import ClassifierTask, ClassifierTrainingPlan, Distillation
     from medlore.layers.experts.surgery import install_experts
     from medlore.models.multitask import MultiTaskNetwork
     from medlore.training.schedule import CosineAfterWarmup
@@ -138,16 +138,16 @@ def _classifier() -> Kind:
     schedule = Schedule(STEPS, CosineAfterWarmup(0.02, warmup_fraction=0.2), weight_decay=0.02, clip=1.0, judge_every=2, log_every=2)
     preprocessing = Preprocessing(16)
 
-    def part(seed: int, classes: int, count: int) -> Part:
+    def part(seed: int, classes: int, count: int) -> LabelledImages:
         rng = np.random.default_rng(seed)
         images = torch.from_numpy(rng.integers(0, 255, (count, 3, 16, 16)).astype(np.uint8))
-        return Part(images, torch.arange(count) % classes, tuple(f"{seed}-{i}" for i in range(count)), (None,) * count)
+        return LabelledImages(images, torch.arange(count) % classes, tuple(f"{seed}-{i}" for i in range(count)), (None,) * count)
 
-    def task(name: str, classes: int, seed: int) -> Images:
+    def task(name: str, classes: int, seed: int) -> TaskData:
         parts = [part(seed + k, classes, 12) for k in range(3)]
         names = tuple(f"c{i}" for i in range(classes))
         augment = TrainAugmentation(preprocessing, seed=seed, crop=(0.5, 1.0))
-        return Images(name, names, "single", parts[0], parts[1], parts[2], augment, TaskSettings(name=name, data=Path("nowhere")))
+        return TaskData(name, names, "single", parts[0], parts[1], parts[2], augment, TaskSettings(name=name, data=Path("nowhere")))
 
     def make(accelerator: Any, _folder: Path, scores: list[float] | None = None) -> Task:
         torch.manual_seed(2)
@@ -157,8 +157,10 @@ def _classifier() -> Kind:
         body = TinyBody()
         install_experts(body, experts=list(tasks), ranks={"left": 1, "right": 2}, targets=lambda name, _module: name == "conv", scaling=2.0)
         network = MultiTaskNetwork(body, classes, width=8, experts=True)
-        distillation = Distillation(teacher, nn.Linear(8, 8), LossSettings())
-        made = ClassifierTask(network, tasks, Plan(schedule, 6, 0.5, 1), accelerator, preprocessing, distillation, name="experts")
+        distillation = Distillation(teacher, nn.Linear(8, 8), ClassifierLossSettings())
+        made = ClassifierTask(
+            network, tasks, ClassifierTrainingPlan(schedule, 6, 0.5, 1), accelerator, preprocessing, distillation, name="experts"
+        )
         if scores is not None:
             _script(made, scores, len(tasks))
         return made
@@ -216,11 +218,13 @@ def _with_experts(model: Any, experts: list[str], base: str) -> Any:
 
 
 def _plan(**changes: Any) -> Any:
-    from medlore.decomposing.segmenters.settings import LossSettings, ScheduleSettings
-    from medlore.decomposing.segmenters.training import Plan
+    from medlore.decomposing.segmenters.settings import ScheduleSettings, SegmenterLossSettings
+    from medlore.decomposing.segmenters.training import SegmenterTrainingPlan
 
     values = {"steps": STEPS, "batch_size": 1, "learning_rate": 3e-3, "warmup_fraction": 0.2, **changes}
-    return Plan(ScheduleSettings(**values), LossSettings(), seed=5, precision="fp32", validate_every=2, log_every=3)
+    return SegmenterTrainingPlan(
+        ScheduleSettings(**values), SegmenterLossSettings(), seed=5, precision="fp32", validate_every=2, log_every=3
+    )
 
 
 def _segmenter() -> Kind:

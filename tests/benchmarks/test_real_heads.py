@@ -52,10 +52,10 @@ def test_right_and_left_are_those_of_the_world(head: Head) -> None:
 
 def test_manual_labels_score_themselves_perfectly_and_mirrored_sides_are_confused(head: Head) -> None:
     answers = answers_of_codes(head.manual)
-    told = scores(head, answers)
-    assert set(told) == set(STRUCTURES)
-    assert all(row["dice"] == 1 and row["stray_ml"] == 0 for name, row in told.items() if name not in DRY)
-    assert all(0.8 < told[name]["dice"] < 1 for name in DRY)  # fluid in sulci: some, not most
+    found = scores(head, answers)
+    assert set(found) == set(STRUCTURES)
+    assert all(row["dice"] == 1 and row["stray_ml"] == 0 for name, row in found.items() if name not in DRY)
+    assert all(0.8 < found[name]["dice"] < 1 for name in DRY)  # fluid in sulci: some, not most
     assert confusion(head, answers.sided) == 0
     assert confusion(head, {name: (left, right) for name, (right, left) in answers.sided.items()}) == 1
     assert confusion(head, {}) is None
@@ -100,8 +100,8 @@ def test_kernels_are_read_x_y_z_in_out(tmp_path: Path) -> None:
     kernel[0, 1, 2, 1, 0] = 5
     entries = [{"name": "c/kernel", "shape": [3, 3, 3, 2, 3]}, {"name": "c/bias", "shape": [3]}]
     layers = [{"class_name": "Conv3D", "config": {"name": "c", "dilation_rate": [2, 2, 2]}}]
-    told = {"weightsManifest": [{"weights": entries}], "modelTopology": {"model_config": {"config": {"layers": layers}}}}
-    (tmp_path / "model.json").write_text(json.dumps(told), encoding="utf-8")
+    model = {"weightsManifest": [{"weights": entries}], "modelTopology": {"model_config": {"config": {"layers": layers}}}}
+    (tmp_path / "model.json").write_text(json.dumps(model), encoding="utf-8")
     (tmp_path / "model.bin").write_bytes(kernel.tobytes() + np.arange(3, dtype="<f4").tobytes())
     (tmp_path / "colormap.json").write_text(json.dumps({"labels": ["a", "b", "c"]}), encoding="utf-8")
     (layer,), names = read_meshnet(tmp_path)
@@ -196,8 +196,10 @@ def test_a_fault_changes_the_image_and_keeps_the_labels_true(head: Head, shared_
 def test_a_table_is_made_of_the_raw_file() -> None:
     row = {"scores": {"thalamus": {"dice": 0.5, "volume_ratio": 2.0, "stray_ml": 1.5}}, "confusion": 0.25, "cpu_s": 7.0, "peak_mib": 10}
     better = {**row, "scores": {"thalamus": {"dice": 0.75, "volume_ratio": 1.0, "stray_ml": 0.5}}, "confusion": None}
-    told = {"methods": {"a": {"read": "2026-01-01", "subjects": {"1000": row}}, "b": {"read": "2026-01-02", "subjects": {"1000": better}}}}
-    text = section(told, "command")
+    record = {
+        "methods": {"a": {"read": "2026-01-01", "subjects": {"1000": row}}, "b": {"read": "2026-01-02", "subjects": {"1000": better}}}
+    }
+    text = section(record, "command")
     assert "| thalamus | 0.500 | **0.750** |" in text
     assert "| thalamus | 2.00 | 1.00 |" in text
     assert "| a | 1 | 2026-01-01 | 25.00 % | 7 | 10 |" in text

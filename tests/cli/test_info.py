@@ -195,7 +195,7 @@ def test_names_that_are_data_are_printed_as_they_are(tmp_path: Path, capsys: pyt
     assert "peft type: LORA" in shown
 
 
-def test_networks_runs_and_cases_are_told_apart_from_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_networks_runs_and_cases_are_distinguished_from_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from safetensors.torch import save_file
 
     from medlore.assets import asset_path
@@ -213,13 +213,13 @@ def test_networks_runs_and_cases_are_told_apart_from_images(tmp_path: Path, caps
         timm |= {f"blocks.0.{name}.weight": shape, f"blocks.0.{name}.bias": shape[:1]}
     timm |= {f"blocks.0.norm{i}.{kind}": (width,) for i in (1, 2) for kind in ("weight", "bias")}
     save_file({name: torch.zeros(shape) for name, shape in timm.items()}, tmp_path / "vit.safetensors")
-    told = run_json(["info", str(tmp_path / "vit.safetensors")], capsys)
-    assert (told["kind"], told["architecture"], told["naming"], told["hidden_size"]) == ("image network", "ViT", "timm-vit", width)
-    assert told["attention_blocks"] == 1
+    facts = run_json(["info", str(tmp_path / "vit.safetensors")], capsys)
+    assert (facts["kind"], facts["architecture"], facts["naming"], facts["hidden_size"]) == ("image network", "ViT", "timm-vit", width)
+    assert facts["attention_blocks"] == 1
     rotary = {name: torch.zeros(shape) for name, shape in timm.items()} | {"rope.freqs": torch.zeros(8)}
     save_file(rotary, tmp_path / "rotary.safetensors")
-    told = run_json(["info", str(tmp_path / "rotary.safetensors")], capsys)
-    assert (told["kind"], told["layout"]) == ("network with attention blocks", "timm")
+    facts = run_json(["info", str(tmp_path / "rotary.safetensors")], capsys)
+    assert (facts["kind"], facts["layout"]) == ("network with attention blocks", "timm")
     save_file({"a.weight": torch.zeros(3, 3)}, tmp_path / "other.safetensors")
     assert run_json(["info", str(tmp_path / "other.safetensors")], capsys)["kind"] == "weights of another family"
 
@@ -235,11 +235,11 @@ def test_networks_runs_and_cases_are_told_apart_from_images(tmp_path: Path, caps
     (run / "ct").mkdir(parents=True)
     (run / "report.json").write_text(json.dumps({**report, "results": {"cases": [{"name": "a", "state": "done"}, failed], "seconds": 2}}))
     for place in (run, run / "report.json"):
-        told = run_json(["info", str(place)], capsys)
-        assert (told["kind"], told["verb"], told["cases"]) == ("run", "segment", {"done": 1, "failed": 1})
-        assert told["failed"] == {"b": "no such file"}
-        assert told["missing_outputs"] == ["x"]
+        facts = run_json(["info", str(place)], capsys)
+        assert (facts["kind"], facts["verb"], facts["cases"]) == ("run", "segment", {"done": 1, "failed": 1})
+        assert facts["failed"] == {"b": "no such file"}
+        assert facts["missing_outputs"] == ["x"]
     labels = [{"value": 1, "label": "liver", "volume_ml": 3.0}]
     (run / "ct" / "case.json").write_text(json.dumps({"schema": "medlore/case/1", "labels": labels, "model": {"name": "LoRKD-Nano"}}))
-    told = run_json(["info", str(run / "ct")], capsys)
-    assert (told["kind"], told["labels"], told["model"]) == ("segmented case", labels, "LoRKD-Nano")
+    facts = run_json(["info", str(run / "ct")], capsys)
+    assert (facts["kind"], facts["labels"], facts["model"]) == ("segmented case", labels, "LoRKD-Nano")

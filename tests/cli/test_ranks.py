@@ -86,10 +86,12 @@ def test_given_lists_and_plans(weights: Path, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize(("rule", "cut"), [(["--rule", "uniform:999"], 9), (["--scale", "1e300"], 9), (["--rule", "uniform:32"], 0)])
-def test_ranks_that_were_cut_to_the_matrix_are_told(weights: Path, rule: list[str], cut: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ranks_that_were_cut_to_the_matrix_are_reported(
+    weights: Path, rule: list[str], cut: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["ranks", str(weights), *rule]) == 0
-    told = f"note: {cut} of 9 layers have the smaller side of their matrix as rank"
-    assert (told in capsys.readouterr().err) == bool(cut)
+    note = f"note: {cut} of 9 layers have the smaller side of their matrix as rank"
+    assert (note in capsys.readouterr().err) == bool(cut)
     assert main(["ranks", str(weights), *rule, "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert [x["rank"] for x in shown["layers"]] == [32] * 9
@@ -147,7 +149,7 @@ def test_a_short_table_by_default_and_the_totals_alone_when_quiet(weights: Path,
         ranks = [str(x.rank) for x in plan.layers if x.block == i]
         assert f"blocks.{i}.attn" in shown.out
         assert any(line.split() == [f"blocks.{i}.attn", *ranks] for line in shown.out.splitlines())
-    assert "3 attention modules seen: 3 taken; rows of 3 fused told by name" in shown.err
+    assert "3 attention modules seen: 3 taken; rows of 3 fused identified by name" in shown.err
     assert shown.out.splitlines()[0].split() == ["block", "q", "v", "o"]
     assert repr(plan).splitlines()[1:5] == shown.out.splitlines()[:4]
     assert main(["ranks", str(weights), "--quiet"]) == 0

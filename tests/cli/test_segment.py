@@ -35,7 +35,7 @@ def test_one_image_and_json(work: Path, capsys: pytest.CaptureFixture[str]) -> N
     printed = capsys.readouterr()
     result = json.loads(printed.out)
     assert result["counts"] == {"done": 1, "skipped": 0, "failed": 0}
-    assert "about" in printed.err  # the plan was told before the run
+    assert "about" in printed.err  # the plan was printed before the run
     assert call(work, *arguments) == 0
     assert "1 skipped" in capsys.readouterr().out
     assert (work / "out" / "ct" / "prediction.nii.gz").is_file()

@@ -16,10 +16,10 @@ def test_a_file_gets_a_line_now_and_then_and_one_at_the_end(monkeypatch: pytest.
     monkeypatch.setattr(narration.time, "monotonic", lambda: now[0])
     out = io.StringIO()
     with Narrator(Console(file=out)) as narrator:
-        tell = narrator("teacher")
+        report = narrator("teacher")
         for step in range(1, 7):
             now[0] += 12.0
-            tell(step, 6, "" if step < 6 else "loss 0.5")
+            report(step, 6, "" if step < 6 else "loss 0.5")
     lines = out.getvalue().splitlines()
     assert lines == [
         "teacher: step 3 of 6, 12.00 s a step, 1 min left",

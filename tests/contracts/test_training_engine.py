@@ -498,21 +498,21 @@ def test_there_is_one_loop(words: str, place: str) -> None:
 
 
 def test_every_kind_hands_its_settings_on() -> None:
-    from maintenance.pretrain import PretrainSettings
+    from maintenance.pretrain_settings import PretrainSettings
 
     from medlore.decomposing.classifiers.settings import DecomposeSettings
     from medlore.decomposing.classifiers.study import _Context
-    from medlore.decomposing.segmenters.settings import LossSettings, ScheduleSettings
-    from medlore.decomposing.segmenters.training import Plan
-    from medlore.tuning.training import Schedule as Epochs
+    from medlore.decomposing.segmenters.settings import ScheduleSettings, SegmenterLossSettings
+    from medlore.decomposing.segmenters.training import SegmenterTrainingPlan
+    from medlore.tuning.training import EpochSchedule
 
-    told = {"learning_rate": 0.25, "weight_decay": 0.5, "clip": 0.125}
-    steps = {**told, "steps": 40, "warmup_fraction": 0.25}
+    values = {"learning_rate": 0.25, "weight_decay": 0.5, "clip": 0.125}
+    steps = {**values, "steps": 40, "warmup_fraction": 0.25}
     segmenters = ScheduleSettings(**steps, accumulate=3, ema=0.9, final_share=0.5)
     study = DecomposeSettings(name="x", tasks=[{"name": "a", "data": "a.npz"}], evaluate_every=8, **steps)  # type: ignore[list-item]
     found = {
-        "tuning": Epochs(epochs=4, warmup_fraction=0.25, patience=3, min_learning_rate=0.01, **told).in_steps(10),
-        "segmenter": Plan(segmenters, LossSettings(), 0, "fp32", validate_every=8, log_every=7).in_steps(),
+        "tuning": EpochSchedule(epochs=4, warmup_fraction=0.25, patience=3, min_learning_rate=0.01, **values).in_steps(10),
+        "segmenter": SegmenterTrainingPlan(segmenters, SegmenterLossSettings(), 0, "fp32", validate_every=8, log_every=7).in_steps(),
         "classifier": _Context(study, {}, None, Path(), None, None).plan(40, 0.25).schedule,  # type: ignore[arg-type]
         "pre-training": PretrainSettings(
             archives=("a.zip",), steps=40, learning_rate=0.25, weight_decay=0.5, warm_up=0.25, ema_decay=0.9, stop_at=30

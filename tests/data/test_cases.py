@@ -91,9 +91,9 @@ def test_images_of_a_folder(tmp_path: Path) -> None:
 
 def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
     """Other characters that Python counts as ends of lines may stand in a text of JSON."""
-    told = {"note": "a\u2028b\x85c\x0bd"}
-    write_cases(tmp_path / "c.jsonl", [Case(tmp_path / "a.nii", ("liver",), "ct", other=told)] * 2)
-    assert [case.other for case in read_cases(tmp_path / "c.jsonl")] == [told, told]
+    extra = {"note": "a\u2028b\x85c\x0bd"}
+    write_cases(tmp_path / "c.jsonl", [Case(tmp_path / "a.nii", ("liver",), "ct", other=extra)] * 2)
+    assert [case.other for case in read_cases(tmp_path / "c.jsonl")] == [extra, extra]
     (tmp_path / "w.jsonl").write_bytes((tmp_path / "c.jsonl").read_bytes().replace(b"\n", b"\r\n"))
     assert [case.line for case in read_cases(tmp_path / "w.jsonl")] == [1, 2]
 

@@ -45,7 +45,7 @@ def toy_format() -> VolumeFormat:
         array = np.frombuffer(content, "<i2", offset=28).reshape(shape, order="F")
         return Volume(array, affine, header_for(affine, shape), shape, path)
 
-    return VolumeFormat("Toy", (".toy",), read, told_by=lambda head: head.startswith(b"TOY!"))
+    return VolumeFormat("Toy", (".toy",), read, recognised_by=lambda head: head.startswith(b"TOY!"))
 
 
 def save_toy(path: Path, array: np.ndarray[Any, Any], spacing: tuple[float, float, float]) -> Path:
@@ -66,8 +66,8 @@ def test_one_object_brings_a_format_to_the_command_line(tmp_path: Path, capsys: 
     image = rng.integers(0, 300, (40, 44, 36))
     save_toy(tmp_path / "scan.toy", image, (1, 1, 1))
     assert main(["info", str(tmp_path / "scan.toy"), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["kind"], told["shape"], told["values"]["largest"]) == ("volume", [40, 44, 36], float(image.max()))
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["kind"], facts["shape"], facts["values"]["largest"]) == ("volume", [40, 44, 36], float(image.max()))
     options = ["--labels", "hippocampus", "--modality", "t1", "--model", "medlore:seg-mini", "--no-picture"]
     assert main(["segment", str(tmp_path), *options, "--out", str(tmp_path / "out")]) == 0
     mask = nib.load(tmp_path / "out" / "scan" / "hippocampus.nii.gz")  # the suffix is no part of the name

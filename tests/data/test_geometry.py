@@ -14,14 +14,13 @@ from medlore.data.volumes.geometry import (
     Crop,
     bounding_box,
     check_affine,
-    linear_taps,
     orientation_of,
     reorientation_to,
-    resample_linear,
     resampling_to,
     shear_degrees,
     spacing_of,
 )
+from medlore.data.volumes.interpolation import linear_taps, resample_linear
 from medlore.errors import DataError, UnknownNameError
 
 

@@ -198,7 +198,7 @@ def test_npz_with_values_that_are_not_numbers_names_the_images(tmp_path: Path) -
     ("name", "came"),
     [("paper.pdf", r"a file of type '\.pdf'"), ("blob", "a file without suffix"), ("cut.zip", "not a whole zip archive")],
 )
-def test_files_of_other_kinds_are_told_what_is_accepted(tmp_path: Path, name: str, came: str) -> None:
+def test_files_of_other_kinds_learn_what_is_accepted(tmp_path: Path, name: str, came: str) -> None:
     (tmp_path / name).write_bytes(bytes(range(256)))
     with pytest.raises(DataError, match=came) as caught:
         read_images(tmp_path / name)

@@ -1,4 +1,4 @@
-"""Which label a value is: names are believed before order, and what nobody claims is told."""
+"""Which label a value is: names are believed before order, and what nobody claims is reported."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ def test_the_line_is_believed_before_the_table_and_the_file_before_its_neighbour
     write_nifti(tmp_path / "mask.nii.gz", CODES, volume, labels={2: "liver"})
     (tmp_path / "labels.json").write_text(json.dumps({"3": "liver"}))
     assert read_masks(case(volume, ("liver",), tmp_path / "mask.nii.gz"), volume).members == {"liver": (2,)}
-    told = case(volume, ("liver",), tmp_path / "mask.nii.gz", mask_values={"liver": [1, 3]})
-    assert read_masks(told, volume).members == {"liver": (1, 3)}
+    entry = case(volume, ("liver",), tmp_path / "mask.nii.gz", mask_values={"liver": [1, 3]})
+    assert read_masks(entry, volume).members == {"liver": (1, 3)}
 
 
 def test_the_table_of_workbench_in_a_nifti_header(tmp_path: Path, volume: Volume) -> None:
@@ -124,7 +124,7 @@ def save_segments(
         f"space directions: {'none ' * (array.ndim - 3)}(1,0,0) (0,1,0) (0,0,2)\nkinds: {'list ' * (array.ndim - 3)}domain domain domain\n"
     )
     head += f"endian: little\nencoding: raw\nspace origin: ({origin[0]},{origin[1]},{2 * origin[2]})\n"
-    head += "".join(f"Segment{k}_{name}:={value}\n" for k, told in enumerate(segments) for name, value in told.items())
+    head += "".join(f"Segment{k}_{name}:={value}\n" for k, entry in enumerate(segments) for name, value in entry.items())
     path.write_bytes(head.encode() + b"\n" + array.astype(np.uint8).tobytes(order="F"))
     return path
 
@@ -164,10 +164,10 @@ def test_a_cropped_segmentation_is_put_in_its_place(tmp_path: Path, volume: Volu
             read_masks(case(volume, ("a",), tmp_path / "b.seg.nrrd"), volume)
 
 
-@pytest.mark.parametrize("told", [{"Name": "a"}, {"Name": "a", "LabelValue": "x"}, {"Name": "a", "LabelValue": "1", "Layer": "4"}])
-def test_a_segment_without_name_value_or_layer_is_a_fault(tmp_path: Path, volume: Volume, told: dict[str, str]) -> None:
+@pytest.mark.parametrize("entry", [{"Name": "a"}, {"Name": "a", "LabelValue": "x"}, {"Name": "a", "LabelValue": "1", "Layer": "4"}])
+def test_a_segment_without_name_value_or_layer_is_a_fault(tmp_path: Path, volume: Volume, entry: dict[str, str]) -> None:
     with pytest.raises(DataError, match="segment 0 without a name"):
-        read_masks(case(volume, ("a",), save_segments(tmp_path / "a.seg.nrrd", [CODES], [told])), volume)
+        read_masks(case(volume, ("a",), save_segments(tmp_path / "a.seg.nrrd", [CODES], [entry])), volume)
 
 
 # -- DICOM-SEG ---------------------------------------------------------------------------------------------------------

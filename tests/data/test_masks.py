@@ -128,7 +128,7 @@ def test_another_affine_names_both(tmp_path: Path, volume: Volume) -> None:
     check_mask_grid(SHAPE, AFFINE + 1e-4, volume, "rounding of a header is no fault")
 
 
-def test_all_labels_without_a_value_are_told_at_once(tmp_path: Path, volume: Volume, codes: np.ndarray[Any, Any]) -> None:
+def test_all_labels_without_a_value_are_reported_at_once(tmp_path: Path, volume: Volume, codes: np.ndarray[Any, Any]) -> None:
     mask = save(tmp_path / "mask.nii.gz", codes)
     with pytest.raises(DataError, match=r"3 label\(s\)") as error:
         read_masks(
@@ -140,7 +140,7 @@ def test_all_labels_without_a_value_are_told_at_once(tmp_path: Path, volume: Vol
     assert "the value of 'spleen' is 'x'" in str(error.value)
 
 
-def test_all_faults_of_separate_files_are_told_at_once(tmp_path: Path, volume: Volume, codes: np.ndarray[Any, Any]) -> None:
+def test_all_faults_of_separate_files_are_reported_at_once(tmp_path: Path, volume: Volume, codes: np.ndarray[Any, Any]) -> None:
     separate_files(tmp_path / "masks", codes)
     save(tmp_path / "masks" / "edema.nii.gz", np.ones((2, 2, 2), np.uint8))
     (tmp_path / "masks" / "tumor_core.nii.gz").write_bytes(b"no image")

@@ -42,7 +42,7 @@ def test_voxels_and_affine_are_nibabels(tmp_path: Path, kind: type, suffix: str)
     assert read_grid(tmp_path / f"a{suffix}")[0] == (7, 6, 5)
 
 
-def test_compression_is_told_by_the_content_not_the_name(tmp_path: Path, array: np.ndarray) -> None:
+def test_compression_is_recognised_by_the_content_not_the_name(tmp_path: Path, array: np.ndarray) -> None:
     save(tmp_path / "a.nii.gz", array)
     (tmp_path / "b.nii").write_bytes((tmp_path / "a.nii.gz").read_bytes())
     assert np.array_equal(read_nifti(tmp_path / "b.nii").array, array)

@@ -21,7 +21,7 @@ PREPROCESSING: dict[str, Any] = {"orientation": "RAS", "spacing_mm": {"ct": [2, 
 
 
 def scene(shape: tuple[int, int, int] = (20, 24, 16)) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """An image with air around it, and a label map whose labels are told by the image's grey values."""
+    """An image with air around it, and a label map whose labels follow from the image's grey values."""
     rng = np.random.default_rng(0)
     codes = np.zeros(shape, np.uint8)
     codes[3:9, 4:20, 3:13] = 1
@@ -145,7 +145,7 @@ def test_a_cut_off_entry_is_built_again(tmp_path: Path, part: str) -> None:
     assert np.array_equal(np.load(tmp_path / "cache" / f"{whole.key}.image.npy"), expected)
 
 
-def test_broken_cases_are_told_and_left_out(tmp_path: Path) -> None:
+def test_broken_cases_are_reported_and_left_out(tmp_path: Path) -> None:
     good = write_case(tmp_path)
     (tmp_path / "broken.nii.gz").write_bytes(b"nothing of the kind")
     other = tmp_path / "small_mask.nii.gz"

@@ -118,9 +118,9 @@ def test_each_expert_lies_beside_the_pack_as_a_plan(finished: Path, tmp_path: Pa
         assert {kept.scaling(x) for x in kept.layers} == {2.0}
     (tmp_path / "left.json").write_text((finished / "out" / "ranks" / "left.json").read_text())
     given = write_study(tmp_path, ranks={"rule": "given", "given": {"left": "left.json", "right": 3}})
-    told = plan(given)
-    assert told["ranks"]["left"] == list(pack.experts["left"].ranks.values())
-    assert set(told["ranks"]["right"]) <= {1, 2, 3}
+    planned = plan(given)
+    assert planned["ranks"]["left"] == list(pack.experts["left"].ranks.values())
+    assert set(planned["ranks"]["right"]) <= {1, 2, 3}
 
 
 def test_teacher_shared_base_and_experts_are_backbones(finished: Path, tmp_path: Path) -> None:
@@ -214,8 +214,8 @@ KEEP_EACH_PROCESS = """
 import os, sys, torch
 import medlore.decomposing.classifiers.study as recipe
 train_all = recipe._train_all
-def kept(shop, teacher):
-    rows, experts = train_all(shop, teacher)
+def kept(context, teacher):
+    rows, experts = train_all(context, teacher)
     torch.save(experts.state_dict(), f"{sys.argv[2]}-{os.environ['RANK']}.pt")
     return rows, experts
 recipe._train_all = kept
@@ -338,7 +338,7 @@ def test_a_wrong_study_is_refused_before_anything_is_written(tmp_path: Path, cha
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_cannot_be_is_told_before_anything_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_is_reported_before_anything_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "medlore.decomposing.classifiers.study.train_network",
         lambda *_args, **_more: pytest.fail("trained before the folder was looked at"),

@@ -64,7 +64,7 @@ def test_a_second_run_trains_nothing_and_says_the_same(done: tuple[Path, Segment
 def test_the_dry_run_knows_what_is_trained(done: tuple[Path, SegmentationResult], tmp_path: Path) -> None:
     folder, _ = done
     found = plan_segmenter(folder / "study.yaml", folder / "out", steps=2)
-    assert {name: told["state"] for name, told in found["networks"].items()} == dict.fromkeys(("teacher", "shared", "experts"), "trained")
+    assert {name: entry["state"] for name, entry in found["networks"].items()} == dict.fromkeys(("teacher", "shared", "experts"), "trained")
     longer = plan_segmenter(folder / "study.yaml", folder / "out", steps=3)["networks"]
     assert (longer["teacher"]["state"], longer["experts"]["state"], longer["experts"]["steps"]) == ("trained", "to be trained", 3)
     new = plan_segmenter(folder / "study.yaml", tmp_path)

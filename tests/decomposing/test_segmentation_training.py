@@ -14,11 +14,11 @@ from medlore.data.volumes.cases import Case
 from medlore.data.volumes.synthesis import SynthesisRules
 from medlore.decomposing.segmenters.batches import PatchSampler, batches_ahead, make_sampler
 from medlore.decomposing.segmenters.cohort import Cohort, read_cohort, with_split
-from medlore.decomposing.segmenters.context import Job, StudyContext, settings_rules, silent
+from medlore.decomposing.segmenters.context import NetworkJob, StudyContext, settings_rules, silent
 from medlore.decomposing.segmenters.few_shot import FewShotSettings, _TunedSegmenter
 from medlore.decomposing.segmenters.network import PromptedSegmenter, new_prompts
-from medlore.decomposing.segmenters.settings import LossSettings, ScheduleSettings, SegmentationSettings
-from medlore.decomposing.segmenters.training import Plan, train_segmenter
+from medlore.decomposing.segmenters.settings import ScheduleSettings, SegmentationSettings, SegmenterLossSettings
+from medlore.decomposing.segmenters.training import SegmenterTrainingPlan, train_segmenter
 from medlore.decomposing.segmenters.validation import WindowSettings, make_validation
 from medlore.errors import InputError, StepError
 from medlore.layers.experts.surgery import install_experts
@@ -37,7 +37,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[SegmentationSetting
     return settings, read_cohort(settings, folder=folder, cache=folder / "cache")
 
 
-def dealer_of(study: tuple[SegmentationSettings, Cohort], *, mode: str = "mixed") -> PatchSampler:
+def sampler_of(study: tuple[SegmentationSettings, Cohort], *, mode: str = "mixed") -> PatchSampler:
     settings, cohort = study
     rules = settings_rules(settings)
     return make_sampler(cohort, patch_size=(16, 16, 16), max_prompts=3, rules=rules, batch_size=2, mode=mode, seed=3)  # type: ignore[arg-type]
@@ -50,8 +50,10 @@ def network_of(study: tuple[SegmentationSettings, Cohort], *, dropout: float = 0
     return PromptedSegmenter(model, new_prompts(len(cohort.keys), 16, seed=0), learn_prompts=True)
 
 
-def plan_of(schedule: ScheduleSettings = SCHEDULE, *, minutes: float = 0.0) -> Plan:
-    return Plan(schedule, LossSettings(), seed=5, precision="fp32", validate_every=2, checkpoint_minutes=minutes, log_every=3)
+def plan_of(schedule: ScheduleSettings = SCHEDULE, *, minutes: float = 0.0) -> SegmenterTrainingPlan:
+    return SegmenterTrainingPlan(
+        schedule, SegmenterLossSettings(), seed=5, precision="fp32", validate_every=2, checkpoint_minutes=minutes, log_every=3
+    )
 
 
 class KilledError(Exception):
@@ -62,7 +64,7 @@ def test_a_killed_run_ends_where_an_unbroken_one_ends(study: tuple[SegmentationS
     accelerator, checkpoint = make_accelerator("cpu", "fp32"), tmp_path / "c.pt"
     whole = network_of(study)
     score = make_validation(study[1], WindowSettings((16, 16, 16), 0.0, "fp32", SynthesisRules()), cases=1)
-    told = train_segmenter(whole, dealer_of(study), plan_of(), accelerator=accelerator, checkpoint=tmp_path / "w.pt", validate=score)
+    unbroken = train_segmenter(whole, sampler_of(study), plan_of(), accelerator=accelerator, checkpoint=tmp_path / "w.pt", validate=score)
 
     def kill(step: int, _steps: int, _text: str) -> None:
         if step == 3:  # the checkpoint of step 2 is there, that of step 3 is not
@@ -70,37 +72,37 @@ def test_a_killed_run_ends_where_an_unbroken_one_ends(study: tuple[SegmentationS
 
     broken = network_of(study)
     with pytest.raises(KilledError):
-        train_segmenter(broken, dealer_of(study), plan_of(), accelerator=accelerator, checkpoint=checkpoint, progress=kill, validate=score)
+        train_segmenter(broken, sampler_of(study), plan_of(), accelerator=accelerator, checkpoint=checkpoint, progress=kill, validate=score)
     resumed = network_of(study)
     seen: list[int] = []
     history = train_segmenter(
-        resumed, dealer_of(study), plan_of(), accelerator=accelerator, checkpoint=checkpoint,
+        resumed, sampler_of(study), plan_of(), accelerator=accelerator, checkpoint=checkpoint,
         progress=lambda s, _n, _t: seen.append(s), validate=score,
     )  # fmt: skip
     assert seen == [3, 4]
     for (name, one), other in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(one, other), name
-    assert history.losses == told.losses
-    assert history.scores == told.scores
+    assert history.losses == unbroken.losses
+    assert history.scores == unbroken.scores
     assert [s["step"] for s in history.scores] == [2, 4]
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine with one core
 def test_the_loader_does_not_change_what_is_drawn(study: tuple[SegmentationSettings, Cohort]) -> None:
-    dealer, numbers = dealer_of(study), [5, 0, 2, 7]
-    direct = [dealer.batch(n) for n in numbers]
+    sampler, numbers = sampler_of(study), [5, 0, 2, 7]
+    direct = [sampler.batch(n) for n in numbers]
     for workers in (0, 2):
-        for one, other in zip(direct, batches_ahead(dealer, numbers, workers=workers), strict=True):
+        for one, other in zip(direct, batches_ahead(sampler, numbers, workers=workers), strict=True):
             assert one.names == other.names
             assert torch.equal(one.images, other.images)
             assert torch.equal(one.targets, other.targets)
 
 
 def test_a_region_batch_holds_one_region_and_mixed_ones_several(study: tuple[SegmentationSettings, Cohort]) -> None:
-    homogeneous = [set(dealer_of(study, mode="region").batch(n).regions) for n in range(6)]
+    homogeneous = [set(sampler_of(study, mode="region").batch(n).regions) for n in range(6)]
     assert all(len(found) == 1 for found in homogeneous)
     assert len(set.union(*homogeneous)) == 2
-    assert any(len(set(dealer_of(study).batch(n).regions)) == 2 for n in range(6))
+    assert any(len(set(sampler_of(study).batch(n).regions)) == 2 for n in range(6))
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(study: tuple[SegmentationSettings, Cohort], tmp_path: Path) -> None:
@@ -115,10 +117,10 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(study: tu
                 found.images[0, 0, 0, 0, 0] = math.nan
             return found
 
-    dealer = Poisoned(**vars(dealer_of(study)))
+    sampler = Poisoned(**vars(sampler_of(study)))
     schedule = SCHEDULE.changed(accumulate=1)
     with pytest.raises(StepError, match=r"step 2, cases (brain|belly)\d") as caught:
-        train_segmenter(network, dealer, plan_of(schedule, minutes=9), accelerator=make_accelerator("cpu", "fp32"), checkpoint=checkpoint)
+        train_segmenter(network, sampler, plan_of(schedule, minutes=9), accelerator=make_accelerator("cpu", "fp32"), checkpoint=checkpoint)
     assert str(checkpoint) in str(caught.value)
     held = torch.load(checkpoint, weights_only=True)
     assert held["step"] == 2
@@ -126,13 +128,13 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(study: tu
 
 
 def test_a_patient_of_the_test_is_never_trained_on() -> None:
-    told = {("a", 0): "test", ("b", 0): "train", ("b", 1): "validation"}
+    parts = {("a", 0): "test", ("b", 0): "train", ("b", 1): "validation"}
     cases = [
         Case(
             Path(f"{patient}{n}.nii.gz"),
             ("liver",),
             "ct",
-            other={"patient": patient} | ({"split": told[patient, n]} if (patient, n) in told else {}),
+            other={"patient": patient} | ({"split": parts[patient, n]} if (patient, n) in parts else {}),
         )
         for patient in "abc"
         for n in range(3)
@@ -157,7 +159,7 @@ def test_labels_that_go_to_another_expert_make_another_network(study: tuple[Segm
     context = StudyContext(settings, cohort, tmp_path, make_accelerator("cpu", "fp32"), silent)
 
     def identity(data: Cohort, *, by_region: bool) -> str:
-        return context.identity(Job("any", SCHEDULE, data, ("student", "experts"), by_region=by_region))
+        return context.identity(NetworkJob("any", SCHEDULE, data, ("student", "experts"), by_region=by_region))
 
     moved = replace(cohort, prompts=swapped)
     assert moved.keys == cohort.keys
@@ -185,7 +187,7 @@ def test_a_few_shot_network_answers_with_its_expert_where_no_region_is_named(stu
 def test_training_lowers_the_loss(study: tuple[SegmentationSettings, Cohort], tmp_path: Path) -> None:
     schedule = ScheduleSettings(steps=40, batch_size=2, learning_rate=1e-2)
     network, plan = network_of(study, dropout=0.0), plan_of(schedule, minutes=9)
-    history = train_segmenter(network, dealer_of(study), plan, accelerator=make_accelerator("cpu", "fp32"), checkpoint=tmp_path / "c.pt")
+    history = train_segmenter(network, sampler_of(study), plan, accelerator=make_accelerator("cpu", "fp32"), checkpoint=tmp_path / "c.pt")
     assert history.losses[-1]["masks"] < 0.85 * history.losses[0]["masks"]
     assert 0 <= history.waited <= history.seconds
 

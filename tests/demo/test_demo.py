@@ -96,9 +96,9 @@ def test_the_template_is_segmented_on_its_own_grid(pack: Path, tmp_path: Path) -
 
     from medlore.demo.segmentation import template_file
 
-    told = segment_template(str(pack), tmp_path, prompts=("grey matter", "hippocampus", "no such part"))
-    assert told["without_prompt"] == ["no such part"]
-    grey, hippocampus = told["labels"]
+    record = segment_template(str(pack), tmp_path, prompts=("grey matter", "hippocampus", "no such part"))
+    assert record["without_prompt"] == ["no such part"]
+    grey, hippocampus = record["labels"]
     assert grey["kmeans_dice"] > 0.85
     assert 0 <= grey["dice"] < grey["kmeans_dice"]  # random weights
     assert hippocampus["dice"] is None
@@ -106,7 +106,7 @@ def test_the_template_is_segmented_on_its_own_grid(pack: Path, tmp_path: Path) -
     assert mask.shape == image.shape
     np.testing.assert_array_equal(mask.affine, image.affine)
     assert grey["volume_ml"] == pytest.approx(np.asarray(mask.dataobj).sum() / 1000, abs=0.01)
-    (tmp_path / "report.json").write_text(json.dumps({"verb": "demo", "results": {"segmentation": told}}))
+    (tmp_path / "report.json").write_text(json.dumps({"verb": "demo", "results": {"segmentation": record}}))
     page = page_of(tmp_path)
     assert page.sections[0].title == "Segmentation by text prompts"
     viewer, table = page.sections[0].pieces[0], page.sections[0].pieces[-3]

@@ -32,12 +32,12 @@ NEAR = 1
 
 def weights_of(name: str) -> Path:
     """The file a user gave, or a skip that says how to give it."""
-    told = os.environ.get(VARIABLE)
-    if not told:
+    folder = os.environ.get(VARIABLE)
+    if not folder:
         pytest.skip(f"set {VARIABLE} to a folder with {name}.pth (or {', '.join(ENDINGS[1:])}) to check its published ranks")
-    found = [path for ending in ENDINGS if (path := Path(told) / f"{name}{ending}").is_file()]
+    found = [path for ending in ENDINGS if (path := Path(folder) / f"{name}{ending}").is_file()]
     if not found:
-        pytest.skip(f"no {name}.pth (or {', '.join(ENDINGS[1:])}) in {VARIABLE}={told}")
+        pytest.skip(f"no {name}.pth (or {', '.join(ENDINGS[1:])}) in {VARIABLE}={folder}")
     return found[0]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from medlore.layers.experts import layer as expert_module
-from medlore.layers.experts.call import Geometry, Job, Pair, Share
+from medlore.layers.experts.call import Geometry, LayerCall, Pair, Share
 from medlore.layers.experts.dispatch import PRICES, Load, choose_form, costs
 from medlore.layers.experts.hidden import moves_points
 from medlore.layers.experts.layer import ExpertConv2d, ExpertLinear, expert_layer
@@ -111,7 +111,9 @@ def test_a_merged_layer_keeps_no_kernel_and_no_copy() -> None:
     assert set(kept) <= known
 
 
-def job(layer: nn.Conv2d | nn.Conv3d, space: tuple[int, ...], batch: int, experts: int, rank: int = 8, layout: str = "channel") -> Job:
+def job(
+    layer: nn.Conv2d | nn.Conv3d, space: tuple[int, ...], batch: int, experts: int, rank: int = 8, layout: str = "channel"
+) -> LayerCall:
     """A call on tensors without memory."""
     from medlore.linalg.factors import factor_shapes
 
@@ -123,7 +125,7 @@ def job(layer: nn.Conv2d | nn.Conv3d, space: tuple[int, ...], batch: int, expert
         if batch * layer.in_channels < 100
         else torch.zeros(1).expand(batch, layer.in_channels, *space)
     )
-    return Job(x, weight, None, geometry, [Share(pair, batch // experts, 0, None)] * experts)
+    return LayerCall(x, weight, None, geometry, [Share(pair, batch // experts, 0, None)] * experts)
 
 
 # what `python -m benchmarks.experts` measures as best, or within a few per cent of it

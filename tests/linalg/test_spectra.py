@@ -209,7 +209,7 @@ def test_same_seed_same_answer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("weight", "told"),
+    ("weight", "message"),
     [
         (np.full((4, 4), np.nan), "weight: NaN or infinity"),
         (np.array([[1.0, np.inf]]), "weight: NaN or infinity"),
@@ -220,13 +220,13 @@ def test_same_seed_same_answer() -> None:
         (torch.zeros(2, 2, 2, 2), "weight: 4 axes"),
     ],
 )
-def test_bad_weights_are_told(weight: np.ndarray, told: str) -> None:
+def test_bad_weights_are_reported(weight: np.ndarray, message: str) -> None:
     for function in (stable_rank, effective_rank, spectral_norm):
-        with pytest.raises(TargetError, match=told):
+        with pytest.raises(TargetError, match=message):
             function(weight)
 
 
-def test_bad_options_are_told() -> None:
+def test_bad_options_are_reported() -> None:
     with pytest.raises(UnknownNameError, match="half-even"):
         stable_rank(np.eye(2), rounding="half-evn")  # type: ignore[arg-type]
     for scale in (0, -1, math.nan, math.inf):

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from maintenance.pretrain import PretrainSettings, build_vit, forward_kept, main, pretrain
+from maintenance.pretrain import main, pretrain
 from maintenance.pretrain_images import augment, balanced_order, mix, read_labelled_zips
+from maintenance.pretrain_network import build_vit, forward_kept
+from maintenance.pretrain_settings import PretrainSettings
 from PIL import Image
 from safetensors.torch import load_file
 

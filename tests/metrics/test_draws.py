@@ -30,13 +30,13 @@ def test_pairs_are_sharper_than_two_means() -> None:
     better, worse = 0.62 + luck + [0.001, -0.001, 0.002, 0, 0], 0.6 + luck
     difference = mean_difference(better.tolist(), worse.tolist())
     assert difference.mean == pytest.approx(0.0204)
-    assert difference.apart_from_zero
-    assert not mean_difference(luck.tolist(), [0.0] * 5).apart_from_zero
+    assert difference.excludes_zero
+    assert not mean_difference(luck.tolist(), [0.0] * 5).excludes_zero
 
 
 def test_one_draw_has_no_interval() -> None:
     alone = mean_of_draws([0.5])
-    assert (alone.mean, alone.low, alone.high, alone.apart_from_zero) == (0.5, None, None, False)
+    assert (alone.mean, alone.low, alone.high, alone.excludes_zero) == (0.5, None, None, False)
     assert str(alone) == "0.500"
 
 

@@ -33,7 +33,7 @@ def test_best_is_first_and_equals_share() -> None:
 
 
 def test_false_alarms_come_as_often_as_said() -> None:
-    """Of tables of equal methods, about one in twenty holds a pair that is told apart."""
+    """Of tables of equal methods, about one in twenty holds a pair that differs significantly."""
     draw = np.random.default_rng(3)
     apart = []
     for _ in range(400):

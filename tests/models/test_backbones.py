@@ -110,7 +110,7 @@ def test_statistics_come_from_the_checkpoint(folders: dict[str, Path], tmp_path:
         load_backbone(folder, classes=2)
 
 
-def test_statistics_that_are_assumed_are_told_with_the_way_to_change_them(tmp_path: Path) -> None:
+def test_statistics_that_are_assumed_are_reported_with_the_way_to_change_them(tmp_path: Path) -> None:
     save_file(restated.random_vit("timm"), tmp_path / "deit.safetensors")
     assumed = load_backbone(tmp_path / "deit.safetensors", classes=2)
     assert assumed.statistics_from == "published statistics of vit"

@@ -77,7 +77,9 @@ def test_the_files_of_these_tests_have_the_published_keys(file: str, shapes: dic
         ("lorkd_pro", "LoRKD-Pro", 127_861_884, LORKD_PRO_RANKS),
     ],
 )
-def test_every_published_file_is_told_by_its_keys(file: str, name: str, parameters: int, ranks: tuple[int, ...], golden: Path) -> None:
+def test_every_published_file_is_recognised_by_its_keys(
+    file: str, name: str, parameters: int, ranks: tuple[int, ...], golden: Path
+) -> None:
     """On the true key lists, with weights that take no memory."""
     from medlore.models.segmenter.checkpoints import segmenter_weights
 

@@ -127,7 +127,7 @@ def test_a_wrong_entry_of_a_manifest_is_named(
         (None, "schema None"),
     ],
 )
-def test_another_format_is_told_by_its_version(kind: str, schema: Any, said: str, altered: Callable[[str, Change], Path]) -> None:
+def test_another_format_is_recognised_by_its_version(kind: str, schema: Any, said: str, altered: Callable[[str, Change], Path]) -> None:
     pack = altered(kind, at("schema", value=schema))
     with pytest.raises(CheckpointError, match=said):
         describe(pack)
@@ -159,7 +159,7 @@ def test_scalings_by_position_are_of_an_older_version(whole: dict[str, Path], tm
             reader(pack)
 
 
-def test_weights_that_no_manifest_names_are_told(whole: dict[str, Path], tmp_path: Path) -> None:
+def test_weights_that_no_manifest_names_are_reported(whole: dict[str, Path], tmp_path: Path) -> None:
     for kind, pack in whole.items():
         copy = Path(shutil.copytree(pack, tmp_path / kind))
         assert not any("never read" in note for note in describe(copy)["notes"])

@@ -46,9 +46,9 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_info_and_export_take_a_shipped_pack_by_name(shipped: str, tmp_path: Path) -> None:
-    told = CliRunner().invoke(app, ["info", shipped, "--json"])
-    assert told.exit_code == 0, told.output
-    assert [expert["expert"] for expert in json.loads(told.stdout)["experts"]] == ["one"]
+    shown = CliRunner().invoke(app, ["info", shipped, "--json"])
+    assert shown.exit_code == 0, shown.output
+    assert [expert["expert"] for expert in json.loads(shown.stdout)["experts"]] == ["one"]
     done = CliRunner().invoke(app, ["export", shipped, "--expert", "one", "--out", str(tmp_path / "out"), "--json"])
     assert done.exit_code == 0, done.output
     assert (tmp_path / "out" / "model.safetensors").is_file()

@@ -221,7 +221,7 @@ def test_partial_or_foreign_text_files_are_refused(text_state: dict[str, Tensor]
         read_text_encoder(write_published(tmp_path / "vision.pth", {"backbone.encoder.stages.0.0.convs.0.conv.weight": torch.zeros(1)}))
 
 
-def test_a_text_file_given_as_vision_file_is_told_apart(text_file: Path) -> None:
+def test_a_text_file_given_as_vision_file_is_distinguished(text_file: Path) -> None:
     with pytest.raises(CheckpointError, match="a text encoder goes to --text"):
         load_segmenter(text_file)
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from maintenance.pretrain import PretrainSettings, build_vit
+from maintenance.pretrain_network import build_vit
+from maintenance.pretrain_settings import PretrainSettings
 from maintenance.transfer import measure_transfer
 
 from medlore.assets import asset_path
@@ -45,7 +46,7 @@ def test_it_is_small_and_its_weights_are_healthy() -> None:
 def test_frozen_features_beat_the_untrained_network(shared_data: Path, name: str) -> None:
     found = measure_transfer("medlore:vit-mini", read_images(shared_data / name), shots=20, draws=5)
     assert found.gain.mean >= 0.10
-    assert found.gain.apart_from_zero
+    assert found.gain.excludes_zero
     row = next(line for line in CARD.splitlines() if line.startswith(f"| {Path(name).stem} |"))
     on_card = [float(value) for value in re.findall(r"\| (0\.\d{3}) \(", row)]
     assert [found.trained.mean, found.untrained.mean, found.gain.mean] == pytest.approx(on_card, abs=0.01)

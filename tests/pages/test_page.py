@@ -38,9 +38,9 @@ def box(shape: tuple[int, ...], *ranges: tuple[int, int]) -> np.ndarray:
 
 
 def unpack(slices: Slices, name: str) -> np.ndarray:
-    told = slices.data()
-    kind = np.uint8 if name == "image" or told["bytes"] == 1 else np.dtype("<u2")
-    return np.frombuffer(gzip.decompress(base64.b64decode(told[name])), kind).reshape(slices.shape, order="F")
+    payload = slices.data()
+    kind = np.uint8 if name == "image" or payload["bytes"] == 1 else np.dtype("<u2")
+    return np.frombuffer(gzip.decompress(base64.b64decode(payload[name])), kind).reshape(slices.shape, order="F")
 
 
 # -- HTML --------------------------------------------------------------------------------------------------------------
@@ -64,8 +64,8 @@ def test_no_value_becomes_markup(tmp_path: Path) -> None:
     assert NASTY not in html
     assert 'alert("x")' not in html
     assert html.count("<script") == html.count("</script>") == 3  # the data of the viewer and the two scripts of ours
-    told = json.loads(re.search(r'<script type="application/json">(.*?)</script>', html, re.DOTALL).group(1))
-    assert told["labels"][0]["name"] == NASTY
+    payload = json.loads(re.search(r'<script type="application/json">(.*?)</script>', html, re.DOTALL).group(1))
+    assert payload["labels"][0]["name"] == NASTY
 
 
 def test_the_policy_allows_these_texts_alone(tmp_path: Path) -> None:
@@ -246,15 +246,15 @@ def test_a_click_moves_the_crosshair_to_that_point_in_mm(opened: Tab) -> None:
     first = readout(opened)
     at = (4 + 0.5, 6 + 0.5)  # voxel x 4, y 6: inside the block
     click_canvas(opened, "axial", (at[0] + 2) / 24, 1 - at[1] / 24)
-    told = readout(opened)
-    assert told != first
-    assert "x −2.0  y 17.0 " in told
+    shown = readout(opened)
+    assert shown != first
+    assert "x −2.0  y 17.0 " in shown
     click_canvas(opened, "coronal", (at[0] + 2) / 24, 1 - (5 + 0.5 + 4) / 24)
-    told = readout(opened)
-    assert "x −2.0  y 17.0  z 17.0 mm" in told
-    assert "value 100" in told
-    assert NASTY in told  # as text: the smallest label first
-    assert told.index(NASTY) < told.index("left half")
+    shown = readout(opened)
+    assert "x −2.0  y 17.0  z 17.0 mm" in shown
+    assert "value 100" in shown
+    assert NASTY in shown  # as text: the smallest label first
+    assert shown.index(NASTY) < shown.index("left half")
     outputs = opened.run("[...document.querySelectorAll('.planes output')].map(e => e.textContent)")
     assert outputs == ["6 / 16", "7 / 24", "5 / 20"]
 

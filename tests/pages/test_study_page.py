@@ -81,7 +81,7 @@ def test_markdown_has_every_method_and_says_what_is_missing(folder: Path) -> Non
     assert "11 of 12 cells are done, 1 failed, 0 have not run." in text
 
 
-def test_a_killed_cell_is_told_only_what_a_study_can_do(folder: Path) -> None:
+def test_a_killed_cell_reports_only_what_a_study_can_do(folder: Path) -> None:
     cell = cells_of(read_study(folder.parent / "study.yaml"))[0]
     assert lost_cell((cell,), segment_workers._KILLED)["reason"].endswith("for its memory: give fewer --workers")
 

@@ -181,11 +181,11 @@ def test_masks_on_another_grid_end_in_one_sentence(tmp_path: Path) -> None:
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
-def test_the_command_writes_where_it_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_where_it_is_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = case_folder(tmp_path / "case")
     assert main(["view", str(folder), "--out", str(tmp_path / "x" / "p.html"), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told == {"page": str(tmp_path / "x" / "p.html"), "bytes": (tmp_path / "x" / "p.html").stat().st_size}
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == {"page": str(tmp_path / "x" / "p.html"), "bytes": (tmp_path / "x" / "p.html").stat().st_size}
     assert main(["view", str(folder)]) == 0
     assert (folder / "page.html").is_file()
     assert {path.name for path in folder.iterdir() if path.name.startswith(".")} == set()
@@ -209,9 +209,9 @@ def test_wrong_folders_end_with_status_2(tmp_path: Path, capsys: pytest.CaptureF
     for name, text in content.items():
         (tmp_path / name).write_text(text)
     assert main(["view", str(tmp_path)]) == 2
-    told = capsys.readouterr().err
-    assert any(part in told for part in message.split("|")), told
-    assert "fault of MedLoRE" not in told
+    printed = capsys.readouterr().err
+    assert any(part in printed for part in message.split("|")), printed
+    assert "fault of MedLoRE" not in printed
     assert not (tmp_path / "page.html").exists()
 
 

@@ -29,7 +29,7 @@ class Case:
         places: names of q, v and output projection below one path; `^` goes one module up.
         split: rows of a part of a fused matrix.
         config: class of the configuration; by default that of the model.
-        told: words that the report must hold where modules are left out; empty where all are taken.
+        notes: words that the report must hold where modules are left out; empty where all are taken.
         fast: whether it is tried in every run.
         also: places and split of a second kind of attention in the same network.
     """
@@ -39,7 +39,7 @@ class Case:
     places: tuple[str, str, str]
     split: Split | None = None
     config: str = ""
-    told: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     fast: bool = False
     also: tuple[tuple[tuple[str, str, str], Split], ...] = ()
 
@@ -147,7 +147,7 @@ CASES = [
     Case("DistilBertModel", {"vocab_size": 60, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "pad_token_id": 0}, LIN),
     Case("XLMModel", {"vocab_size": 60, "emb_dim": 32, "n_layers": 2, "n_heads": 4, "pad_index": 0}, LIN),
     Case("FunnelModel", {"vocab_size": 60, "block_sizes": [1, 1], "d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 48},
-         ("q_head", "v_head", "post_proj"), told=DECODER_LEFT),
+         ("q_head", "v_head", "post_proj"), notes=DECODER_LEFT),
     Case("ModernBertModel", {**TEXT, "cls_token_id": 1, "sep_token_id": 2}, ("Wqkv", "Wqkv", "Wo"), stacked, fast=True),
     # language models
     Case("LlamaModel", GROUPED, PROJ, fast=True),
@@ -189,14 +189,14 @@ CASES = [
     Case("OPTModel", {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48,
                       "word_embed_proj_dim": 32, **IDS}, OUT),
     # words to words
-    Case("T5Model", T5, ("q", "v", "o"), told=DECODER_LEFT),
-    Case("MT5Model", T5, ("q", "v", "o"), told=DECODER_LEFT),
-    Case("BartModel", SEQUENCE, OUT, told=DECODER_LEFT, fast=True),
-    Case("MBartModel", SEQUENCE, OUT, told=DECODER_LEFT),
-    Case("PegasusModel", SEQUENCE, OUT, told=DECODER_LEFT),
-    Case("MarianModel", SEQUENCE, OUT, told=DECODER_LEFT),
-    Case("M2M100Model", SEQUENCE, OUT, told=DECODER_LEFT),
-    Case("WhisperModel", {**SEQUENCE, "num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 20}, OUT, told=DECODER_LEFT),
+    Case("T5Model", T5, ("q", "v", "o"), notes=DECODER_LEFT),
+    Case("MT5Model", T5, ("q", "v", "o"), notes=DECODER_LEFT),
+    Case("BartModel", SEQUENCE, OUT, notes=DECODER_LEFT, fast=True),
+    Case("MBartModel", SEQUENCE, OUT, notes=DECODER_LEFT),
+    Case("PegasusModel", SEQUENCE, OUT, notes=DECODER_LEFT),
+    Case("MarianModel", SEQUENCE, OUT, notes=DECODER_LEFT),
+    Case("M2M100Model", SEQUENCE, OUT, notes=DECODER_LEFT),
+    Case("WhisperModel", {**SEQUENCE, "num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 20}, OUT, notes=DECODER_LEFT),
     # pictures
     Case("ViTModel", IMAGE, PROJ, fast=True),
     Case("DeiTModel", IMAGE, PROJ),
@@ -222,10 +222,10 @@ CASES = [
     Case("MobileViTModel", {"image_size": 32, "hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 8, 8, 8, 8, 16]},
          ("attention.query", "attention.value", "output.dense")),
     # pictures and words, sound
-    Case("CLIPModel", TWO, OUT, told=TEXT_LEFT, fast=True),
-    Case("SiglipModel", TWO, OUT, told=TEXT_LEFT),
-    Case("AltCLIPModel", {**TWO, "text_config": {**TEXT, "project_dim": 16}}, OUT, told=TEXT_LEFT),
-    Case("CLIPSegModel", TWO, OUT, told=TEXT_LEFT),
+    Case("CLIPModel", TWO, OUT, notes=TEXT_LEFT, fast=True),
+    Case("SiglipModel", TWO, OUT, notes=TEXT_LEFT),
+    Case("AltCLIPModel", {**TWO, "text_config": {**TEXT, "project_dim": 16}}, OUT, notes=TEXT_LEFT),
+    Case("CLIPSegModel", TWO, OUT, notes=TEXT_LEFT),
     Case("Wav2Vec2Model", SOUND, OUT),
     Case("HubertModel", SOUND, OUT),
     Case("WavLMModel", SOUND, OUT),

@@ -59,8 +59,8 @@ def test_a_plan_is_q_v_and_output_of_every_attention_or_says_why_not(case: Case)
     left_out = {s.path for s in plan.coverage if s.outcome == "left out"}
     missing = {path for path in wanted if not any(covers(path, layer.group) for layer in plan.layers)}
     assert {path for path in missing if not any(covers(path, other) for other in left_out)} == set()
-    assert not missing or case.told
-    for words in case.told:
+    assert not missing or case.notes
+    for words in case.notes:
         assert any(words in s.why for s in plan.coverage if s.outcome == "left out")
     for layer in plan.layers:
         path = next(p for p in wanted if covers(p, layer.group))

@@ -1,4 +1,4 @@
-"""What a plan says of what it saw: rows told by trying, parts of other sizes, tied copies, towers, MLPs that are not there."""
+"""What a plan says of what it saw: rows identified by probing, parts of other sizes, tied copies, towers, MLPs that are not there."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def test_an_mlp_is_found_by_its_shapes_or_as_stacked_experts(family: str) -> Non
     assert sorted(ranks.values()) == sorted(x.rank for x in mlp if x.experts > 1)
 
 
-def test_an_mlp_that_is_nowhere_is_refused_and_one_that_lacks_is_told() -> None:
+def test_an_mlp_that_is_nowhere_is_refused_and_one_that_lacks_is_reported() -> None:
     attention = {f"blocks.{i}.attn.{n}.weight": s for i in range(2) for n, s in (("qkv", (24, 8)), ("proj", (8, 8)))}
     with pytest.raises(TargetError, match="no MLP was found in any block"):
         find_targets(attention, "attention+mlp")
@@ -221,12 +221,12 @@ def test_an_mlp_that_is_nowhere_is_refused_and_one_that_lacks_is_told() -> None:
         for names in (("mlp.fc1", "mlp.fc2"), ("feed.up", "feed.down")):
             some = {f"blocks.{has}.{name}.weight": shape for name, shape in zip(names, ((16, 8), (8, 16)), strict=True)}
             found = find_targets(attention | some, "attention+mlp")
-            told = {s.path: s.outcome for s in found.coverage if s.kind == "mlp"}
-            assert told == {f"blocks.{has}.attn": "taken", f"blocks.{lacks}.attn": "left out"}
+            outcomes = {s.path: s.outcome for s in found.coverage if s.kind == "mlp"}
+            assert outcomes == {f"blocks.{has}.attn": "taken", f"blocks.{lacks}.attn": "left out"}
             assert [t.group for t in found.targets if t.part == "mlp"] == [f"blocks.{has}.attn"] * 2
 
 
-def test_tied_attentions_are_counted_once_and_told(tmp_path: Path) -> None:
+def test_tied_attentions_are_counted_once_and_reported(tmp_path: Path) -> None:
     first, second = (nn.ModuleDict({n: nn.Linear(8, 8, bias=False) for n in ("q", "k", "v", "o")}) for _ in range(2))
     for name in ("q", "k", "v", "o"):
         second[name].weight = first[name].weight
@@ -241,7 +241,7 @@ def test_tied_attentions_are_counted_once_and_told(tmp_path: Path) -> None:
     assert medlore.plan_ranks(tmp_path / "tied.pth").coverage == plan.coverage
 
 
-def test_towers_are_chosen_and_told() -> None:
+def test_towers_are_chosen_and_reported() -> None:
     model = transformers.CLIPModel(
         transformers.CLIPConfig(
             text_config=TEXT,

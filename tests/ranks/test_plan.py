@@ -190,7 +190,7 @@ def test_files_that_are_no_plans(tmp_path: Path, text: str) -> None:
         RankPlan.load(path)
 
 
-def test_a_plan_refuses_other_weights_unless_told_otherwise() -> None:
+def test_a_plan_refuses_other_weights_unless_asked_to_ignore_it() -> None:
     model = vit()
     plan = medlore.plan_ranks(model)
     model.vit.layers[1].attention.v_proj.weight.data[3, 4] += 1e-3  # type: ignore[union-attr, index, operator]

@@ -63,7 +63,7 @@ def test_two_settings_of_one_flat_name_are_no_class() -> None:
             inner: Inner = Inner()
 
 
-def test_what_decides_a_run_is_told_apart() -> None:
+def test_what_decides_a_run_is_distinguished() -> None:
     base = SegmentSettings(model="m", out=Path("o"))
     assert base.changed(workers=3, picture=False, memory="1GiB").decisive() == base.decisive()
     for change in ({"overlap": 0.25}, {"published": True}, {"region": "brain"}, {"redraw_tissues": False}):

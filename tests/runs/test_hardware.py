@@ -127,16 +127,16 @@ def test_a_case_is_planned_once_and_that_plan_is_executed(monkeypatch: pytest.Mo
     made: list[Any] = []
     plan_case = planner.plan_case
     monkeypatch.setattr(planner, "plan_case", lambda *a, **k: made.append(plan_case(*a, **k)) or made[-1])
-    told: list[Any] = []
+    planned: list[Any] = []
 
     class Watcher(Silence):
         def plan(self, name: str, plan: Any) -> None:
-            told.append(plan)
+            planned.append(plan)
 
     settings = read_settings(SegmentSettings, device="cpu", precision="fp32", picture=False, **case)
     assert segment_cases(settings, watcher=Watcher())["counts"]["done"] == 1
     assert len(made) == 1
-    assert told == made
+    assert planned == made
     from medlore.files import read_json
 
     assert read_json(case["out"] / "ct" / "case.json")["plan"] == made[0].record()

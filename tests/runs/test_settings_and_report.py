@@ -41,9 +41,9 @@ def test_a_key_that_stands_twice_is_named_with_both_lines(tmp_path: Path) -> Non
     text = "shots: 1\nshot: 2\nshots: 3\nlist:\n  - {a: 1, b: 2, a: 3}\n  - inner:\n      rate: 1\n      other: 2\n      rate: 2\n"
     with pytest.raises(InputError) as caught:
         read_settings(Example, write_text(tmp_path / "s.yaml", text))
-    told = "given before in line {}; which one is meant?"
+    given = "given before in line {}; which one is meant?"
     assert caught.value.faults[:3] == (
-        f"line 3, shots: {told.format(1)}", f"line 5, list.0.a: {told.format(5)}", f"line 9, list.1.inner.rate: {told.format(7)}",
+        f"line 3, shots: {given.format(1)}", f"line 5, list.0.a: {given.format(5)}", f"line 9, list.1.inner.rate: {given.format(7)}",
     )  # fmt: skip
     assert caught.value.faults[3].startswith("line 2, shot: unknown")
 

@@ -156,15 +156,15 @@ def test_the_content_decides_where_it_is_known_and_the_path_where_it_is_not(coho
 
     save(cohort / "a.nii.gz", LIVER.astype(np.int16))
     own, other = sha256_of(cohort / "a.nii.gz"), sha256_of(cohort / "truth" / "a.nii.gz")
-    for told in (
+    for content in (
         record_of("/moved/since/a.nii.gz", image_sha256=own), record_of(str(cohort / "a.nii.gz")), record_of("a.nii.gz"),
     ):  # fmt: skip
-        (cohort / "pred" / "a" / "case.json").write_text(told)
+        (cohort / "pred" / "a" / "case.json").write_text(content)
         assert evaluate_masks(cohort / "pred", cohort / "cases.jsonl")["cases"] == 2
-    for told in (
+    for content in (
         record_of(str(cohort / "a.nii.gz"), image_sha256=other), record_of("other/a.nii.gz"), record_of("a.nii.gz", case={"frame": 3}),
     ):  # fmt: skip
-        (cohort / "pred" / "a" / "case.json").write_text(told)
+        (cohort / "pred" / "a" / "case.json").write_text(content)
         with pytest.raises(StepError, match=r"1 case\(s\) could not be measured"):
             evaluate_masks(cohort / "pred", cohort / "cases.jsonl")
 

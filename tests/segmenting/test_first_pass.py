@@ -1,4 +1,4 @@
-"""A first pass: what lies outside of the brain goes, sides are told by halves, and a crop stays as it is."""
+"""A first pass: what lies outside of the brain goes, sides are found from halves, and a crop stays as it is."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from medlore.models.segmenter.manifest import preprocessing_faults
 from medlore.segmenting.first_pass import FirstPassRules, first_pass_rules, grown, in_their_halves, look_first, side_of, two_halves
 
 Array = np.ndarray[Any, Any]
-TOLD: dict[str, Any] = {"pack": "medlore:brain-finder", "brain": "brain", "halves": {"left": "l", "right": "r"}, "margin_mm": 4.0}
+RULES: dict[str, Any] = {"pack": "medlore:brain-finder", "brain": "brain", "halves": {"left": "l", "right": "r"}, "margin_mm": 4.0}
 SHAPE = (60, 64, 56)
 
 
@@ -39,7 +39,7 @@ def asked(masks: Mapping[str, Array]) -> Any:
 
 def test_what_lies_outside_of_the_brain_is_taken_away() -> None:
     volume, masks = scene()
-    found = look_first(volume, FirstPassRules(**TOLD), ["grey matter"], asked(masks))
+    found = look_first(volume, FirstPassRules(**RULES), ["grey matter"], asked(masks))
     assert (found.volume.array[masks["brain"]] == 200).all()
     rim = (found.volume.array > 0) & ~masks["brain"]
     assert rim.any()  # the margin
@@ -53,7 +53,7 @@ def test_what_was_stripped_before_is_not_cut_again_and_has_its_halves() -> None:
     volume, masks = scene(spacing=2.0)
     stripped = replace(volume, array=np.where(grown(masks["brain"], 10, np.array([2.0] * 3)), volume.array, 0).astype(np.int16))
     assert 0.3 < (stripped.array > 0).sum() * 8e-6 < 2.0  # litres
-    found = look_first(stripped, FirstPassRules(**{**TOLD, "least_ml": 50.0}), ["left x"], asked(masks))
+    found = look_first(stripped, FirstPassRules(**{**RULES, "least_ml": 50.0}), ["left x"], asked(masks))
     assert found.volume.array is stripped.array
     assert found.halves["left"][:26].all()
     assert not found.volume.notes
@@ -93,17 +93,17 @@ def test_a_label_with_a_side_is_cut_to_its_half_and_the_others_stay() -> None:
 
 
 @pytest.mark.parametrize("why", ["too small", "0 ml"])
-def test_a_crop_stays_as_it_is_and_says_that_sides_are_untold(why: str) -> None:
+def test_a_crop_stays_as_it_is_and_says_that_sides_are_unknown(why: str) -> None:
     volume, masks = scene(spacing=1.0 if why == "too small" else 3.0)
     if why == "0 ml":
         masks = {name: mask & False for name, mask in masks.items()}
-    found = look_first(volume, FirstPassRules(**TOLD), ["left x", "grey matter"], asked(masks))
+    found = look_first(volume, FirstPassRules(**RULES), ["left x", "grey matter"], asked(masks))
     assert found.volume.array is volume.array
     assert found.halves == {}
     assert len(found.volume.notes) == 1
     assert why in found.volume.notes[0]
     assert "left x" in found.volume.notes[0]
-    assert not look_first(volume, FirstPassRules(**TOLD), ["grey matter"], asked(masks)).volume.notes
+    assert not look_first(volume, FirstPassRules(**RULES), ["grey matter"], asked(masks)).volume.notes
 
 
 def test_sides_are_read_from_the_beginning_of_a_name() -> None:
@@ -116,9 +116,9 @@ def test_sides_are_read_from_the_beginning_of_a_name() -> None:
     ids=lambda change: next(iter(change)),
 )
 def test_a_pack_that_names_a_first_pass_wrongly_is_refused(change: dict[str, Any]) -> None:
-    assert preprocessing_faults({"first_pass": TOLD}, "preprocessing") == []
-    assert len(preprocessing_faults({"first_pass": {**TOLD, **change}}, "preprocessing")) == 1
+    assert preprocessing_faults({"first_pass": RULES}, "preprocessing") == []
+    assert len(preprocessing_faults({"first_pass": {**RULES, **change}}, "preprocessing")) == 1
     assert first_pass_rules(None) is None
-    rules = first_pass_rules(TOLD)
+    rules = first_pass_rules(RULES)
     assert rules is not None
     assert rules.margin_mm == 4.0

@@ -54,13 +54,13 @@ def labels_of_ct(count: int) -> list[str]:
     return [entry.label for entry in default_vocabulary().entries(modality="ct")][:count]
 
 
-def check(told: dict[str, Any], limit: int | None = None) -> None:
-    plan = told["case"]["plan"]
-    assert told["peak"] <= plan["expected_peak_bytes"], (told["peak"] >> 20, plan)
-    assert plan["expected_peak_bytes"] <= 1.3 * told["peak"], (told["peak"] >> 20, plan)
+def check(measured: dict[str, Any], limit: int | None = None) -> None:
+    plan = measured["case"]["plan"]
+    assert measured["peak"] <= plan["expected_peak_bytes"], (measured["peak"] >> 20, plan)
+    assert plan["expected_peak_bytes"] <= 1.3 * measured["peak"], (measured["peak"] >> 20, plan)
     assert plan["expected_peak_bytes"] <= plan["memory_bytes"]
     if limit is not None:
-        assert told["peak"] <= limit
+        assert measured["peak"] <= limit
 
 
 @pytest.mark.parametrize(("shape", "labels"), [((128, 128, 128), 1), ((192, 160, 96), 12)])

@@ -283,7 +283,7 @@ def test_a_lock_that_was_just_given_back_is_not_taken_for_ones_own(tmp_path: Pat
     assert not (tmp_path / ".lock").exists()
 
 
-def test_a_second_run_makes_the_files_that_the_first_was_told_to_leave_out(pack: Path, tmp_path: Path) -> None:
+def test_a_second_run_makes_the_files_that_the_first_was_asked_to_leave_out(pack: Path, tmp_path: Path) -> None:
     common = {"image": save(tmp_path / "ct.nii.gz"), "labels": ["liver"], "modality": "ct"}
     folder = tmp_path / "o" / "ct"
     states = []

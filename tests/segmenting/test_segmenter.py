@@ -39,13 +39,13 @@ def test_masks_are_those_of_the_command(work: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(masks.affine, written.affine)
     assert masks.label_map.dtype == np.uint8
     assert masks.label_map.any()
-    told = {entry["label"]: entry["volume_ml"] for entry in json.loads((out / "ct" / "case.json").read_text())["labels"]}
+    recorded = {entry["label"]: entry["volume_ml"] for entry in json.loads((out / "ct" / "case.json").read_text())["labels"]}
     for label in labels:
         mask = masks[label]
         assert mask.dtype == np.bool_
 
         np.testing.assert_array_equal(mask, np.asanyarray(nib.load(out / "ct" / f"{label}.nii.gz").dataobj) > 0)
-        assert masks.volumes_ml[label] == pytest.approx(told[label], abs=1e-4)
+        assert masks.volumes_ml[label] == pytest.approx(recorded[label], abs=1e-4)
     saved = masks.save(tmp_path / "saved", picture=False)
     np.testing.assert_array_equal(np.asanyarray(nib.load(saved / "prediction.nii.gz").dataobj), masks.label_map)
 

@@ -93,9 +93,9 @@ def test_where_grey_says_nothing_the_networks_own_masks_stay(work: Path) -> None
     masks = medlore.load_segmenter(work / "pack", device="cpu", precision="fp32").segment(
         volume, ["grey matter", "hippocampus"], modality="mri"
     )
-    told = masks.segmentation.tissues
-    assert told is not None
-    assert told["redrawn"] is False  # an untrained network's tissues are no tissues
+    tissues = masks.segmentation.tissues
+    assert tissues is not None
+    assert tissues["redrawn"] is False  # an untrained network's tissues are no tissues
     assert masks.labels == plain.labels == ("grey matter", "hippocampus")
     for label in masks.labels:
         np.testing.assert_array_equal(masks[label], plain[label])

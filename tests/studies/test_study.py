@@ -231,8 +231,8 @@ def test_the_chosen_network_is_judged_as_a_tuning_run_would(place: Path) -> None
 def test_the_first_of_equal_trials_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     scores = {1e-3: 0.35, 3e-3: 0.35000000000000003, 1e-2: None}
     monkeypatch.setattr(worker, "_trial", lambda settings, parts, rate: worker.Trial(rate, scores[rate], 1.0, None))
-    best, told = worker.tried_on_validation(None, None, list(scores))
-    assert (best.rate, [trial["validation"] for trial in told]) == (1e-3, list(scores.values()))
+    best, trials = worker.tried_on_validation(None, None, list(scores))
+    assert (best.rate, [trial["validation"] for trial in trials]) == (1e-3, list(scores.values()))
     assert worker.tried_on_validation(None, None, [1e-2, 3e-3])[0].rate == 3e-3
 
 
@@ -290,18 +290,18 @@ def test_both_means_of_vtab() -> None:
     assert means_over_sets(tables, {"a": None}, ["x"])[0]["mean_of_groups"] is None
 
 
-def assert_told(study: Path, *parts: str, match: str | None = None) -> None:
+def assert_reported(study: Path, *parts: str, match: str | None = None) -> None:
     """A study is refused with one list of faults that holds all of these parts."""
     with pytest.raises(InputError, match=match) as caught:
         read_study(study)
-    told = "\n".join(caught.value.faults)
+    message = "\n".join(caught.value.faults)
     for part in parts:
-        assert part in told
+        assert part in message
 
 
 def test_faults_of_words_come_at_once_with_their_lines(place: Path) -> None:
     text = TEXT.replace("shots: [2]", "shotss: [2]").replace("  - linear-probe", "  - linear-prob").replace("epochs: 1", "epoch: 1")
-    assert_told(
+    assert_reported(
         write_study(place, text, "words"),
         "line 4, shotss: unknown",
         "line 8, methods.1.method: no such method; the nearest are linear-probe",
@@ -313,7 +313,7 @@ def test_faults_of_words_come_at_once_with_their_lines(place: Path) -> None:
 def test_impossible_cells_come_at_once_with_their_lines(place: Path) -> None:
     text = TEXT.replace("shots: [2]", "shots: [2, 90]").replace("    test_fraction", "test_fraction")
     text = text.replace("shots: [2, 90]", "  - {name: many, data: labels.npz, task: multi}\n  - {name: gone, data: no.npz}\nshots: [2, 90]")
-    assert_told(
+    assert_reported(
         write_study(place, text + "measure: balanced_accuracy\nreference: lora equl\n", "impossible"),
         "line 3, data.0 (stripes), 90 shots",
         "line 5, data.2 (gone)",
@@ -327,7 +327,7 @@ def test_settings_that_belong_elsewhere_or_do_nothing_are_faults(place: Path) ->
     text = TEXT.replace(
         "  - linear-probe", "  - {method: linear-probe, settings: {rank: 4, seed: 1}}\n  - {method: full, grid: {epochs: [0]}}"
     )
-    assert_told(
+    assert_reported(
         write_study(place, text, "elsewhere"),
         "line 8, methods.1.settings.seed: the study decides it",
         "line 8, methods.1.settings.rank: can have no",

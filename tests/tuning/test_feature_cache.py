@@ -16,7 +16,7 @@ from medlore.training.watching import Watchers
 from medlore.tuning.examples import image_examples, preprocessing_of
 from medlore.tuning.finetune import finetune
 from medlore.tuning.settings import FinetuneSettings
-from medlore.tuning.training import Schedule, Trainer
+from medlore.tuning.training import EpochSchedule, Trainer
 from tiny_backbone import striped, write_backbone
 
 EPOCHS = 3
@@ -33,7 +33,7 @@ def test_the_head_is_the_one_that_training_through_the_network_gives(tmp_path: P
     tuning = install_method(
         "linear-probe", backbone.model, Request(backbone.head_name, train.inputs(np.arange(1), step=None))
     )  # with no features in between
-    schedule = Schedule(epochs=EPOCHS, learning_rate=settings.schedule().learning_rate)
+    schedule = EpochSchedule(epochs=EPOCHS, learning_rate=settings.schedule().learning_rate)
     trainer = Trainer(
         Tuning(tuning.model, tuning.form, tuning.save, tuning.merged), "single", schedule, make_accelerator("cpu", "fp32", None),
         judge=lambda _targets, _scores: 0.0, watcher=Watchers([]),

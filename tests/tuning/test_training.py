@@ -16,7 +16,7 @@ from medlore.training.accelerator import make_accelerator
 from medlore.training.checkpoint import read_checkpoint
 from medlore.training.task import seed_of
 from medlore.training.watching import Watcher
-from medlore.tuning.training import Examples, Schedule, Trainer, loss_of, predict_logits
+from medlore.tuning.training import EpochSchedule, Examples, Trainer, loss_of, predict_logits
 
 # sr-lora reference, section 10.5: base 1e-3, 100 steps
 GOLDEN_RATES = {
@@ -28,7 +28,7 @@ GOLDEN_RATES = {
 
 @pytest.mark.parametrize(("low", "warmup"), list(GOLDEN_RATES))
 def test_learning_rates_are_the_published_ones(low: float, warmup: float) -> None:
-    schedule = Schedule(epochs=10, learning_rate=1e-3, min_learning_rate=low, warmup_fraction=warmup).in_steps(10)
+    schedule = EpochSchedule(epochs=10, learning_rate=1e-3, min_learning_rate=low, warmup_fraction=warmup).in_steps(10)
     for step, rate in GOLDEN_RATES[low, warmup].items():
         assert schedule.rate(step, schedule.steps) == pytest.approx(rate, rel=1e-7)
 
@@ -42,7 +42,7 @@ def test_losses() -> None:
 
 
 class Recorder(Watcher):
-    """Remembers what a watcher is told; can pull the plug after an epoch."""
+    """Remembers what a watcher receives; can pull the plug after an epoch."""
 
     def __init__(self, stop_after: int | None = None) -> None:
         self.epochs: list[dict[str, Any]] = []
@@ -87,7 +87,7 @@ def examples(count: int = 10, *, shift: float = 1.0) -> Examples:
 
 
 def trainer(net: Net, watcher: Recorder, judge: Any = None, **changes: Any) -> Trainer:
-    schedule = Schedule(**{"epochs": 6, "batch_size": 4, "learning_rate": 0.05, **changes.pop("schedule", {})})
+    schedule = EpochSchedule(**{"epochs": 6, "batch_size": 4, "learning_rate": 0.05, **changes.pop("schedule", {})})
     return Trainer(
         tuning=Tuning(net, "weights", save=lambda _: None, merged=lambda: net),
         task="single",

@@ -18,14 +18,14 @@ class DecomposeCall(Settings):
     study: Path = setting(..., "YAML file: tasks, teacher, student, ranks, losses; see docs/decompose.md.", argument="STUDY")
     out: Path = setting(..., "Folder of the expert pack, the report and the checkpoints.", group=_RUN)
     steps: int | None = setting(None, "Optimiser steps of every student.", group=_OVERRIDES, ge=1)
-    seed: int | None = setting(None, "Of everything that is drawn.", group=_OVERRIDES, ge=0)
-    device: DeviceChoice | None = setting(None, "Where it runs.", group=_OVERRIDES)
-    only: str | None = setting(None, "`teacher` trains the teacher alone; the same command without it goes on.", group=_SEGMENTERS)
+    seed: int | None = setting(None, "Seed of all random draws.", group=_OVERRIDES, ge=0)
+    device: DeviceChoice | None = setting(None, "Device to run on.", group=_OVERRIDES)
+    only: str | None = setting(None, "`teacher` trains the teacher alone; the same command without it continues.", group=_SEGMENTERS)
     add_expert: str | None = setting(
-        None, "Train an expert of this region and add it to --pack; all else stays as it is.", group=_SEGMENTERS
+        None, "Train an expert for this region and add it to --pack; everything else stays as it is.", group=_SEGMENTERS
     )
     pack: Path | None = setting(None, "With --add-expert: the pack that gets the expert; default OUT/pack.", group=_SEGMENTERS)
-    dry_run: bool = setting(False, "Read everything, print sizes, ranks and shares; train nothing.", group=_RUN)
+    dry_run: bool = setting(False, "Read all data and print sizes, ranks and shares; train nothing.", group=_RUN)
 
     def overrides(self) -> dict[str, Any]:
         """What is said in place of the study's own settings."""

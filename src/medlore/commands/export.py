@@ -23,11 +23,11 @@ class ExportCall(Settings):
     tokenizer: Path | None = setting(
         None, "vocab.txt or tokenizer.json of BioLORD, MPNet or bert-base-uncased, or its folder.", group=_SEGMENTERS
     )
-    prompt_embeddings: Path | None = setting(None, "Ready table of prompts instead of a text encoder.", group=_SEGMENTERS)
+    prompt_embeddings: Path | None = setting(None, "Existing table of prompts in place of a text encoder.", group=_SEGMENTERS)
     lora_alpha: float | None = setting(
-        None, "Alpha of a LoRKD file with equal ranks, which does not say it; 16 unless given.", group=_SEGMENTERS
+        None, "Alpha of a LoRKD file with equal ranks, which does not record it; default 16.", group=_SEGMENTERS
     )
-    format: str | None = setting(None, "Of a classifier's expert: safetensors, onnx, torch-export or peft.", group=_CLASSIFIERS)
+    format: str | None = setting(None, "Format of a classifier's expert: safetensors, onnx, torch-export or peft.", group=_CLASSIFIERS)
 
 
 def export(given: Given) -> None:

@@ -16,8 +16,8 @@ _RUN = "Run"
 class FinetuneOutput(Output):
     """Where a run writes, and how it goes."""
 
-    pack: str | None = setting(None, "Pack or file of a segmenter that is tuned on --cases; without it, images.", argument="PACK")
-    out: Path | None = setting(None, "Folder of the outputs; default the next free runs/NAME-NUMBER.", group=_RUN)
+    pack: str | None = setting(None, "Pack or file of a segmenter to be tuned on --cases; omit it to tune on images.", argument="PACK")
+    out: Path | None = setting(None, "Output folder; default the next free runs/NAME-NUMBER.", group=_RUN)
     overwrite: bool = setting(False, "Replace a finished run in --out.", group=_RUN)
     dry_run: bool = setting(False, "Print settings, sizes and parameters; train nothing.", group=_RUN)
 
@@ -25,7 +25,7 @@ class FinetuneOutput(Output):
 class ImagesOutput(FinetuneOutput):
     """Of a run on images."""
 
-    resume: bool = setting(False, "Go on after the last finished epoch of a run that was killed.", group=_RUN)
+    resume: bool = setting(False, "Continue an interrupted run after its last finished epoch.", group=_RUN)
 
 
 def finetune(given: Given) -> None:

@@ -14,10 +14,10 @@ class InfoCall(Settings):
     """What is looked at."""
 
     path: Path | None = setting(None, "Weights (.pth, .safetensors), pack, plan, adapter, run, images.", argument="PATH")
-    labels: bool = setting(False, "List labels: of the vocabulary, or those that PATH has prompts for.")
+    labels: bool = setting(False, "List the labels of the vocabulary, or those for which PATH has prompts.")
     modality: str | None = setting(None, "With --labels: ct, mri, us or pet.")
     region: str | None = setting(None, "With --labels: abdomen, brain, 'head and neck', ...")
-    lora_alpha: float | None = setting(None, "Alpha of a LoRKD file with equal ranks, which does not say it; 16 unless given.")
+    lora_alpha: float | None = setting(None, "Alpha of a LoRKD file with equal ranks, which does not record it; default 16.")
 
 
 def info(given: Given) -> None:

@@ -22,7 +22,7 @@ class PredictCall(Output):
         repeated=True,
         min_length=1,
     )
-    out: Path = setting(Path("predictions.csv"), "The CSV.")
+    out: Path = setting(Path("predictions.csv"), "CSV file to write.")
 
 
 def predict(given: Given) -> None:

@@ -22,23 +22,25 @@ class RanksSettings(Settings):
     targets: str = setting(
         "attention", "attention, attention+mlp, all-linear, conv, or a regular expression for module names.", group=_RULE
     )
-    granularity: str = setting("projection", "projection: one stable rank for each of q, v, output; fused: one for q, k, v.", group=_RULE)
+    granularity: str = setting(
+        "projection", "projection: one stable rank each for q, v and output; fused: one for the stacked q, k, v.", group=_RULE
+    )
     rule: str = setting("stable-rank", "stable-rank, uniform:K, or given (with --ranks).", group=_RULE)
     ranks: str | None = setting(
         None, "Ranks from a file: nested (qkv, output) pairs, a plan, medlore:rank-lists/NAME.", group=_RULE, path=True
     )
-    scale: float = setting(1.0, "Factor on the stable ranks.", group=_RULE, allow_inf_nan=True)
-    budget: str | None = setting(None, "Parameters for all factor pairs: 250000, 0.5M, 2% of the model, or uniform:8.", group=_RULE)
+    scale: float = setting(1.0, "Factor by which the stable ranks are multiplied.", group=_RULE, allow_inf_nan=True)
+    budget: str | None = setting(None, "Parameter budget of all factor pairs: 250000, 0.5M, 2% of the model, or uniform:8.", group=_RULE)
     alpha: str | None = setting(None, "rank*C (scaling C, the default with C 1), rslora*C, or a number C (scaling C / rank).", group=_RULE)
     include_k: bool = setting(False, "Adapt the key projections too.", group=_RULE, flags=("--k",))
-    proof: bool = setting(False, "Certify by proof in place of a failure probability below 1e-12.", group=_RULE)
-    rounding: str = setting("half-even", "half-even, half-up, floor or ceil.", group=_RULE)
+    proof: bool = setting(False, "Certify by a proof instead of a failure probability below 1e-12.", group=_RULE)
+    rounding: str = setting("half-even", "How stable ranks are rounded: half-even, half-up, floor or ceil.", group=_RULE)
     min_rank: int = setting(1, "Smallest rank of a layer.", group=_RULE)
     max_rank: int | None = setting(None, "Largest rank of a layer.", group=_RULE)
-    tower: str = setting("auto", "Of an image-text model: vision, text or both; auto takes the image half.", group=_RULE)
-    ema: bool = setting(False, "Take the moving average of the weights from a torch file that holds both.", group=_RULE)
-    any_weights: bool = setting(False, "Take a given plan although it was computed for other weights.", group=_RULE)
-    seed: int = setting(0, "Of the random start vectors; the ranks do not depend on it.", group=_RULE)
+    tower: str = setting("auto", "Encoder of an image-text model: vision, text or both; auto takes the image encoder.", group=_RULE)
+    ema: bool = setting(False, "Use the moving average of the weights from a torch file that contains both.", group=_RULE)
+    any_weights: bool = setting(False, "Accept a given plan although it was computed for other weights.", group=_RULE)
+    seed: int = setting(0, "Seed of the random start vectors; the ranks do not depend on it.", group=_RULE)
 
 
 class RanksOutput(Output):
@@ -47,8 +49,8 @@ class RanksOutput(Output):
     out: Path | None = setting(None, "Write the plan: plan.json.", group=_WRITTEN)
     plot: Path | None = setting(None, "Draw the ranks by depth: ranks.png.", group=_WRITTEN)
     peft: Path | None = setting(None, "Write adapter_config.json for PEFT into this new folder.", group=_WRITTEN)
-    full: bool = setting(False, "A line for each matrix in place of one for each block.")
-    quiet: bool = setting(False, "The totals alone.", flags=("--quiet", "-q"))
+    full: bool = setting(False, "Print one line per matrix instead of one per block.")
+    quiet: bool = setting(False, "Print only the totals.", flags=("--quiet", "-q"))
 
 
 def ranks(given: Given) -> None:

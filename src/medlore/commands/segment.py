@@ -12,8 +12,8 @@ from medlore.segmenting.settings import SegmentSettings
 class SegmentOutput(Output):
     """How the command runs and answers."""
 
-    amp: bool = setting(True, "Half precision where the hardware has it; --no-amp is --precision fp32.", group="Hardware")
-    dry_run: bool = setting(False, "Print the plan (windows, experts, memory) and leave.", group="Run")
+    amp: bool = setting(True, "Half precision where the hardware supports it; --no-amp means --precision fp32.", group="Hardware")
+    dry_run: bool = setting(False, "Print the plan (windows, experts, memory) and exit.", group="Run")
 
 
 def segment(given: Given) -> None:

@@ -14,18 +14,16 @@ from medlore.runs.settings import Settings, setting
 class StudyCall(Settings):
     """Which cells of which study are run, and how."""
 
-    file: Path = setting(..., "The study; see docs/studies.md and studies/quick.yaml.", argument="FILE")
+    file: Path = setting(..., "YAML file of the study; see docs/studies.md and studies/quick.yaml.", argument="FILE")
     out: Path = setting(..., "Folder of the cells, the report and the page.")
     only: tuple[str, ...] = setting(
-        (), "NAME=VALUE: run these cells (again): data, shots, draw, method or seed; can be given several times.", repeated=True
+        (), "NAME=VALUE: run only these cells (again); NAME is data, shots, draw, method or seed; may be repeated.", repeated=True
     )
-    engine: Literal["local", "ray"] = setting("local", "Processes of this machine, or Ray (RAY_ADDRESS names a cluster).")
-    workers: int = setting(1, "Cells at a time; 0 runs them in this process.", ge=0)
-    resume: bool = setting(False, "Keep what is finished in --out; run what failed or is missing.")
-    budget_trials: int | None = setting(
-        None, "At most so many settings tried for each method; 1 takes each method's own learning rate.", ge=1
-    )
-    dry_run: bool = setting(False, "Look for all faults, print cells and trainings; run nothing.")
+    engine: Literal["local", "ray"] = setting("local", "Local processes, or Ray (RAY_ADDRESS names a cluster).")
+    workers: int = setting(1, "Cells that run at the same time; 0 runs them in this process.", ge=0)
+    resume: bool = setting(False, "Keep the finished cells in --out; run failed and missing ones.")
+    budget_trials: int | None = setting(None, "Largest number of learning rates tried for each method; 1 uses the method's own.", ge=1)
+    dry_run: bool = setting(False, "Check for all faults and print the cells and trainings; run nothing.")
 
 
 def study(given: Given) -> None:

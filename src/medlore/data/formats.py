@@ -1,4 +1,4 @@
-"""The one table of volume formats: how files are named and told apart, and who reads, finds, measures and writes them.
+"""The one table of volume formats: how files are named and recognised, and who reads, finds, measures and writes them.
 
 A new format is one `VolumeFormat` in `FORMATS`: the command line then reads it, finds it in folders, takes it as a mask and
 strips its suffix from names. What a format cannot do is None in its record.
@@ -23,7 +23,7 @@ from medlore.data.volumes.voxel_bytes import unpacked
 from medlore.errors import DataError, InputError, MedloreError
 from medlore.files import sha256_of
 
-_HEAD = 352  # bytes by which a file is told
+_HEAD = 352  # bytes by which a format is recognised
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class VolumeFormat:
         suffixes: in small letters, with the dot; a longer one is tried before a shorter.
         read: a file (or folder) as a volume; None where it holds masks alone.
         grid: shape and affine from the header alone; None where everything has to be read.
-        told_by: whether the first (unpacked) bytes of a file are those of this format; a format without a mark is told by suffix.
+        recognised_by: whether the first (decompressed) bytes of a file belong to this format; None: recognised by its suffix alone.
         find: the images of the format in a folder; None where there are none to be found.
         masks: a file of masks, with names where the format has them.
         data_file: the file beside a header that holds its voxels, if any; None where a volume is always one file.
@@ -75,7 +75,7 @@ class VolumeFormat:
     suffixes: tuple[str, ...]
     read: Callable[[Path, ReadOptions], Volume] | None
     grid: Callable[[Path, ReadOptions], tuple[Shape, Array]] | None = None
-    told_by: Callable[[bytes], bool] | None = None
+    recognised_by: Callable[[bytes], bool] | None = None
     find: Callable[[VolumeFormat, Path], list[Path]] | None = suffixed
     masks: Callable[[VolumeFormat, Path], MaskFile] = plain_masks
     data_file: Callable[[Path], Path | None] | None = None
@@ -161,7 +161,7 @@ def format_of(path: str | Path) -> VolumeFormat:
         return DICOM
     head = _first_bytes(path)
     for format_ in FORMATS:
-        if format_.told_by is not None and format_.told_by(head):
+        if format_.recognised_by is not None and format_.recognised_by(head):
             return format_
     named = format_named_like(path.name)
     if named is None:
@@ -227,7 +227,7 @@ def read_grid(path: str | Path, options: ReadOptions | None = None) -> tuple[Sha
     """Shape and affine of a volume, from its headers where the format allows it.
 
     Raises:
-        DataError: as for its voxels, as far as the headers tell.
+        DataError: as for its voxels, as far as the headers show.
     """
     options = options or ReadOptions()
     format_ = format_of(path)

@@ -17,5 +17,5 @@ class DemoSettings(Settings):
     model: str = setting("medlore:vit-mini", "Backbone that is tuned.", path=True)
     epochs: int = setting(12, "Passes over the training images.", ge=1)
     batch_size: int = setting(8, "Images per step.", ge=1)
-    test_images: int = setting(400, "Digits that judge.", ge=50, le=1000)
+    test_images: int = setting(400, "Number of test images.", ge=50, le=1000)
     seed: int = setting(0, "Seed of the draws and of the test images.", ge=0)

@@ -42,20 +42,20 @@ def describe_network_file(path: Path, state: State) -> Facts:
 
     counted: Facts = {"parameters": sum(w.numel() for w in state.values()), "tensors": len(state)}
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    told: Facts = {"kind": "weights of another family", "first_keys": list(state)[:5]}
+    facts: Facts = {"kind": "weights of another family", "first_keys": list(state)[:5]}
     config = _config(path.parent / CONFIG_FILE) if path.stem in ("model", "pytorch_model") else None
     if config is not None:
-        told = {"kind": "weights of a transformers folder", **_architecture(config)}
+        facts = {"kind": "weights of a transformers folder", **_architecture(config)}
     else:
         try:
             found = convert_state_dict(read_weights(path), where=str(path))
             family = FAMILIES[found.model_type].caption
-            told = {"kind": "image network", "architecture": family, "naming": found.naming, **_sizes(found.config), "notes": found.notes}
-        except CheckpointError:  # no network can be built from it; its attention blocks may still be told
+            facts = {"kind": "image network", "architecture": family, "naming": found.naming, **_sizes(found.config), "notes": found.notes}
+        except CheckpointError:  # no network can be built from it; its attention blocks may still be found
             if attention := _attention(shapes):
-                told = {"kind": "network with attention blocks", "first_keys": list(state)[:5]}
-                told |= {"notes": ["of a form from which no network is built here; `medlore ranks` reads it"]} | attention
-    return {**told, **counted, **_attention(shapes), "sha256": sha256_of(path)}
+                facts = {"kind": "network with attention blocks", "first_keys": list(state)[:5]}
+                facts |= {"notes": ["of a form from which no network is built here; `medlore ranks` reads it"]} | attention
+    return {**facts, **counted, **_attention(shapes), "sha256": sha256_of(path)}
 
 
 def describe_run(path: Path) -> Facts | None:

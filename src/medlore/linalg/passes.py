@@ -51,7 +51,7 @@ def apply_gram(A: Array, rows: Array) -> Array:
 
 @dataclass(frozen=True)
 class ExactPass:
-    """What one float64 pass over A tells.
+    """What one float64 pass over A yields.
 
     Attributes:
         frobenius2: ‖A‖_F².

@@ -171,7 +171,7 @@ def _check_options(rounding: str, scale: float, tolerance: float | None) -> None
 
 
 def _as_matrix(W: torch.Tensor | Array) -> tuple[Array, float]:
-    """The weight as a tall float32 or float64 matrix of moderate size, and about ‖W‖_F²; faults told, a copy only where needed."""
+    """The weight as a tall float32 or float64 matrix of moderate size, and about ‖W‖_F²; faults reported, a copy only where needed."""
     if isinstance(W, torch.Tensor):
         W = W.detach()
         W = (W if W.dtype == torch.float64 else W.float()).cpu().numpy()

@@ -31,7 +31,7 @@ class DrawMean:
         return f"{self.mean:.3f}" if self.low is None or self.high is None else f"{self.mean:.3f} ({self.low:.3f} to {self.high:.3f})"
 
     @property
-    def apart_from_zero(self) -> bool:
+    def excludes_zero(self) -> bool:
         """Whether the interval leaves zero out: what a difference must do to be called one."""
         return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
 

@@ -1,4 +1,4 @@
-"""Places of methods over many comparisons, and how far two mean places must lie apart to be told apart."""
+"""Mean ranks of methods over many comparisons, and how far two of them must differ to be distinguished."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class MeanRanks:
 
     Attributes:
         ranks: of each method, 1 for one that is best everywhere; equal scores share their places.
-        critical_difference: two mean ranks closer than this are not told apart at 5 % (Nemenyi's test, which counts all pairs).
+        critical_difference: mean ranks closer than this do not differ significantly at 5 % (Nemenyi's test, which counts all pairs).
         probability: of mean ranks this uneven if all methods were the same (Friedman's test); None where all scores are equal.
         blocks: comparisons that the means are over.
     """

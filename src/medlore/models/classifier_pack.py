@@ -298,7 +298,7 @@ def _load_strictly(network: nn.Module, state: Mapping[str, Tensor], where: str) 
             where,
             f"{len(faults)} keys that do not fit",
             "the keys and shapes of the described student",
-            "fetch the pack anew, or make it again with the study: its manifest tells of another network than its files hold",
+            "fetch the pack anew, or make it again with the study: its manifest describes another network than its files hold",
             faults=faults,
         )
     network.load_state_dict(dict(state))

@@ -121,13 +121,13 @@ def strangers(path: str | Path, manifest: Mapping[str, Any]) -> list[str]:
 
 
 def _check_format(place: Path, schema: Any) -> None:
-    told = schema.removeprefix(_FAMILY) if isinstance(schema, str) and schema.startswith(_FAMILY) else ""
-    if not (told.isascii() and told.isdigit() and len(told) < 6):
+    number = schema.removeprefix(_FAMILY) if isinstance(schema, str) and schema.startswith(_FAMILY) else ""
+    if not (number.isascii() and number.isdigit() and len(number) < 6):
         raise CheckpointError(str(place), f"schema {schema!r}", repr(SCHEMA), "name a pack, or export it with this version")
-    if int(told) > FORMAT:
+    if int(number) > FORMAT:
         came, known = f"schema {schema!r}, of a newer version of MedLoRE", f"formats {OLDEST} to {FORMAT}"
         raise CheckpointError(str(place), came, known, "update medlore (pip install -U medlore), or make the pack with this version")
-    if int(told) < OLDEST:
+    if int(number) < OLDEST:
         raise older(place, f"schema {schema!r}")
 
 

@@ -1,4 +1,4 @@
-"""Tensors of a weights file, told by its suffix, read without executing anything and without copying it into memory."""
+"""Tensors of a weights file, recognised by its suffix, read without executing anything and without copying it into memory."""
 
 from __future__ import annotations
 

@@ -27,19 +27,19 @@ def demo_page(report: Mapping[str, Any], folder: Path) -> Page:
     return Page("MedLoRE: what it does", page.sections, "On data that is already installed, without a download.", page.facts)
 
 
-def _segmentation(told: Mapping[str, Any], folder: Path) -> Section:
+def _segmentation(record: Mapping[str, Any], folder: Path) -> Section:
     title = "Segmentation by text prompts"
-    if told.get("left_out"):
-        return Section(title, (Notes([str(told["left_out"])]),))
-    if not told:
+    if record.get("left_out"):
+        return Section(title, (Notes([str(record["left_out"])]),))
+    if not record:
         return Section(title, ())
-    rows: list[list[Cell]] = [[row["label"], row["volume_ml"], row["dice"], row["kmeans_dice"]] for row in told["labels"]]
-    note = f"Dice against {told['truth']}. The baseline is three-class k-means of the grey values inside the brain."
+    rows: list[list[Cell]] = [[row["label"], row["volume_ml"], row["dice"], row["kmeans_dice"]] for row in record["labels"]]
+    note = f"Dice against {record['truth']}. The baseline is three-class k-means of the grey values inside the brain."
     table = Table(("label", "volume in ml", "Dice", "Dice of k-means"), rows, note=note)
-    place = folder / Path(str(told["folder"])).name
+    place = folder / Path(str(record["folder"])).name
     viewer: list[Piece] = list(case_sections(place)[0].pieces) if is_case_folder(place) else []
-    words = Notes([f"{told['image']}, segmented by {told['segmenter']} in {told['seconds']:.0f} s, on its own grid."])
-    missing = [Notes([f"The pack has no prompt for: {', '.join(told['without_prompt'])}."])] if told.get("without_prompt") else []
+    words = Notes([f"{record['image']}, segmented by {record['segmenter']} in {record['seconds']:.0f} s, on its own grid."])
+    missing = [Notes([f"The pack has no prompt for: {', '.join(record['without_prompt'])}."])] if record.get("without_prompt") else []
     return Section(title, [*viewer, table, words, *missing])
 
 
@@ -51,12 +51,12 @@ def _tuning(results: Mapping[str, Any], settings: Mapping[str, Any], folder: Pat
         rows.append(["majority class", 0, Interval(results["majority"]), None])
     measure = str(results["measure"]).replace("_", " ")
     title = f"{measure}, {settings.get('shots')} labelled images a digit, {settings.get('draws')} draws"
-    note = "Means over draws with 95 % intervals. Where the interval of a difference holds 0, these draws cannot tell the two apart."
+    note = "Means over draws with 95 % intervals. Where the interval of a difference includes zero, the two methods are not separated."
     pieces: list[Piece] = [Table(("method", "trained parameters", measure, "sr-lora minus it"), rows, title, note)]
     if (folder / "digits.png").is_file():
         pieces.append(Picture.from_file(folder / "digits.png", "One dot a draw; diamond and line: mean and its interval"))
     return Section("Few-shot tuning", pieces)
 
 
-def _interval(told: Mapping[str, Any] | None) -> Interval | None:
-    return None if told is None else Interval(told["mean"], told["low"], told["high"])
+def _interval(record: Mapping[str, Any] | None) -> Interval | None:
+    return None if record is None else Interval(record["mean"], record["low"], record["high"])

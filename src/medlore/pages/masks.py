@@ -31,7 +31,7 @@ class MaskSource:
     label: str
     file: Path | None = None
     value: int | None = None
-    told: Mapping[str, Any] = field(default_factory=dict)
+    record: Mapping[str, Any] = field(default_factory=dict)
 
 
 def is_case_folder(folder: Path) -> bool:
@@ -72,9 +72,9 @@ def case_sections(folder: Path) -> list[Section]:
 
 def mask_sources(folder: Path, record: Mapping[str, Any]) -> list[MaskSource]:
     """The labels of a folder: from `case.json`, else from the table of the label map, else one for each mask file."""
-    told = record.get("labels")
-    if isinstance(told, list):
-        return [_told_source(folder, entry) for entry in told if isinstance(entry, Mapping)]
+    labels = record.get("labels")
+    if isinstance(labels, list):
+        return [_recorded_source(folder, entry) for entry in labels if isinstance(entry, Mapping)]
     table = _label_table(folder)
     if table:
         return [MaskSource(label, _own_file(folder, label), value) for value, label in sorted(table.items())]
@@ -82,7 +82,7 @@ def mask_sources(folder: Path, record: Mapping[str, Any]) -> list[MaskSource]:
     return [MaskSource(stem_of(path.name), path) for path in files]
 
 
-def _told_source(folder: Path, entry: Mapping[str, Any]) -> MaskSource:
+def _recorded_source(folder: Path, entry: Mapping[str, Any]) -> MaskSource:
     name = Path(str(entry.get("file", ""))).name  # never a path out of the folder
     file = folder / name if name and (folder / name).is_file() else None
     value = entry.get("value")
@@ -106,10 +106,10 @@ def _is_mask(path: Path) -> bool:
 
 def _record(folder: Path) -> Mapping[str, Any]:
     path = folder / "case.json"
-    told = read_json(path) if path.is_file() else {}
-    if not isinstance(told, Mapping):
-        raise DataError(str(path), f"a {type(told).__name__}", "the record of a case", "segment the case again")
-    return told
+    record = read_json(path) if path.is_file() else {}
+    if not isinstance(record, Mapping):
+        raise DataError(str(path), f"a {type(record).__name__}", "the record of a case", "segment the case again")
+    return record
 
 
 def _label_table(folder: Path) -> dict[int, str]:
@@ -163,7 +163,7 @@ def _masks(sources: list[MaskSource], label_map: Volume | None, image: Volume) -
 
 
 def _mask(source: MaskSource, label_map: Volume | None, image: Volume) -> Array:
-    if source.told.get("voxels") == 0:
+    if source.record.get("voxels") == 0:
         return np.broadcast_to(np.bool_(False), image.shape)
     volume = read_volume(source.file) if source.file is not None else label_map
     if volume is None:
@@ -175,11 +175,11 @@ def _mask(source: MaskSource, label_map: Volume | None, image: Volume) -> Array:
 
 
 def _volumes(sources: list[MaskSource], slices: Slices) -> Table:
-    there = [name for name in ("value", "expert", "voxels") if any(name in source.told for source in sources)]
+    there = [name for name in ("value", "expert", "voxels") if any(name in source.record for source in sources)]
     rows = []
     for source, label in zip(sources, slices.labels, strict=True):
-        ml = source.told.get("volume_ml", label.volume_ml)
-        rows.append([label.name, *(source.told.get(name) for name in there), float(ml) if ml is not None else None])
+        ml = source.record.get("volume_ml", label.volume_ml)
+        rows.append([label.name, *(source.record.get(name) for name in there), float(ml) if ml is not None else None])
     return Table(("label", *there, "volume in ml"), rows)
 
 

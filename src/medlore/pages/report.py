@@ -133,8 +133,8 @@ def _has_measures(record: Mapping[str, Any]) -> bool:
 
 def folder_pictures(folder: Path, report: Mapping[str, Any]) -> list[Piece]:
     """Pictures that lie in the folder itself, in the order of the report's outputs; nothing outside it is read."""
-    told = report.get("outputs")
-    names = [str(name) for name in told.values()] if isinstance(told, Mapping) else []
+    outputs = report.get("outputs")
+    names = [str(name) for name in outputs.values()] if isinstance(outputs, Mapping) else []
     files = {path.name: path for path in sorted(folder.iterdir()) if path.suffix.casefold() in _PICTURES and path.is_file()}
     order = [name for name in dict.fromkeys(names) if name in files] + [name for name in files if name not in names]
     pieces: list[Piece] = []
@@ -230,15 +230,15 @@ def _failure(report: Mapping[str, Any]) -> list[Section]:
 
 
 def _head(report: Mapping[str, Any]) -> dict[str, Cell]:
-    told = {"state": report.get("state"), "device": report.get("device"), "seed": report.get("seed")}
+    facts = {"state": report.get("state"), "device": report.get("device"), "seed": report.get("seed")}
     if isinstance(seconds := report.get("seconds"), int | float):
-        told["time"] = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+        facts["time"] = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
     if isinstance(peak := report.get("peak_memory_bytes"), int | float):
-        told["peak_memory"] = f"{peak / 2**30:.2f} GiB"
+        facts["peak_memory"] = f"{peak / 2**30:.2f} GiB"
     versions = report.get("versions")
     if isinstance(versions, Mapping):
-        told["medlore"] = versions.get("medlore")
-    return {name: value for name, value in told.items() if value is not None}
+        facts["medlore"] = versions.get("medlore")
+    return {name: value for name, value in facts.items() if value is not None}
 
 
 def _origin(report: Mapping[str, Any]) -> list[Piece]:

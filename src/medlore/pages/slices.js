@@ -19,11 +19,11 @@ async function unpacked(text) {
 }
 
 class Viewer {
-  constructor(root, told, image, codes) {
-    Object.assign(this, { root, told, image, codes });
-    this.shape = told.shape;
-    this.visible = told.labels.map(() => true);
-    this.settings = { opacity: 0.45, zoom: 1, outline: false, cross: true, mirror: false, low: told.window[0], high: told.window[1] };
+  constructor(root, volume, image, codes) {
+    Object.assign(this, { root, volume, image, codes });
+    this.shape = volume.shape;
+    this.visible = volume.labels.map(() => true);
+    this.settings = { opacity: 0.45, zoom: 1, outline: false, cross: true, mirror: false, low: volume.window[0], high: volume.window[1] };
     this.at = this.firstPoint();
     this.centre = [...this.at];
     this.planes = [...root.querySelectorAll("figure[data-plane]")].map((figure) => this.addPlane(figure));
@@ -35,7 +35,7 @@ class Viewer {
   }
 
   firstPoint() {
-    const centres = this.told.labels.map((label) => label.centre).filter(Boolean);
+    const centres = this.volume.labels.map((label) => label.centre).filter(Boolean);
     if (!centres.length) return this.shape.map((n) => n >> 1);
     return this.shape.map((_, a) => Math.round(centres.reduce((sum, c) => sum + c[a], 0) / centres.length));
   }
@@ -44,8 +44,8 @@ class Viewer {
 
   refresh() {
     const { low, high } = this.settings;
-    this.grey = Uint8ClampedArray.from(this.told.levels, (value) => (255 * (value - low)) / Math.max(high - low, 1e-9));
-    this.top = Int32Array.from(this.told.sets, (set) => {  // code -> its smallest visible label + 1, or 0
+    this.grey = Uint8ClampedArray.from(this.volume.levels, (value) => (255 * (value - low)) / Math.max(high - low, 1e-9));
+    this.top = Int32Array.from(this.volume.sets, (set) => {  // code -> its smallest visible label + 1, or 0
       const seen = set.find((label) => this.visible[label]);
       return seen === undefined ? 0 : seen + 1;
     });
@@ -63,13 +63,13 @@ class Viewer {
 
   tell() {
     const [i, j, k] = this.at;
-    const mm = this.told.affine.slice(0, 3).map((row) => row[0] * i + row[1] * j + row[2] * k + row[3]);
+    const mm = this.volume.affine.slice(0, 3).map((row) => row[0] * i + row[1] * j + row[2] * k + row[3]);
     const here = this.index(i, j, k);
-    const value = Number(this.told.levels[this.image[here]].toPrecision(4));
-    const names = this.told.sets[this.codes[here]].map((label) => this.told.labels[label].name);
+    const value = Number(this.volume.levels[this.image[here]].toPrecision(4));
+    const names = this.volume.sets[this.codes[here]].map((label) => this.volume.labels[label].name);
     const point = ["x", "y", "z"].map((letter, a) => `${letter} ${(mm[a] + 0).toFixed(1).replace("-", "−")}`).join("  ");
     this.root.querySelector(".readout").textContent =
-      `${point} mm   ·   value ${value}${this.told.unit && " " + this.told.unit}   ·   ${names.join(", ") || "no label"}`;
+      `${point} mm   ·   value ${value}${this.volume.unit && " " + this.volume.unit}   ·   ${names.join(", ") || "no label"}`;
   }
 
   // -- planes -------------------------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ class Viewer {
 
   // Scale and shift from voxels to pixels of the square canvas; one millimetre is as long in all planes.
   frame(plane, side) {
-    const { spacing } = this.told;
+    const { spacing } = this.volume;
     const widest = Math.max(...this.shape.map((n, a) => n * spacing[a]));
     const perMm = (side / widest) * this.settings.zoom;
     const middle = (axis) => (this.settings.zoom > 1 ? this.centre[axis] + 0.5 : this.shape[axis] / 2);
@@ -150,7 +150,7 @@ class Viewer {
   }
 
   paint(plane) {
-    const { image, codes, grey, top, shape, told } = this;
+    const { image, codes, grey, top, shape, volume } = this;
     const { outline, opacity } = this.settings;
     const stride = [1, shape[0], shape[0] * shape[1]];
     const [across, up] = [stride[plane.across], stride[plane.up]];
@@ -168,7 +168,7 @@ class Viewer {
             || top[codes[from + across]] !== label || top[codes[from - up]] !== label || top[codes[from + up]] !== label);
           part = outline ? (rim ? Math.min(1, opacity + 0.4) : 0) : opacity;
         }
-        const colour = label ? told.labels[label - 1].colour : [0, 0, 0];
+        const colour = label ? volume.labels[label - 1].colour : [0, 0, 0];
         out[o] = value + part * (colour[0] - value);
         out[o + 1] = value + part * (colour[1] - value);
         out[o + 2] = value + part * (colour[2] - value);
@@ -226,7 +226,7 @@ class Viewer {
 
   addLabels() {
     const list = this.root.querySelector(".labels ul");
-    const boxes = this.told.labels.map((label, number) => {
+    const boxes = this.volume.labels.map((label, number) => {
       const [item, box, swatch, name, ml] = ["li", "input", "span", "button", "span"].map((kind) => document.createElement(kind));
       Object.assign(box, { type: "checkbox", checked: true });
       box.setAttribute("aria-label", `show ${label.name}`);
@@ -256,13 +256,13 @@ class Viewer {
     }
     this.root.querySelector(".filter")?.addEventListener("input", (event) => {
       const wanted = event.target.value.trim().toLowerCase();
-      [...list.children].forEach((item, n) => (item.hidden = !this.told.labels[n].name.toLowerCase().includes(wanted)));
+      [...list.children].forEach((item, n) => (item.hidden = !this.volume.labels[n].name.toLowerCase().includes(wanted)));
     });
   }
 
   addControls() {
     const field = (name) => this.root.querySelector(`[data-set=${name}]`);
-    const levels = this.told.levels;
+    const levels = this.volume.levels;
     const nearest = (value) => levels.reduce((best, level, n) => (Math.abs(level - value) < Math.abs(levels[best] - value) ? n : best), 0);
     const showWindow = () => ["low", "high"].forEach((name) => (field(name).value = nearest(this.settings[name])));
     for (const name of ["low", "high"]) {
@@ -274,7 +274,7 @@ class Viewer {
     field("opacity").addEventListener("input", () => this.set("opacity", Number(field("opacity").value) / 100));
     field("zoom").addEventListener("input", () => this.set("zoom", Number(field("zoom").value)));
     for (const name of ["outline", "cross", "mirror"]) field(name).addEventListener("change", () => this.set(name, field(name).checked));
-    for (const [name, [low, high]] of Object.entries(this.told.windows)) {
+    for (const [name, [low, high]] of Object.entries(this.volume.windows)) {
       const button = Object.assign(document.createElement("button"), { type: "button", textContent: name });
       button.addEventListener("click", () => {
         Object.assign(this.settings, { low, high });
@@ -295,9 +295,9 @@ class Viewer {
 async function show(root) {
   const status = root.querySelector(".status");
   try {
-    const told = JSON.parse(root.querySelector("script").textContent);
-    const [image, codes] = await Promise.all([unpacked(told.image), unpacked(told.codes)]);
-    new Viewer(root, told, new Uint8Array(image), told.bytes === 1 ? new Uint8Array(codes) : new Uint16Array(codes));
+    const volume = JSON.parse(root.querySelector("script").textContent);
+    const [image, codes] = await Promise.all([unpacked(volume.image), unpacked(volume.codes)]);
+    new Viewer(root, volume, new Uint8Array(image), volume.bytes === 1 ? new Uint8Array(codes) : new Uint16Array(codes));
     status.hidden = true;
     root.dataset.ready = "yes";
   } catch (error) {

@@ -14,7 +14,7 @@ from medlore.pages.report import report_page
 _SHOWN = ("tables", "means", "mean_ranks", "failed", "notes", "controls", "cells", "study", "reference", "trials")
 _NOTE = (
     "Means over draws with 95 % intervals; differences are paired by draw. Where the interval of a difference holds 0, these draws "
-    "cannot tell the two apart. Wins: draws on which the reference is better, equal, worse. Seconds: median of one training."
+    "cannot separate the two. Wins: draws on which the reference is better, equal, worse. Seconds: median of one training."
 )
 
 
@@ -72,8 +72,8 @@ def _ranks(found: Mapping[str, Any], picture: Path) -> list[Piece]:
     chance = "" if found["probability"] is None else f" Friedman's test: p = {found['probability']:.2g}."
     words = (
         f"Each of {found['draws']} draws ranks all methods.{left_out} Two methods whose lines overlap (mean ranks closer than "
-        f"{found['critical_difference']:.1f}) are not told apart by Nemenyi's test at 5 %.{chance} Draws of one set share its pool and its "
-        "test images, so the test is rather too sure."
+        f"{found['critical_difference']:.1f}) do not differ significantly (Nemenyi's test, 5 %).{chance} Draws of one set share its "
+        "pool and test images, so the test is somewhat optimistic."
     )
     return [Picture.from_file(picture, "Mean ranks with critical difference"), Notes([words])]
 
@@ -100,5 +100,5 @@ def _notes(results: Mapping[str, Any]) -> list[Piece]:
     return [*([Notes(warnings, warning=True)] if warnings else []), *([Notes(lines)] if lines else [])]
 
 
-def _interval(told: Mapping[str, Any] | None) -> Interval | None:
-    return None if told is None else Interval(told["mean"], told["low"], told["high"])
+def _interval(record: Mapping[str, Any] | None) -> Interval | None:
+    return None if record is None else Interval(record["mean"], record["low"], record["high"])

@@ -62,7 +62,7 @@ def _draw_panel(panel: Any, table: Mapping[str, Any], records: Sequence[Mapping[
 
 
 def draw_mean_ranks(results: Mapping[str, Any], path: Path) -> Path:
-    """A critical-difference plot: a dot a method, best on top; two methods whose lines overlap are not told apart.
+    """A critical-difference plot: a dot a method, best on top; two methods whose lines overlap do not differ significantly.
 
     Args:
         results: of the report: `mean_ranks` and `reference`.

@@ -71,7 +71,7 @@ def plan_ranks(  # noqa: PLR0913 - every option is one decision that the plan re
         progress: called as `progress(done, of, name)` after each matrix.
 
     Returns:
-        A plan; every layer tells how its integer was decided.
+        A plan; every layer records how its integer was decided.
 
     Raises:
         InputError: wrong options, or a file that holds no weights.

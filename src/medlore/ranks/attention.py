@@ -41,7 +41,7 @@ def find_attentions(
         shapes: every tensor.
         matrices: those that can be adapted as they are.
         tower: which half of an image-text model counts.
-        orders: tells the rows of a fused matrix by trying; None, or None as its answer, leaves it to the names.
+        orders: identifies the rows of a fused matrix by calling the module; None, or None as its answer, leaves it to the names.
         tied: tensor -> the tensor whose values it shares.
     """
     if tower not in TOWERS:
@@ -122,7 +122,7 @@ def _what(shape: tuple[int, ...]) -> str:
 def _projections(
     path: str, keys: Mapping[str, str], shapes: Shapes, matrices: Shapes, orders: Orders | None
 ) -> tuple[dict[Part, Target], Order, str]:
-    """Targets of q, k and v, how fused rows were told, and why they could not be."""
+    """Targets of q, k and v, how fused rows were identified, and why they could not be."""
     parts: dict[str, Target] = {}
     order: Order = "apart"
     for roles, key in keys.items():
@@ -233,7 +233,9 @@ def _unknown(matrices: Shapes, found: Mapping[str, Attention], seen: Mapping[str
             paths.setdefault(".".join(pieces[: places[-1] + 1]), []).append(".".join(pieces[places[-1] + 1 :]))
     for path, leaves in paths.items():
         if not any(p == path or p.startswith(f"{path}.") or path.startswith(f"{p}.") for p in known):
-            yield Seen(path, "left out", why=f"no q, k and v that could be told among {', '.join(sorted(leaves)[:6]) or 'its tensors'}")
+            yield Seen(
+                path, "left out", why=f"no q, k and v that could be identified among {', '.join(sorted(leaves)[:6]) or 'its tensors'}"
+            )
 
 
 def _shared(tied: Mapping[str, str], found: Mapping[str, Attention]) -> Iterable[Seen]:

@@ -1,4 +1,4 @@
-"""Which rows of a fused matrix are q, k and v, as far as names and shapes tell; a module in memory is asked itself (`probing`).
+"""Which rows of a fused matrix are q, k and v, as far as names and shapes show; a module in memory is probed instead (`probing`).
 
 Most networks stack the parts (`[q; k; v]`). Some lay out one head after the other (`[q₀ k₀ v₀ q₁ k₁ v₁ ...]`), some have fewer
 heads of k and v than of q. A name that is used for several of these orders gives no answer here, and the matrix is left out.
@@ -52,7 +52,7 @@ class Fused:
 
 @dataclass(frozen=True)
 class Answer:
-    """Rows of each part and how they were told, or why they are not known."""
+    """Rows of each part and how they were identified, or why they are not known."""
 
     split: Split | None
     order: Order = "by name"
@@ -63,7 +63,7 @@ Orders = Callable[[Fused], Answer | None]
 
 
 def order_by_name(fused: Fused, shapes: Shapes) -> Answer:
-    """The order that names and shapes tell."""
+    """The order that names and shapes show."""
     if fused.key.endswith("in_proj_weight"):
         return _stacked(fused, order="by torch")
     biases = shapes.get(f"{fused.path}.attention_biases" if fused.path else "attention_biases")

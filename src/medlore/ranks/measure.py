@@ -1,4 +1,4 @@
-"""Stable ranks and hashes of the targets of a source, one matrix in memory at a time; all unusable weights are told at once."""
+"""Stable ranks and hashes of the targets of a source, one matrix in memory at a time; all unusable weights are reported at once."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ class Seen:
         path: module path.
         outcome: `taken`, `in part` (some matrices that were asked for were not found) or `left out`.
         parts: what was taken, such as `q v o`.
-        order: how the rows of a fused matrix were told apart: `apart` (nothing is fused), `by name`, `probed` (by calling the module)
+        order: how the rows of a fused matrix were identified: `apart` (nothing is fused), `by name`, `probed` (by calling the module)
             or `by torch` (`nn.MultiheadAttention`).
         why: the reason, where something is missing.
         kind: `attention`, or `mlp` where the MLP of a block was asked for.

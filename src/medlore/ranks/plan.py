@@ -38,7 +38,7 @@ _READ = (f"{_FAMILY}1", PLAN_SCHEMA)  # 1 had no coverage, towers, interleaved r
 class RankPlan:
     """Ranks and alphas for the layers of one model, with everything that led to them.
 
-    `coverage` tells which attention modules were seen, which of them were taken, and why the others were not.
+    `coverage` lists which attention modules were seen, which of them were taken, and why the others were not.
 
     `sha256` is taken over the planned matrices in depth order, each as little-endian float32, whatever the container, the
     naming and the storage (fused or separate) were. It is therefore the same for one set of weights in all of them.

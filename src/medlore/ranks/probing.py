@@ -1,4 +1,4 @@
-"""Rows of a fused matrix told by trying: the attention module is called, and what each row does is looked at.
+"""Rows of a fused matrix identified by probing: the attention module is called, and what each row does is looked at.
 
 On a copy of the module with random weights and without biases, the numbers that the fused matrix gives are changed by hand:
 
@@ -35,7 +35,7 @@ _CLOSE = 1e-3
 _FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, NotImplementedError, AssertionError, ImportError)
 
 
-class Probe:
+class FusedRowProbe:
     """Answers for the fused matrices of one network; equal modules are tried once."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -78,7 +78,7 @@ def short_probe(folder: Path) -> Orders | None:
     model = short_model(folder)
     if model is None:
         return None
-    probe, known = Probe(model), dict[tuple[str, str, tuple[int, int]], Answer | None]()
+    probe, known = FusedRowProbe(model), dict[tuple[str, str, tuple[int, int]], Answer | None]()
 
     def kind(fused: Fused) -> tuple[str, str, tuple[int, int]]:
         return split_name(fused.key.removesuffix(".weight"))[1], fused.roles, fused.shape

@@ -1,4 +1,4 @@
-"""What a weight does in an attention, told by its name: `to_q`, `query_proj`, `Wqkv`, `queries_keys_values` and what comes next.
+"""What a weight does in an attention, recognised by its name: `to_q`, `query_proj`, `Wqkv`, `queries_keys_values` and what comes next.
 
 A name is taken apart into words; words that say nothing (`proj`, `linear`, `to`, `w`) are dropped, and what is left must spell
 roles alone. So `pos_query_proj` or `q_a_proj`, which are something else, are not taken for queries.

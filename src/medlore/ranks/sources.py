@@ -71,7 +71,7 @@ class WeightSource(ABC):
         return tensor.T if name in self.transposed else tensor
 
     def orders(self) -> Orders | None:
-        """Tells the rows of fused matrices by trying them out; None where there is nothing to try."""
+        """Identifies the rows of fused matrices by calling the module; None where there is no module to call."""
         if self.folder is None or not any(
             len(s) == 2 and len(split_name(n.removesuffix(".weight"))[2]) > 1 for n, s in self.shapes.items()
         ):
@@ -116,9 +116,9 @@ class ModuleSource(WeightSource):
 
     def orders(self) -> Orders | None:
         """By calling the attention modules; see `probing`."""
-        from medlore.ranks.probing import Probe
+        from medlore.ranks.probing import FusedRowProbe
 
-        return None if self.is_meta else Probe(self.model)
+        return None if self.is_meta else FusedRowProbe(self.model)
 
     def _read(self, raw_name: str) -> Tensor:
         return self._scales[raw_name] if raw_name in self._scales else self._tensors[raw_name]
@@ -378,5 +378,5 @@ def _module_kinds(model: nn.Module) -> dict[str, Kind]:
 
 
 def _is_conv1d(module: nn.Module) -> bool:
-    """Transformers' linear layer with weights in x out; told by name, so that transformers need not be there."""
+    """Transformers' linear layer with weights in x out; recognised by name, so that transformers need not be installed."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")

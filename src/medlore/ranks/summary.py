@@ -49,10 +49,10 @@ def coverage_lines(coverage: Sequence[Seen]) -> list[str]:
         counts = Counter(s.outcome for s in here)
         probed = sum(s.order == "probed" for s in here)
         named = sum(s.order == "by name" and s.outcome != "left out" for s in here)
-        told = [f"{counts[o]} {o}" for o in ("taken", "in part", "left out") if counts[o]]
-        rows = [f"rows of {n} fused told {how}" for n, how in ((probed, "by trying"), (named, "by name")) if n]
+        outcomes = [f"{counts[o]} {o}" for o in ("taken", "in part", "left out") if counts[o]]
+        rows = [f"rows of {n} fused identified {how}" for n, how in ((probed, "by probing"), (named, "by name")) if n]
         what = "attention modules" if kind == "attention" else "MLPs"
-        lines.append("; ".join([f"{len(here)} {what} seen: {', '.join(told)}", *rows]))
+        lines.append("; ".join([f"{len(here)} {what} seen: {', '.join(outcomes)}", *rows]))
     reasons: dict[str, list[str]] = {}
     for seen in coverage:
         if seen.why:
@@ -73,5 +73,5 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _kind_of(seen: Seen) -> str:
-    """A reason without the name of the one module, so that equal ones are told once."""
+    """A reason without the name of the one module, so that equal ones are reported once."""
     return seen.why.replace(f"{seen.path}.", "").replace(f"{seen.path}:", "")

@@ -66,7 +66,7 @@ def find_targets(
         include_k: adapt the key projection too.
         kinds: tensor name -> what its module is, where the modules are known; a file has names and shapes only.
         tower: which half of an image-text model counts; `auto` takes the image half where there is one.
-        orders: tells the rows of a fused matrix by trying the module out; None for names alone.
+        orders: identifies the rows of a fused matrix by calling the module; None for names alone.
         tied: tensor name -> the tensor in `shapes` that holds its values too.
 
     Decoder, momentum and teacher blocks do not count while other blocks are there; classification heads and embeddings never do.
@@ -116,8 +116,8 @@ def _coverage(wanted: str, attentions: Iterable[Seen], mlps: Iterable[Seen], *, 
     """What is said of each module, for the sets that speak of attention; k is not taken unless it was asked for."""
     if wanted not in ("attention", "attention+mlp"):
         return ()
-    told = [s if include_k else replace(s, parts=s.parts.replace("k ", "")) for s in attentions]
-    return (*told, *(mlps if wanted == "attention+mlp" else ()))
+    kept = [s if include_k else replace(s, parts=s.parts.replace("k ", "")) for s in attentions]
+    return (*kept, *(mlps if wanted == "attention+mlp" else ()))
 
 
 def _depth_order(target: Target) -> tuple[object, ...]:
@@ -162,7 +162,7 @@ def _all_linear(shapes: Shapes, matrices: Shapes, known: Mapping[str, list[Targe
 def _convolutions(shapes: Shapes, kinds: Mapping[str, Kind] | None) -> list[Target]:
     found = []
     for key, shape in shapes.items():
-        depthwise = len(shape) > 2 and shape[1] == 1 and shape[0] > 1  # a file does not tell groups; one input channel does
+        depthwise = len(shape) > 2 and shape[1] == 1 and shape[0] > 1  # a file does not store groups; one input channel shows them
         is_conv = kinds.get(key) == "conv" if kinds is not None else key.endswith(".weight") and 3 <= len(shape) <= 5 and not depthwise
         if is_conv:
             found.append(_conv_target(key.removesuffix(".weight"), shape))

@@ -37,7 +37,7 @@ class Idle:
 
 
 @dataclass(frozen=True)
-class Facts:
+class FieldFacts:
     """What a field says beside its name, type and default.
 
     Attributes:
@@ -67,11 +67,11 @@ class Facts:
         return self.decides if isinstance(self.decides, bool) else bool(set(self.decides) & set(parts))
 
 
-_FACTS = frozenset(field.name for field in dataclasses.fields(Facts))
+_FACTS = frozenset(field.name for field in dataclasses.fields(FieldFacts))
 
 
 def setting(default: Any = ..., help: str = "", **said: Any) -> Any:  # noqa: A002 - the word of every command line
-    """A field of settings: its default (`...` for none), what `Facts` holds, and the limits of `pydantic.Field`.
+    """A field of settings: its default (`...` for none), what `FieldFacts` holds, and the limits of `pydantic.Field`.
 
     Example:
         >>> class Example(Settings):
@@ -79,7 +79,7 @@ def setting(default: Any = ..., help: str = "", **said: Any) -> Any:  # noqa: A0
         >>> Example.facts("shots").help, Example().shots
         ('Labelled images per class.', 5)
     """
-    facts = Facts(help, **{name: value for name, value in said.items() if name in _FACTS})
+    facts = FieldFacts(help, **{name: value for name, value in said.items() if name in _FACTS})
     field = pydantic.Field(default, description=help, **{name: value for name, value in said.items() if name not in _FACTS})
     field.metadata.append(facts)
     return field
@@ -132,10 +132,10 @@ class Settings(pydantic.BaseModel):
         return found
 
     @classmethod
-    def facts(cls, name: str) -> Facts:
+    def facts(cls, name: str) -> FieldFacts:
         """What the field of a flat name says."""
         field = cls.fields()[name]
-        return next((part for part in field.metadata if isinstance(part, Facts)), Facts(field.description or ""))
+        return next((part for part in field.metadata if isinstance(part, FieldFacts)), FieldFacts(field.description or ""))
 
     @classmethod
     def group_of(cls, name: str) -> str:

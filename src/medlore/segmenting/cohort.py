@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 State = Literal["done", "skipped", "failed"]
 
 
-class Watcher(Protocol):
-    """Told how a run goes on."""
+class CohortWatcher(Protocol):
+    """Receives the progress of a run."""
 
     def plan(self, name: str, plan: CasePlan) -> None:
         """A case was planned."""
@@ -84,11 +84,11 @@ def collect_cases(settings: SegmentSettings) -> list[Case]:
     if not settings.labels:
         fix = "give --labels liver,spleen, a region's name, or all"
         raise InputError("--labels", "none were given", "names of structures, beside an image or a folder", fix)
-    modality = settings.modality or _modality_told_by(source)
+    modality = settings.modality or _modality_recorded_by(source)
     return [Case(image, settings.labels, modality) for image in images]
 
 
-def segment_cases(settings: SegmentSettings, *, watcher: Watcher | None = None) -> dict[str, Any]:
+def segment_cases(settings: SegmentSettings, *, watcher: CohortWatcher | None = None) -> dict[str, Any]:
     """Segment a cohort; returns what `report.json` says under `results`.
 
     Raises:
@@ -101,12 +101,12 @@ def segment_cases(settings: SegmentSettings, *, watcher: Watcher | None = None) 
     hardware = hardware_of(settings)
     loaded = load_model(settings, hardware)  # a fault of the model ends the run before it starts
     _check_flags(loaded.planner, settings, cases)
-    told, notes = _told_of(loaded)
+    model_record, notes = _record_of(loaded)
     alone = settings.engine == "local" and settings.workers == 1
     model: SegmentingModel | None = loaded if alone else None  # each worker loads its own; this process keeps none
     del loaded
     with OutputLock(settings.out), Run("segment", settings.out, settings=settings, device=hardware.device) as run:
-        run.results = {"model": told, "hardware": hardware.record(), "cases": [], "notes": notes}
+        run.results = {"model": model_record, "hardware": hardware.record(), "cases": [], "notes": notes}
         entries: list[dict[str, Any]] = run.results["cases"]
         with closing(_entries(settings, hardware, model, cases, names, watcher)) as finished:  # Ctrl-C stops the workers here and now
             for entry in finished:
@@ -132,7 +132,7 @@ def _check_flags(planner: Planner, settings: SegmentSettings, cases: Sequence[Ca
         default_vocabulary().checked_region(settings.region)
 
 
-def _told_of(model: SegmentingModel) -> tuple[dict[str, Any], list[str]]:
+def _record_of(model: SegmentingModel) -> tuple[dict[str, Any], list[str]]:
     """What the report says of a model, and its notes."""
     bundle = model.bundle
     return {"name": bundle.name, "sha256": bundle.sha256, "precision": model.precision}, list(bundle.notes)
@@ -189,7 +189,7 @@ def _asked_of(settings: SegmentSettings, case: Case) -> dict[str, Any]:
     return {"orientation_code": case.orientation_code or settings.orientation_code, "grid": settings.grid}
 
 
-def segment_case(settings: SegmentSettings, model: SegmentingModel, case: Case, name: str, watcher: Watcher) -> dict[str, Any]:
+def segment_case(settings: SegmentSettings, model: SegmentingModel, case: Case, name: str, watcher: CohortWatcher) -> dict[str, Any]:
     """One case, from the file to its folder; never raises for a fault of the case."""
     start = time.perf_counter()
     entry: dict[str, Any] = {"name": name, "image": str(case.image), "line": case.line or None}
@@ -204,7 +204,7 @@ def segment_case(settings: SegmentSettings, model: SegmentingModel, case: Case, 
     return entry | {"seconds": round(time.perf_counter() - start, 3)}
 
 
-def _segment_case(settings: SegmentSettings, model: SegmentingModel, case: Case, name: str, watcher: Watcher) -> dict[str, Any]:
+def _segment_case(settings: SegmentSettings, model: SegmentingModel, case: Case, name: str, watcher: CohortWatcher) -> dict[str, Any]:
     from medlore.data.volumes.preparation import read_volume
     from medlore.segmenting.outputs import write_outputs
 
@@ -264,7 +264,7 @@ def _entries(
     model: SegmentingModel | None,
     cases: Sequence[Case],
     names: Sequence[str],
-    watcher: Watcher,
+    watcher: CohortWatcher,
 ) -> Generator[dict[str, Any], None, None]:
     """Entries of the report as cases finish."""
     if model is not None:
@@ -331,8 +331,8 @@ def _fingerprint(settings: SegmentSettings, model: SegmentingModel, case: Case, 
     part = [case.frame, case.series]
     prompts = [sha256_of(file) for file in (settings.prompt_embeddings, settings.text, settings.tokenizer) if file is not None]
     weights = [model.bundle.sha256, *prompts]
-    told = [RULES_VERSION, digest, weights, routes.modality, routes.by_region, routes.labels, orientation, part, decisive]
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    decisive_parts = [RULES_VERSION, digest, weights, routes.modality, routes.by_region, routes.labels, orientation, part, decisive]
+    return hashlib.sha256(json.dumps(decisive_parts, sort_keys=True).encode()).hexdigest()
 
 
 def _is_finished(folder: Path, fingerprint: str, settings: SegmentSettings) -> bool:
@@ -349,8 +349,8 @@ def _is_finished(folder: Path, fingerprint: str, settings: SegmentSettings) -> b
         return False
 
 
-def _modality_told_by(source: Path) -> str:
+def _modality_recorded_by(source: Path) -> str:
     found = modality_of(source)
     if found is not None:
         return found
-    raise InputError("--modality", "none was given", "ct, mri, pet or us", "give --modality; only DICOM files tell it themselves")
+    raise InputError("--modality", "none was given", "ct, mri, pet or us", "give --modality; only DICOM files record it")

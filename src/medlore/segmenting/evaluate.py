@@ -146,16 +146,16 @@ def _check_speaks_of(case: Case, record: Any | None, folder: Path) -> None:
     """
     if not isinstance(record, Mapping) or not isinstance(record.get("image"), str):
         return
-    told, digest = Path(record["image"]), record.get("image_sha256")
+    recorded, digest = Path(record["image"]), record.get("image_sha256")
     if isinstance(digest, str) and case.image.is_file():
         same = content_hash(case.image) == digest
     else:
-        same = told.resolve() == case.image.resolve() or _is_end_of(told, case.image) or _is_end_of(case.image, told)
+        same = recorded.resolve() == case.image.resolve() or _is_end_of(recorded, case.image) or _is_end_of(case.image, recorded)
     made = record.get("case")
     part = made if isinstance(made, Mapping) else {}
     same = same and (part.get("frame") or 0) == (case.frame or 0)
     if not same:
-        came = f"a prediction of {told}" + (f", volume {part['frame']}" if part.get("frame") else "")
+        came = f"a prediction of {recorded}" + (f", volume {part['frame']}" if part.get("frame") else "")
         accepted, fix = f"one of {case.image}, of which the list speaks", "segment the cases of this list, or name the folder of its masks"
         raise DataError(str(folder / "case.json"), came, accepted, fix)
 

@@ -4,7 +4,7 @@ A pack may name one (`preprocessing.first_pass`): a shipped pack that finds `bra
 itself, what lies further than `margin_mm` from the brain is set to 0, as a skull stripping does, so a skull, a face or a neck cannot be
 taken for tissue. A label `left X` is X on the left side of the plane between the halves, `right X` on the right. An image with less than
 `stripped_ml` of voxels that are not 0 was stripped before and is not cut again. One that is shorter than `least_mm` along an axis, or in
-which less than `least_ml` of brain is found, is a crop: it stays as it is, and a label with a side is then told of by a note.
+which less than `least_ml` of brain is found, is a crop: it stays as it is, and a note then names the labels that have a side.
 """
 
 from __future__ import annotations
@@ -71,19 +71,19 @@ def look_first(volume: Volume, rules: FirstPassRules, labels: Sequence[str], ask
     Args:
         volume: the whole image.
         rules: of the pack.
-        labels: that were asked for; those with a side are named where sides cannot be told.
+        labels: that were asked for; those with a side are named where the sides cannot be distinguished.
         ask: labels of the first pass -> masks on the volume's grid.
     """
     spacing = spacing_of(volume.affine)
     sided = [label for label in labels if side_of(label) is not None]
     if min(n * mm for n, mm in zip(volume.shape, spacing, strict=True)) < rules.least_mm:
-        return FirstPass(_with_sides_untold(volume, sided, "the image is too small to show a whole head"))
+        return FirstPass(_with_sides_unknown(volume, sided, "the image is too small to show a whole head"))
     found = ask(volume, [rules.brain, *rules.halves.values()])
     brain = found[rules.brain]
     brain_ml = float(brain.sum()) * float(np.prod(spacing)) / 1000
     if brain_ml < rules.least_ml:
         came = f"the first pass found {brain_ml:.0f} ml of brain, and was not followed"
-        return FirstPass(_with_sides_untold(volume, sided, came), brain_ml=brain_ml)
+        return FirstPass(_with_sides_unknown(volume, sided, came), brain_ml=brain_ml)
     halves = two_halves(volume, brain, found[rules.halves["left"]], found[rules.halves["right"]])
     if float(np.count_nonzero(volume.array)) * float(np.prod(spacing)) / 1000 < rules.stripped_ml:
         return FirstPass(volume, halves, brain_ml)
@@ -148,12 +148,12 @@ def _cut(packed: PackedMasks, index: int, half: Array | None) -> tuple[PackedMas
     return kept, 0
 
 
-def _with_sides_untold(volume: Volume, sided: Sequence[str], why: str) -> Volume:
+def _with_sides_unknown(volume: Volume, sided: Sequence[str], why: str) -> Volume:
     if not sided:
         return volume
-    return volume.with_note(f"{why}: left and right cannot be told apart, so {', '.join(sided)} hold both sides")
+    return volume.with_note(f"{why}: left and right cannot be distinguished, so {', '.join(sided)} hold both sides")
 
 
-def first_pass_rules(told: Any) -> FirstPassRules | None:
+def first_pass_rules(rules: Any) -> FirstPassRules | None:
     """The rules that a pack's preprocessing holds; None where it holds none."""
-    return FirstPassRules(**told) if isinstance(told, Mapping) else None
+    return FirstPassRules(**rules) if isinstance(rules, Mapping) else None

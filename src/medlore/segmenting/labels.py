@@ -76,8 +76,8 @@ def facts_of_pack(path: str | Path) -> ModelFacts | None:
 
 
 def _facts_of_manifest(manifest: Mapping[str, Any], folder: Path) -> ModelFacts:
-    told, sizes, rules = manifest.get("prompts"), manifest["config"], manifest["preprocessing"]
-    keys = None if told is None else frozenset(told["keys"])
+    prompts, sizes, rules = manifest.get("prompts"), manifest["config"], manifest["preprocessing"]
+    keys = None if prompts is None else frozenset(prompts["keys"])
     counts = _counts_of(folder / BASE)
     adapted = {target for expert in manifest["experts"].values() for target in expert["scaling"]}
     merged = sum(counts[f"{target}.weight"] for target in adapted)
@@ -155,9 +155,9 @@ def route_labels(
 
 def tissues_of(facts: ModelFacts, routes: Routes) -> tuple[str, ...]:
     """The model's tissues of a modality, if one of them is asked for and all of them have a prompt; else none."""
-    told = tuple(facts.preprocessing.get("tissues", {}).get(routes.modality, ()))
-    answered = all(facts.prompts is None or f"{routes.modality}/{label}" in facts.prompts for label in told)
-    return told if answered and set(told) & set(routes.labels) else ()
+    tissues = tuple(facts.preprocessing.get("tissues", {}).get(routes.modality, ()))
+    answered = all(facts.prompts is None or f"{routes.modality}/{label}" in facts.prompts for label in tissues)
+    return tissues if answered and set(tissues) & set(routes.labels) else ()
 
 
 def with_tissues(routes: Routes, tissues: Sequence[str]) -> dict[str, list[str]]:

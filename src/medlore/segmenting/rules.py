@@ -27,16 +27,16 @@ def window_rules(
         InputError: windows that the network cannot take.
         DataError: no spacing for the modality.
     """
-    told = facts.preprocessing
-    x, y, z = (int(v) for v in (roi_size or told.get("roi_size", (288, 288, 96))))
+    preprocessing = facts.preprocessing
+    x, y, z = (int(v) for v in (roi_size or preprocessing.get("roi_size", (288, 288, 96))))
     if any(side < 1 or side % facts.patch for side in (x, y, z)):
         near = ",".join(str(max(round(side / facts.patch), 1) * facts.patch) for side in (x, y, z))
         raise InputError("--roi-size", f"{x},{y},{z}", f"multiples of {facts.patch}, as {facts.name} needs them", f"give {near}")
     return WindowRules(
         roi_size=(x, y, z),
-        overlap=float(overlap if overlap is not None else told.get("overlap", 0.5)),
-        spacing_mm=spacing_for(told.get("spacing_mm", (1.0, 1.0, 3.0)), modality, where="preprocessing: spacing_mm"),
-        orientation_code=orientation_code or str(told.get("orientation", "RAS")),
+        overlap=float(overlap if overlap is not None else preprocessing.get("overlap", 0.5)),
+        spacing_mm=spacing_for(preprocessing.get("spacing_mm", (1.0, 1.0, 3.0)), modality, where="preprocessing: spacing_mm"),
+        orientation_code=orientation_code or str(preprocessing.get("orientation", "RAS")),
         sw_batch_size=sw_batch_size,
         bytes_per_number=2 if half else 4,
         published=published,

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from medlore.runs.settings_file import check_settings
-from medlore.segmenting.cohort import Watcher, segment_cases
+from medlore.segmenting.cohort import CohortWatcher, segment_cases
 from medlore.segmenting.settings import SegmentSettings
 
 
 def segment(
-    model: str | Path, cases: str | Path | None = None, *, out: str | Path, watcher: Watcher | None = None, **settings: Any
+    model: str | Path, cases: str | Path | None = None, *, out: str | Path, watcher: CohortWatcher | None = None, **settings: Any
 ) -> dict[str, Any]:
     """Segment one image or a cohort and write a folder of masks for each case.
 

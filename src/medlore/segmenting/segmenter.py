@@ -120,7 +120,7 @@ class LoadedSegmenter:
         Args:
             volume: a NIfTI or NRRD file, a DICOM folder or zip, or a `Volume` from `medlore.data.volumes.preparation.read_volume`.
             prompts: names of structures or synonyms, a region's name, or `all`.
-            modality: ct, mri (also t1, t2, flair ...), pet or us; DICOM tells it itself.
+            modality: ct, mri (also t1, t2, flair ...), pet or us; DICOM files record it.
             region: this region's expert answers for every label.
             allow_unknown: let labels through that the vocabulary does not know.
             grid: `original` for the volume's own grid, `processed` for the network's.
@@ -138,7 +138,7 @@ class LoadedSegmenter:
         read = volume if isinstance(volume, Volume) else read_volume(volume, affine_from=affine_from, frame=frame, series=series)
         modality = modality or read.modality
         if modality is None:
-            fix = 'give modality="ct"; only DICOM files tell it themselves'
+            fix = 'give modality="ct"; only DICOM files record it'
             raise InputError("modality", "none was given", "ct, mri, pet or us", fix)
         asked = [prompts] if isinstance(prompts, str) else list(prompts)
         routes = route_labels(self.model.facts, asked, modality, region=region, allow_unknown=allow_unknown)

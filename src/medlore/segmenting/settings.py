@@ -29,49 +29,49 @@ class SegmentSettings(Settings):
     out: Path = setting(..., "Folder for the results: one folder per image, and report.json.", group=_CASES, decides=False)
     image: Path | None = setting(None, "One image instead of a list of cases.", group=_CASES, decides=False)
 
-    labels: tuple[str, ...] = setting((), "Names with commas, a region's name, or all.", group=_LABELS, decides=False)
+    labels: tuple[str, ...] = setting((), "Comma-separated names, the name of a region, or all.", group=_LABELS, decides=False)
     modality: str | None = setting(None, "ct, mri (also t1, t2, flair, dwi ...), pet or us.", group=_LABELS, decides=False)
-    region: str | None = setting(None, "This region's expert answers for every label.", group=_LABELS)
+    region: str | None = setting(None, "Use this region's expert for every label.", group=_LABELS)
     expert_by: Literal["label", "dataset"] = setting(
-        "label", "label: each label chooses its expert; dataset: as LoRKD does.", group=_LABELS
+        "label", "label: the expert of each label's region; dataset: by data set, as in LoRKD.", group=_LABELS
     )
-    allow_unknown: bool = setting(False, "Let labels through that the vocabulary does not know.", group=_LABELS)
+    allow_unknown: bool = setting(False, "Accept labels that the vocabulary does not know.", group=_LABELS)
 
     orientation_code: str | None = setting(
         None, "Orientation in which the network sees the volume, e.g. ASR.", group=_GEOMETRY, flags=("--orientation",), decides=False
     )
-    affine_from: Literal["auto", "sform", "qform"] = setting("auto", "Which NIfTI matrix to believe.", group=_GEOMETRY, flags=("--affine",))
+    affine_from: Literal["auto", "sform", "qform"] = setting(
+        "auto", "Which NIfTI matrix to use if sform and qform disagree.", group=_GEOMETRY, flags=("--affine",)
+    )
     grid: Literal["original", "processed"] = setting("original", "original: the image's grid; processed: the network's.", group=_GEOMETRY)
     resample: Literal["probability", "nearest"] = setting("probability", "How masks return to the image's grid.", group=_GEOMETRY)
 
-    roi_size: tuple[int, int, int] | None = setting(None, "Windows of another size than the model's own, e.g. 96,96,32.", group=_NETWORK)
-    overlap: float | None = setting(None, "Share that neighbouring windows have in common; 0.5 as trained.", group=_NETWORK, ge=0, lt=1)
-    sw_batch_size: int = setting(1, "Windows at a time.", group=_NETWORK, ge=1, decides=False)
-    max_queries: int = setting(256, "Prompts decoded at a time.", group=_NETWORK, ge=1, decides=False)
-    published: bool = setting(False, "The published rules throughout: for comparisons.", group=_NETWORK)
+    roi_size: tuple[int, int, int] | None = setting(None, "Size of the windows, e.g. 96,96,32; default the model's own.", group=_NETWORK)
+    overlap: float | None = setting(None, "Overlap of neighbouring windows as a fraction; 0.5 as published.", group=_NETWORK, ge=0, lt=1)
+    sw_batch_size: int = setting(1, "Windows per batch.", group=_NETWORK, ge=1, decides=False)
+    max_queries: int = setting(256, "Prompts decoded together.", group=_NETWORK, ge=1, decides=False)
+    published: bool = setting(False, "Follow the published inference exactly, for comparisons.", group=_NETWORK)
 
-    redraw_tissues: bool = setting(True, "Redraw borders of tissues by grey values, where the model names tissues.", group=_MASKS)
+    redraw_tissues: bool = setting(True, "Redraw the borders of tissues by grey values, if the model names tissues.", group=_MASKS)
     overlap_rule: Literal["small-over-large", "given"] = setting(
-        "small-over-large", "Who keeps a voxel of the label map that two labels claim; given: the later one.", group=_MASKS
+        "small-over-large", "Which label keeps a voxel of the label map where two overlap; given: the later one.", group=_MASKS
     )
     image_copy: bool = setting(True, "Write image.nii.gz beside the masks.", group=_MASKS, decides=False)
     picture: bool = setting(True, "Write quality_control.png.", group=_MASKS, decides=False)
     dicom_seg: bool = setting(False, "Write segmentation.dcm too (DICOM input, extra dicom).", group=_MASKS)
 
-    device: DeviceChoice = setting("auto", "Where it runs.", group=_HARDWARE, decides=False)
-    precision: Precision = setting("auto", "Half precision where the hardware has it, unless given.", group=_HARDWARE)
-    memory: str | None = setting(
-        None, "What may be used, e.g. 6GiB; four fifths of what is free by default.", group=_HARDWARE, decides=False
-    )
+    device: DeviceChoice = setting("auto", "Device to run on.", group=_HARDWARE, decides=False)
+    precision: Precision = setting("auto", "Numeric precision; auto uses half precision where the hardware supports it.", group=_HARDWARE)
+    memory: str | None = setting(None, "Memory limit, e.g. 6GiB; default four fifths of the free memory.", group=_HARDWARE, decides=False)
 
     prompt_embeddings: Path | None = setting(None, "A table of prompts for a published file.", group=_PUBLISHED, decides=False)
     text: Path | None = setting(None, "The published text encoder, for prompts outside a table.", group=_PUBLISHED, decides=False)
-    tokenizer: Path | None = setting(None, "Word list of the text encoder.", group=_PUBLISHED, decides=False)
+    tokenizer: Path | None = setting(None, "Wordpiece list of the text encoder.", group=_PUBLISHED, decides=False)
     lora_alpha: float | None = setting(None, "Alpha of a published file with equal ranks.", group=_PUBLISHED)
 
     resume: bool = setting(True, "Skip cases that are finished with the same input and settings.", group=_RUN, decides=False)
-    engine: Literal["local", "ray"] = setting("local", "Processes of this machine, or Ray.", group=_RUN, decides=False)
-    workers: int = setting(1, "Cases at a time; each worker holds a model.", group=_RUN, ge=1, decides=False)
+    engine: Literal["local", "ray"] = setting("local", "Local processes, or Ray.", group=_RUN, decides=False)
+    workers: int = setting(1, "Cases processed at the same time; each worker loads its own model.", group=_RUN, ge=1, decides=False)
 
 
 class MaskEvaluationSettings(Settings):
@@ -79,4 +79,4 @@ class MaskEvaluationSettings(Settings):
 
     pred: Path = setting(..., "Folder of predicted masks.", group="Masks")
     truth: Path = setting(..., "Case list (jsonl) with the true masks.", group="Masks")
-    tolerance_mm: float = setting(1.0, "Distance in mm that counts as agreement of surfaces.", group="Masks", flags=("--tolerance",), ge=0)
+    tolerance_mm: float = setting(1.0, "Tolerance of the surface Dice in mm.", group="Masks", flags=("--tolerance",), ge=0)

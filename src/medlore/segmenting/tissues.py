@@ -2,7 +2,7 @@
 
 A pack may name tissues that exclude each other (`preprocessing.tissues`, e.g. grey matter, white matter and fluid of mri).
 Their probabilities are kept on the network's grid while the windows go by; then a mixture (`data.tissue_mixture`) is fitted there and
-each voxel of the file is shared out, a few planes at a time. Where grey values do not tell the tissues apart, or would not redraw
+each voxel of the file is shared out, a few planes at a time. Where grey values do not separate the tissues, or would not redraw
 the network's masks but overturn them, those stay.
 """
 
@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from medlore.data.volumes.geometry import Array, Crop, GridPath, Shape, Taps, bounding_box
+from medlore.data.volumes.geometry import Array, Crop, GridPath, Shape, bounding_box
 from medlore.data.volumes.intensity import finite_values
+from medlore.data.volumes.interpolation import Taps
 from medlore.data.volumes.preparation import PackedMasks, Prepared
 from medlore.data.volumes.tissue_mixture import ANY_TISSUE, TissueMixture, fit_mixture
 
@@ -66,15 +67,15 @@ class TissuePass:
             image: the volume in its own grey values, x y z; None where the output grid is the network's.
         """
         mixture = fit_mixture(prepared.pixels[0].numpy(), self._prior)
-        told = {"labels": list(self.tissues), "redrawn": False, **({} if mixture is None else mixture.record())}
+        record = {"labels": list(self.tissues), "redrawn": False, **({} if mixture is None else mixture.record())}
         if mixture is None or mixture.separation < LEAST_SEPARATION or mixture.kept < LEAST_KEPT:
-            return TissueMasks(None, told)
+            return TissueMasks(None, record)
         found = PackedMasks(path.resampling.shape, len(self.tissues))
         box = bounding_box(self._prior.sum(axis=0, dtype=np.float32) >= ANY_TISSUE)
         if box is not None:
             grey = None if image is None else path.reorientation.apply(finite_values(image, where="image")[0])
             _Redrawing(self._prior, mixture, prepared, path, grey).into(found, box)
-        return TissueMasks(found, told | {"redrawn": True})
+        return TissueMasks(found, record | {"redrawn": True})
 
 
 @dataclass(eq=False)

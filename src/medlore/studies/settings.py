@@ -25,30 +25,30 @@ DECIDED = frozenset({*DatasetSettings.fields(), *PartsSettings.fields(), "method
 class DataEntry(Settings):
     """One data set; paths start from the folder of the study file."""
 
-    name: str = setting(..., "In the tables.")
+    name: str = setting(..., "Name in the tables.")
     data: str = setting(..., "Folder, list, table, .npz or .zip, or sklearn:digits.")
-    format: Format = setting("auto", "Format of `data`, where auto is wrong.")
-    images: str | None = setting(None, "Folder of the images, where the list lies elsewhere.")
-    test_data: str | None = setting(None, "Test set of its own.")
-    task: Literal["single", "multi"] | None = setting(None, "single or multi, where a table could be both.")
+    format: Format = setting("auto", "Format of `data`, if auto detects the wrong one.")
+    images: str | None = setting(None, "Folder of the images, if they are not beside the list.")
+    test_data: str | None = setting(None, "Separate test set.")
+    task: Literal["single", "multi"] | None = setting(None, "single or multi, if a table could be both.")
     classes: tuple[str, ...] | None = setting(None, "Class names in label order.")
-    group_pattern: str | None = setting(None, "Regular expression on file names; its bracket captures the patient ID.")
-    group: str | None = setting(None, "Gathers sets for the mean of group means (natural, specialized, ... in VTAB-1k).", decides=False)
-    per: Literal["image", "group"] = setting("image", "One shot is an image or a group (patient).")
-    official_draw: bool = setting(False, "Take the published draws of MedFMC or VTAB-1k.")
-    test_fraction: float = setting(0.4, "Share held out for the test, where the set has no test part.", gt=0, lt=1)
-    test_limit: int | None = setting(None, "Keep about so many test images, the same for all cells.", ge=1)
-    flip: Flip = setting("none", "Which mirror images are possible patients.")
+    group_pattern: str | None = setting(None, "Regular expression for file names whose group captures the patient ID.")
+    group: str | None = setting(None, "Group of the set in the mean of group means (natural, specialized, ... in VTAB-1k).", decides=False)
+    per: Literal["image", "group"] = setting("image", "Whether one shot is an image or a group (patient).")
+    official_draw: bool = setting(False, "Use the published draws of MedFMC or VTAB-1k.")
+    test_fraction: float = setting(0.4, "Share held out for testing, if the set has no test part.", gt=0, lt=1)
+    test_limit: int | None = setting(None, "Approximate number of test images to keep, the same for all cells.", ge=1)
+    flip: Flip = setting("none", "Mirror images that are anatomically possible.")
 
 
 class MethodEntry(Settings):
     """One contender; a bare word is its method."""
 
     method: str = setting(..., "One of the methods of `medlore finetune`.")
-    name: str | None = setting(None, "In the tables; default the method.")
+    name: str | None = setting(None, "Name in the tables; default the method.")
     rate: float | None = setting(None, "Peak learning rate in place of the method's default; the factors of `tuning` multiply it.", gt=0)
-    settings: FinetuneSettings = setting(FinetuneSettings(), "What is set for it.")
-    grid: dict[str, tuple[Any, ...]] = setting({}, "Setting -> values that are tried one after the other as contenders of their own.")
+    settings: FinetuneSettings = setting(FinetuneSettings(), "Settings of this method.")
+    grid: dict[str, tuple[Any, ...]] = setting({}, "Setting -> values; each value is a separate contender.")
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -70,20 +70,20 @@ class TuningRules(Settings):
 class StudySettings(Settings):
     """A grid of tuning runs; `docs/studies.md` explains each field."""
 
-    name: str = setting(..., "Of the study.")
+    name: str = setting(..., "Name of the study.")
     data: tuple[DataEntry, ...] = setting(..., "Data sets.")
     shots: tuple[Shots, ...] = setting(..., "Labelled images per class; `all` for every image.")
     draws: int = setting(5, "Draws of each number of shots.", ge=1)
-    seeds: tuple[pydantic.NonNegativeInt, ...] = setting((0,), "Seeds of one draw are averaged first: a draw counts once.")
-    methods: tuple[MethodEntry, ...] = setting(..., "Contenders.")
-    reference: str | None = setting(None, "The others are subtracted from it; default the first.")
-    equal_controls: bool = setting(True, "Beside each sr-lora, one rank with about as many parameters.")
+    seeds: tuple[pydantic.NonNegativeInt, ...] = setting((0,), "Seeds; those of one draw are averaged first, so a draw counts once.")
+    methods: tuple[MethodEntry, ...] = setting(..., "The contenders.")
+    reference: str | None = setting(None, "Method with which all others are compared; default the first.")
+    equal_controls: bool = setting(True, "Add to each sr-lora a uniform rank with about as many parameters.")
     validation_shots: int | Literal["all", "none"] | None = setting(None, "Validation images per class; default as many as shots.")
     data_seed: int = setting(0, "Seed of all draws of images.", ge=0)
-    measure: Measure = setting("auto", "Score; auto takes balanced accuracy, or macro AUC for several labels an image.")
-    tuning: TuningRules = setting(TuningRules(), "Learning rates that are tried: `rate_factors`.")
-    settings: FinetuneSettings = setting(FinetuneSettings(), "Of `medlore finetune`, for all.")
-    shots_settings: dict[Shots, FinetuneSettings] = setting({}, "Laid over them for some shots.")
+    measure: Measure = setting("auto", "Score; auto uses balanced accuracy, or macro AUC for multi-label data.")
+    tuning: TuningRules = setting(TuningRules(), "Learning rates to try: `rate_factors`.")
+    settings: FinetuneSettings = setting(FinetuneSettings(), "Settings of `medlore finetune` for all methods.")
+    shots_settings: dict[Shots, FinetuneSettings] = setting({}, "Settings that override them for some numbers of shots.")
 
     @pydantic.field_validator("data", "shots", "seeds", "methods")
     @classmethod

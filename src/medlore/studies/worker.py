@@ -21,7 +21,7 @@ from medlore.studies.parts import parts_of
 from medlore.tuning.comparison import measure_of
 from medlore.tuning.examples import refuse_unreadable
 from medlore.tuning.finetune import FinetuneResult, content_hash, finetune
-from medlore.tuning.judging import Judgement, judge
+from medlore.tuning.judging import HeldOutScores, judge
 from medlore.tuning.settings import FinetuneSettings
 
 BACKBONES = BackboneStore()  # of this process: its cells share what is read, none shares what is trained
@@ -143,7 +143,7 @@ def best_validation(result: FinetuneResult) -> float | None:
     return None if value is None or not math.isfinite(value) else float(value)
 
 
-def _facts(cell: StudyCell, parts: ImageSplits, best: Trial, judged: Judgement) -> dict[str, Any]:
+def _facts(cell: StudyCell, parts: ImageSplits, best: Trial, judged: HeldOutScores) -> dict[str, Any]:
     measure = measure_of(parts.train) if cell.measure == "auto" else cell.measure
     report = best.result.report
     images = {name: None if part is None else len(part) for name, part in vars(parts).items() if name in ("train", "validation", "test")}

@@ -25,7 +25,7 @@ def make_accelerator(
         folder: where trackers write; None for no trackers.
         track: `none` or `tensorboard`.
         absent_parameters: whether some parameters take no part in some steps (experts that a batch does not ask): several processes
-            have to be told, since they wait for every gradient.
+            need this flag, since they wait for every gradient.
 
     Raises:
         InputError: the device is not there, or it does not train in that precision.

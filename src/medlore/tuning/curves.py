@@ -6,10 +6,10 @@ from pathlib import Path
 
 from medlore.extras import require
 from medlore.files import atomic_path
-from medlore.tuning.training import History
+from medlore.tuning.training import TuningHistory
 
 
-def plot_curves(history: History, path: str | Path, *, score_name: str) -> Path:
+def plot_curves(history: TuningHistory, path: str | Path, *, score_name: str) -> Path:
     """Write a PNG of losses and scores by epoch."""
     require("matplotlib", "curves.png")
     from matplotlib.figure import Figure

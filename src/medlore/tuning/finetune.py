@@ -38,7 +38,7 @@ from medlore.tuning.predictions import write_predictions
 from medlore.tuning.rank_tracking import RankTracking, plot_tracked
 from medlore.tuning.result import FinetuneResult
 from medlore.tuning.settings import FinetuneSettings
-from medlore.tuning.training import Examples, History, Trainer
+from medlore.tuning.training import Examples, Trainer, TuningHistory
 from medlore.tuning.tuned import save_tuned
 
 
@@ -249,7 +249,7 @@ def choose_plan(settings: FinetuneSettings, backbone: Backbone) -> RankPlan | No
 
 def _train(
     settings: FinetuneSettings, prepared: _Prepared, folder: Path | None, accelerator: Any, *, resume: bool, watcher: Watcher
-) -> History:
+) -> TuningHistory:
     tuning, train, validation = prepared.tuning, prepared.train, prepared.validation
     if tuning.head_only:
         head = prepared.backbone.head_name
@@ -286,7 +286,9 @@ def _train(
     return history
 
 
-def _conclude(settings: FinetuneSettings, prepared: _Prepared, history: History, folder: Path | None, accelerator: Any) -> FinetuneResult:
+def _conclude(
+    settings: FinetuneSettings, prepared: _Prepared, history: TuningHistory, folder: Path | None, accelerator: Any
+) -> FinetuneResult:
     """Save what was learnt, merge it, look at the test images once."""
     tuning, backbone, splits = prepared.tuning, prepared.backbone, prepared.splits
     facts = _facts(settings, prepared)

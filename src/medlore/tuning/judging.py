@@ -19,7 +19,7 @@ from medlore.tuning.training import predict_logits, probabilities
 
 
 @dataclass(frozen=True)
-class Judgement:
+class HeldOutScores:
     """What the test images say of a network.
 
     Attributes:
@@ -35,7 +35,7 @@ class Judgement:
     targets: NDArray[Any]
 
 
-def judge(model: nn.Module, backbone: Backbone, test: ImageSet, *, settings: FinetuneSettings, accelerator: Any = None) -> Judgement:
+def judge(model: nn.Module, backbone: Backbone, test: ImageSet, *, settings: FinetuneSettings, accelerator: Any = None) -> HeldOutScores:
     """Judge a tuned network.
 
     Args:
@@ -57,4 +57,4 @@ def judge(model: nn.Module, backbone: Backbone, test: ImageSet, *, settings: Fin
         bootstrap=settings.run.bootstrap,
         groups=test.groups,
     )
-    return Judgement({name: entry["value"] for name, entry in report["metrics"].items()}, report, scores, examples.targets)
+    return HeldOutScores({name: entry["value"] for name, entry in report["metrics"].items()}, report, scores, examples.targets)

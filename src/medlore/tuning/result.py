@@ -12,7 +12,7 @@ from torch import nn
 
 from medlore.models.backbones.reading import Backbone
 from medlore.ranks.plan import RankPlan
-from medlore.tuning.training import History
+from medlore.tuning.training import TuningHistory
 
 
 @dataclass
@@ -33,7 +33,7 @@ class FinetuneResult:
 
     metrics: dict[str, float | None]
     report: dict[str, Any]
-    history: History
+    history: TuningHistory
     scores: NDArray[np.float32] | None
     targets: NDArray[Any] | None
     model: nn.Module

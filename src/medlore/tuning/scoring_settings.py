@@ -19,14 +19,14 @@ class EvaluateSettings(Settings):
 
     tuned: Path = setting(..., _TUNED, argument=_RUN_OR_ADAPTER)
     data: Path = setting(..., "Labelled images, in any format of `medlore finetune`.", group="Images")
-    format: Format = setting("auto", "Format of --data, where auto is wrong.", group="Images")
-    split: str | None = setting(None, "Part of --data; default its own test part, or all of a set without parts.", group="Images")
-    images: Path | None = setting(None, "Folder of the images, where the list lies elsewhere.", group="Images")
-    task: Task | None = setting(None, "single or multi, where a table could be both.", group="Images")
-    group_pattern: str | None = setting(None, "Regular expression on file names; its bracket captures the patient ID.", group="Images")
+    format: Format = setting("auto", "Format of --data, if auto detects the wrong one.", group="Images")
+    split: str | None = setting(None, "Part of --data; default its test part, or the whole set if it has no parts.", group="Images")
+    images: Path | None = setting(None, "Folder of the images, if they are not beside the list.", group="Images")
+    task: Task | None = setting(None, "single or multi, if a table could be both.", group="Images")
+    group_pattern: str | None = setting(None, "Regular expression for file names whose group captures the patient ID.", group="Images")
     model: str | None = setting(None, _MOVED, group="Model", path=True)
-    device: DeviceChoice = setting("auto", "Where it runs.", group="Model", decides=False)
-    precision: Precision = setting("auto", "float32 on CPU, bfloat16 (else float16) on CUDA unless given.", group="Model")
+    device: DeviceChoice = setting("auto", "Device to run on.", group="Model", decides=False)
+    precision: Precision = setting("auto", "Numeric precision; auto: float32 on CPU, bfloat16 (else float16) on CUDA.", group="Model")
     bootstrap: int = setting(1000, "Resamples for the intervals; 0 for none.", group="Images", ge=0)
     seed: int = setting(0, "Seed of the resamples.", group="Images", ge=0)
 
@@ -35,9 +35,9 @@ class PredictSettings(Settings):
     """How images are scored; one bad image stops everything before it starts unless `keep_going`."""
 
     model: str | None = setting(None, _MOVED, path=True)
-    device: DeviceChoice = setting("auto", "Where it runs.", decides=False)
-    precision: Precision = setting("auto", "float32 on CPU, bfloat16 (else float16) on CUDA unless given.")
-    keep_going: bool = setting(False, "Leave images out that cannot be read (exit status 1 then).")
+    device: DeviceChoice = setting("auto", "Device to run on.", decides=False)
+    precision: Precision = setting("auto", "Numeric precision; auto: float32 on CPU, bfloat16 (else float16) on CUDA.")
+    keep_going: bool = setting(False, "Leave out images that cannot be read; the exit status is then 1.")
     medfmc: str | None = setting(
-        None, "Write the challenge's file too: chest, colon or endo, with shots, e.g. endo:5.", pattern=r"^(chest|colon|endo):(1|5|10)$"
+        None, "Also write the challenge's file: chest, colon or endo with the shots, e.g. endo:5.", pattern=r"^(chest|colon|endo):(1|5|10)$"
     )

@@ -22,7 +22,7 @@ from medlore.runs.hardware import DeviceChoice, Precision
 from medlore.runs.settings import Idle, Settings, Subject, known_name, setting
 
 if TYPE_CHECKING:
-    from medlore.tuning.training import Schedule
+    from medlore.tuning.training import EpochSchedule
 
 METHOD_GROUP = "Method and ranks"
 
@@ -76,13 +76,13 @@ class DatasetSettings(Subject):
     title: ClassVar[str] = "Images"
 
     data: Path | None = setting(None, "Folder of class folders, MedFMC or VTAB-1k folder or list, CSV, .npz or .zip.")
-    format: Format = setting("auto", "Format of --data, where auto is wrong.")
-    images: Path | None = setting(None, "Folder of the images, where the list lies elsewhere.")
-    test_data: Path | None = setting(None, "Test set of its own; default the test part of --data, else a share held out.")
-    split: str | None = setting(None, "Part of --data to take the pool from.")
-    task: Task | None = setting(None, "single or multi, where a table could be both.")
+    format: Format = setting("auto", "Format of --data, if auto detects the wrong one.")
+    images: Path | None = setting(None, "Folder of the images, if they are not beside the list.")
+    test_data: Path | None = setting(None, "Separate test set; default the test part of --data, else a held-out share.")
+    split: str | None = setting(None, "Part of --data from which shots are drawn.")
+    task: Task | None = setting(None, "single or multi, if a table could be both.")
     classes: tuple[str, ...] | None = setting(None, "Class names in label order.")
-    group_pattern: str | None = setting(None, "Regular expression on file names; its bracket captures the patient ID.")
+    group_pattern: str | None = setting(None, "Regular expression for file names whose group captures the patient ID.")
 
     _paths = pydantic.field_validator("data", "images", "test_data", mode="before")(_named_text)
 
@@ -96,15 +96,17 @@ class PartsSettings(Subject):
     draw: int = setting(1, "Number of the few-shot draw.", ge=1, idle=(_NOT_DRAWN,))
     data_seed: int = setting(0, "Seed of all draws of images.", ge=0, idle=(_PUBLISHED,))
     per: Literal["image", "group"] = setting(
-        "image", "One shot is an image or a group (patient).", idle=(_NOT_DRAWN, _PUBLISHED), neutral="image"
+        "image", "Whether one shot is an image or a group (patient).", idle=(_NOT_DRAWN, _PUBLISHED), neutral="image"
     )
-    official_draw: bool = setting(False, "Take the published draw of MedFMC or VTAB-1k.")
+    official_draw: bool = setting(False, "Use the published draw of MedFMC or VTAB-1k.")
     validation_shots: int | Literal["all"] | None = setting(
         None, "Validation images per class, or all; default as many as --shots.", idle=(_NOT_DRAWN, _PUBLISHED)
     )
-    validation_fraction: float = setting(0.2, "Share held out for validation without --shots.", ge=0, lt=1, idle=(_COUNTED, _PUBLISHED))
+    validation_fraction: float = setting(
+        0.2, "Share held out for validation if --shots is not given.", ge=0, lt=1, idle=(_COUNTED, _PUBLISHED)
+    )
     test_fraction: float = setting(
-        0.2, "Share held out for the test, where the data set has no test part.", ge=0, lt=1, idle=(_PUBLISHED, _OWN_TEST)
+        0.2, "Share held out for testing, if the data set has no test part.", ge=0, lt=1, idle=(_PUBLISHED, _OWN_TEST)
     )
 
     _counts = pydantic.field_validator("validation_shots")(_from_one)
@@ -122,8 +124,8 @@ class BackboneSettings(Subject):
 
     model: str = setting("medlore:vit-mini", "medlore:vit-mini, a transformers folder, a weights file or a hub name.", path=True)
     image_size: int | None = setting(None, "Side of the input in pixels.", ge=1)
-    mean: Triple | None = setting(None, "Mean of the images the backbone was trained on, three numbers from 0 to 1.")
-    std: Triple | None = setting(None, "Their standard deviation, three numbers.")
+    mean: Triple | None = setting(None, "Channel means of the backbone's training images, three numbers from 0 to 1.")
+    std: Triple | None = setting(None, "Standard deviations of their channels, three numbers.")
     heads: int | None = setting(None, "Attention heads of a ViT weights file; default width / 64.", ge=1, idle=(_KNOWN_HEADS,))
 
     _model = pydantic.field_validator("model", mode="before")(_named_text)
@@ -151,14 +153,16 @@ class AllocationSettings(Subject):
     ranks: str | None = setting(None, "List of given ranks: a file, or medlore:rank-lists/NAME.", path=True, idle=(_NO_FACTORS, _PLANNED))
     targets: str = setting("attention", "attention, attention+mlp, all-linear, conv, or a pattern.", idle=(_NO_TARGETS, _PLANNED))
     granularity: Literal["projection", "fused"] = setting(
-        "projection", "One stable rank for each of q, k, v, or one for all.", idle=(_NO_FACTORS, _PLANNED, _ONE_RANK)
+        "projection", "projection: one stable rank each for q, k, v; fused: one for all.", idle=(_NO_FACTORS, _PLANNED, _ONE_RANK)
     )
     rank: int | Literal["equal"] = setting(
-        8, "Rank of methods with one rank; `equal` has the parameters of sr-lora.", idle=(_NO_FACTORS, _PLANNED, _LISTED, _MEASURED)
+        8,
+        "Rank of methods with a uniform rank; `equal`: about as many parameters as sr-lora.",
+        idle=(_NO_FACTORS, _PLANNED, _LISTED, _MEASURED),
     )
-    scale: float = setting(1.0, "Factor on the stable ranks.", gt=0, idle=(_NO_FACTORS, _PLANNED, _LISTED, _ONE_RANK))
+    scale: float = setting(1.0, "Factor by which the stable ranks are multiplied.", gt=0, idle=(_NO_FACTORS, _PLANNED, _LISTED, _ONE_RANK))
     budget: str | None = setting(
-        None, "Parameters of all factors: 250000, 0.5M, 2%, uniform:8.", idle=(_NO_FACTORS, _PLANNED, _LISTED, _ONE_RANK)
+        None, "Parameter budget of all factors: 250000, 0.5M, 2%, uniform:8.", idle=(_NO_FACTORS, _PLANNED, _LISTED, _ONE_RANK)
     )
     alpha: str | None = setting(None, "rank, rank*C, rslora*C or a number; default the method's.", idle=(_NO_FACTORS, _PLANNED, _UNSCALED))
 
@@ -177,7 +181,7 @@ class FactorSettings(Subject):
     component_masks: Literal["off", "shapley"] = setting(
         "off", "Random masks over the components, guided by Shapley values.", idle=(_UNMASKED,), neutral="off"
     )
-    dropout: float = setting(0.0, "Dropout before the factors.", ge=0, lt=1, idle=(_NO_FACTORS, _UNSCALED), neutral=0.0)
+    dropout: float = setting(0.0, "Dropout on the input of the factors.", ge=0, lt=1, idle=(_NO_FACTORS, _UNSCALED), neutral=0.0)
 
 
 def _of_others(owners: frozenset[str], s: FinetuneSettings) -> bool:
@@ -220,12 +224,12 @@ class TrainingSettings(Subject):
 
     epochs: int = setting(20, "Passes over the training images.", ge=1)
     batch_size: int = setting(4, "Images per step.", ge=1)
-    learning_rate: float | None = setting(None, "Peak rate; default the method's.", gt=0, flags=("--learning-rate", "--lr"))
-    min_learning_rate: float = setting(0.0, "Rate at which the cosine ends.", ge=0)
-    warmup_fraction: float = setting(0.1, "Share of all steps with a linear warm-up.", ge=0, le=1)
-    weight_decay: float = setting(0.05, "On matrices; biases and norms have none.", ge=0)
+    learning_rate: float | None = setting(None, "Peak learning rate; default the method's.", gt=0, flags=("--learning-rate", "--lr"))
+    min_learning_rate: float = setting(0.0, "Learning rate at the end of the cosine.", ge=0)
+    warmup_fraction: float = setting(0.1, "Share of all steps used for a linear warm-up.", ge=0, le=1)
+    weight_decay: float = setting(0.05, "Weight decay of matrices; biases and norms have none.", ge=0)
     clip: float | None = setting(1.0, "Largest norm of the gradient.", gt=0)
-    patience: int | None = setting(None, "Stop after so many epochs without a better score.", ge=1)
+    patience: int | None = setting(None, "Stop after this many epochs without a better score.", ge=1)
     seed: int = setting(0, "Seed of head, factors, order and augmentation.", ge=0)
 
 
@@ -234,9 +238,9 @@ class AugmentationSettings(Subject):
 
     title: ClassVar[str] = "Augmentation"
 
-    augment: bool = setting(True, "Crop, rotate and change the light of training images, or train on them as they are.")
+    augment: bool = setting(True, "Crop, rotate and change the brightness of training images, or train on the unchanged images.")
     crop: tuple[float, float] = setting((0.5, 1.0), "Smallest and largest share of the area that is kept.", idle=(_AS_THEY_ARE, _ONCE))
-    flip: Flip = setting("none", "Which mirror images are possible patients.", idle=(_AS_THEY_ARE, _ONCE), neutral="none")
+    flip: Flip = setting("none", "Mirror images that are anatomically possible.", idle=(_AS_THEY_ARE, _ONCE), neutral="none")
     degrees: float = setting(10.0, "Largest rotation.", ge=0, idle=(_AS_THEY_ARE, _ONCE))
     light: float = setting(0.1, "Largest change of brightness and contrast.", ge=0, lt=1, idle=(_AS_THEY_ARE, _ONCE))
 
@@ -246,11 +250,11 @@ class RunSettings(Subject):
 
     title: ClassVar[str] = "Run"
 
-    device: DeviceChoice = setting("auto", "Where it runs.", decides=False)
-    precision: Precision = setting("auto", "float32 on CPU, bfloat16 (else float16) on CUDA unless given.")
+    device: DeviceChoice = setting("auto", "Device to run on.", decides=False)
+    precision: Precision = setting("auto", "Numeric precision; auto: float32 on CPU, bfloat16 (else float16) on CUDA.")
     bootstrap: int = setting(1000, "Resamples for the intervals; 0 for none.", ge=0, decides=False)
-    track: Literal["none", "tensorboard"] = setting("none", "Who is sent losses and scores.", decides=False)
-    track_stable_rank: bool = setting(False, "Follow stable ranks of weights and updates.")
+    track: Literal["none", "tensorboard"] = setting("none", "Tracker that receives losses and scores.", decides=False)
+    track_stable_rank: bool = setting(False, "Record the stable ranks of weights and updates after each epoch.")
     checkpoints: bool = setting(True, "Write a checkpoint after each epoch.", decides=False)
 
 
@@ -298,11 +302,11 @@ class FinetuneSettings(Settings):
         values: Mapping[str, Any] = self.options.flat()  # type: ignore[attr-defined]
         return values
 
-    def schedule(self) -> Schedule:
+    def schedule(self) -> EpochSchedule:
         """How long and how fast."""
-        from medlore.tuning.training import Schedule
+        from medlore.tuning.training import EpochSchedule
 
         values = self.training.flat()
         if values["learning_rate"] is None:
             values["learning_rate"] = self.way().learning_rate
-        return Schedule(**values)
+        return EpochSchedule(**values)

@@ -29,7 +29,7 @@ Task = Literal["single", "multi"]
 
 
 @dataclass(frozen=True)
-class Schedule:
+class EpochSchedule:
     """How long, how fast, when to stop.
 
     Attributes:
@@ -87,7 +87,7 @@ class Examples:
 
 
 @dataclass
-class History:
+class TuningHistory:
     """What happened, epoch by epoch, and which epoch was kept.
 
     Attributes:
@@ -133,14 +133,14 @@ class Trainer:
 
     tuning: Tuning
     task: Task
-    schedule: Schedule
+    schedule: EpochSchedule
     accelerator: Any
     judge: Judge
     watcher: Watcher
     checkpoint: Path | None = None
     fingerprint: str = ""
 
-    def fit(self, train_on: Examples, validation: Examples | None, *, resume: bool = False) -> History:
+    def fit(self, train_on: Examples, validation: Examples | None, *, resume: bool = False) -> TuningHistory:
         """Train, and leave the weights of the best epoch in the model (of the last one without validation images).
 
         Raises:
@@ -154,7 +154,7 @@ class Trainer:
         schedule = self.schedule.in_steps(task.steps_per_epoch)
         found = train(task, schedule, checkpoint=checkpoint, resume=resume, watcher=self.watcher)
         stopped: Literal["all epochs", "patience"] = "patience" if found.stopped == "patience" else "all epochs"
-        return History(found.scores, found.best_step // task.steps_per_epoch, stopped)
+        return TuningHistory(found.scores, found.best_step // task.steps_per_epoch, stopped)
 
 
 class TuningTask(tasks.Task):

@@ -34,7 +34,7 @@ def print_demo(result: DemoResult, *, as_json: bool) -> None:
     console.print()
     console.print(_table(result))
     if result.settings.draws > 1:
-        console.print(f"If the interval of a difference holds 0, {result.settings.draws} draws cannot tell the two apart.")
+        console.print(f"Where the interval of a difference includes zero, {result.settings.draws} draws do not separate the two methods.")
     console.print()
     _print_segmentation(console, result.segmentation)
     memory = f"{result.peak_memory_bytes / 2**30:.2f} GiB at most"

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-Tell = Callable[[int, int, str], None]
+ReportProgress = Callable[[int, int, str], None]
 _LINE_SECONDS = 30.0
 
 
@@ -36,7 +36,7 @@ class Narrator:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def __call__(self, name: str) -> Tell:
+    def __call__(self, name: str) -> ReportProgress:
         """Progress of one network."""
         if self._bars is None:
             return _lines(name, self.say)
@@ -49,11 +49,11 @@ class Narrator:
         self.console.print(text, highlight=False, soft_wrap=True)
 
 
-def _lines(name: str, say: Callable[[str], None]) -> Tell:
+def _lines(name: str, say: Callable[[str], None]) -> ReportProgress:
     began = last = time.monotonic()
     first = -1
 
-    def tell(step: int, steps: int, text: str) -> None:
+    def report(step: int, steps: int, text: str) -> None:
         nonlocal last, first
         now = time.monotonic()
         first = step - 1 if first < 0 else first
@@ -63,4 +63,4 @@ def _lines(name: str, say: Callable[[str], None]) -> Tell:
         each = (now - began) / max(step - first, 1)
         say(f"{name}: step {step} of {steps}{text and ', '}{text}, {each:.2f} s a step, {(steps - step) * each / 60:.0f} min left")
 
-    return tell
+    return report

@@ -27,7 +27,7 @@ def read_npz(path: str | Path, *, split: str | None = None, task: Task | None = 
     prefix of a split. Keys of the form of ChestX-ray14 (`00000231_013.png`) give the patient by themselves.
 
     Labels (b,) or (b, 1) are class indices; (b, c) with c > 1 are zeros and ones, one column a class. A one-hot table
-    is told apart by `task="single"`.
+    is distinguished by `task="single"`.
 
     Args:
         path: the file.
@@ -63,8 +63,8 @@ def _load(path: Path) -> dict[str, NDArray[Any]]:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:  # np.load leaks a broken file's handle
             return {name: archive[name] for name in archive.files}
     except (ValueError, OSError, zipfile.BadZipFile, EOFError, KeyError, AttributeError, MemoryError) as error:
-        told = str(error).split("\n")[0]
-        reason = "it holds pickled objects, which are never loaded" if "pickle" in told else told  # NumPy advises to load them
+        message = str(error).split("\n")[0]
+        reason = "it holds pickled objects, which are never loaded" if "pickle" in message else message  # NumPy advises to load them
         raise DataError(str(path), f"not an npz file of plain arrays ({reason})", "arrays of numbers or text", "save it anew") from error
 
 

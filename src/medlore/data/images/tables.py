@@ -35,8 +35,8 @@ class _Columns:
 
     def in_words(self) -> str:
         named = {"image": self.file, "part": self.split, "group": self.group, "label": self.label or self.many}
-        told = [f"{column!r} ({meaning})" for meaning, column in named.items() if column is not None]
-        return ", ".join([*told, *(f"{name!r} (class)" for name in self.classes)])
+        named_columns = [f"{column!r} ({meaning})" for meaning, column in named.items() if column is not None]
+        return ", ".join([*named_columns, *(f"{name!r} (class)" for name in self.classes)])
 
 
 @dataclass(frozen=True)

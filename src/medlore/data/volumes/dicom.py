@@ -53,7 +53,7 @@ def read_dicom_grid(path: str | Path, *, series: str | None = None) -> tuple[Sha
     """Shape and affine of a series, from its headers alone.
 
     Raises:
-        DataError: as `read_dicom`, as far as the headers tell.
+        DataError: as `read_dicom`, as far as the headers show.
     """
     slices, affine, _ = _stack_of(Path(path), series)
     return _shape_of(slices), affine

@@ -1,7 +1,7 @@
 """One DICOM series: whose it is, where its slices lie, and what their numbers mean.
 
 A series is one patient, one study, one frame of reference. Its slices are one straight, evenly spaced stack: every corner of
-every slice lies where one affine puts it, up to what rounded headers leave, else the distance is told in mm and nothing read.
+every slice lies where one affine puts it, up to what rounded headers leave, else the distance is reported in mm and nothing is read.
 """
 
 from __future__ import annotations

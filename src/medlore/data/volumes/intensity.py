@@ -87,9 +87,9 @@ def rule_of(preprocessing: Mapping[str, Any]) -> IntensityRule:
         >>> rule_of({"intensity": {"ct": {"clip": [-200, 300]}}}).ct_range_hu
         (-200.0, 300.0)
     """
-    told = preprocessing.get("intensity", {})
-    low, high = told.get("ct", {}).get("clip", CT_RANGE_HU)
-    first, last = told.get("other", {}).get("clip_percentiles", PERCENTILES)
+    settings = preprocessing.get("intensity", {})
+    low, high = settings.get("ct", {}).get("clip", CT_RANGE_HU)
+    first, last = settings.get("other", {}).get("clip_percentiles", PERCENTILES)
     above = float(preprocessing.get("foreground_above", 0.0))
     return IntensityRule((float(low), float(high)), (float(first), float(last)), above)
 

@@ -37,11 +37,11 @@ def read_label_table(path: Path) -> dict[int, str] | None:
             found = {int(key): html.unescape(quoted or plain).strip() for key, quoted, plain in _WORKBENCH.findall(text)}
             return {value: name for value, name in found.items() if value > 0 and name} or None
         try:
-            told = json.loads(text)
+            content = json.loads(text)
         except (ValueError, RecursionError):
             continue
-        if isinstance(told, Mapping) and told.get("schema") == LABEL_SCHEMA:
-            return _table_of(told, str(path))
+        if isinstance(content, Mapping) and content.get("schema") == LABEL_SCHEMA:
+            return _table_of(content, str(path))
     return None
 
 
@@ -64,8 +64,8 @@ def read_table(file: Path) -> dict[int, str]:
     return _table_of(read_json(file), str(file))
 
 
-def _table_of(told: Any, where: str) -> dict[int, str]:
-    table = told.get("labels", told) if isinstance(told, Mapping) else None
+def _table_of(content: Any, where: str) -> dict[int, str]:
+    table = content.get("labels", content) if isinstance(content, Mapping) else None
     if not isinstance(table, Mapping):
         raise DataError(where, "not a table of labels", _ACCEPTED, "mend or remove it")
     found: dict[int, str] = {}

@@ -100,10 +100,10 @@ def _segments_of(header: NrrdHeader, layers: int) -> dict[str, tuple[tuple[int, 
         if match := _SEGMENT.fullmatch(key):
             found.setdefault(int(match[1]), {})[match[2]] = value
     entries: dict[int, tuple[int, int, str]] = {}
-    for number, told in found.items():
-        name, value, layer = told.get("Name", ""), told.get("LabelValue", ""), told.get("Layer", "0")
+    for number, fields in found.items():
+        name, value, layer = fields.get("Name", ""), fields.get("LabelValue", ""), fields.get("Layer", "0")
         if not name or not value.isdecimal() or not layer.isdecimal() or int(layer) >= layers:
-            came = f"segment {number} without a name, a value, or a layer that is there ({told})"
+            came = f"segment {number} without a name, a value, or a layer that is there ({fields})"
             raise header.refuse(came, "Segment0_Name, Segment0_LabelValue, Segment0_Layer", "save it again with Slicer")
         entries[number] = (int(layer), int(value), name)
     return _by_name(entries, header.path) if entries else None

@@ -72,7 +72,7 @@ def read_masks(case: Case, volume: Volume) -> LabelMap:
 
     Raises:
         DataError: no mask, a label without value or file, values that are not whole numbers, or another grid than the image's;
-            all labels' faults are told at once.
+            the faults of all labels are reported at once.
     """
     files = case.other.get("mask")
     if case.mask is None and not isinstance(files, Mapping):
@@ -142,9 +142,9 @@ def check_mask_grid(shape: Sequence[int], affine: Array, volume: Volume, where: 
     Raises:
         DataError: another shape, or an affine that differs by more than a hundredth of a millimetre.
     """
-    told = tuple(int(n) for n in shape)
-    if told != volume.shape:
-        came, accepted = f"{what} of {_by(told)} voxels", f"the grid of {volume.path}: {_by(volume.shape)}"
+    size = tuple(int(n) for n in shape)
+    if size != volume.shape:
+        came, accepted = f"{what} of {_by(size)} voxels", f"the grid of {volume.path}: {_by(volume.shape)}"
         raise DataError(where, came, accepted, _GRID_FIX)
     apart = float(np.abs(np.asarray(affine) - volume.affine).max())
     if apart > _SAME_MM:
@@ -211,32 +211,32 @@ def _place_of(shape: Shape, affine: Array, volume: Volume) -> Shape | None:
 
 def _values_of(case: Case, found: MaskFile) -> tuple[dict[str, tuple[int, ...]], list[str]]:
     """Label -> codes: as the line says, else the file's names, else those beside it, else the order of the labels."""
-    told = case.other.get("mask_values", case.other.get("label_values"))
-    if isinstance(told, str):
-        told = read_json(told)
-    if told is not None and not isinstance(told, Mapping):
-        raise DataError(_where(case), f"mask_values is a {type(told).__name__}", '{"liver": 1, "kidney": [2, 3]}', "mend the line")
-    if told is None and found.names is not None:
-        told = {name: [value for _, value in places] for name, places in found.names.items()}
-    if told is None and (beside := table_beside(found.path)) is not None:
-        told = {}
+    stated = case.other.get("mask_values", case.other.get("label_values"))
+    if isinstance(stated, str):
+        stated = read_json(stated)
+    if stated is not None and not isinstance(stated, Mapping):
+        raise DataError(_where(case), f"mask_values is a {type(stated).__name__}", '{"liver": 1, "kidney": [2, 3]}', "mend the line")
+    if stated is None and found.names is not None:
+        stated = {name: [value for _, value in places] for name, places in found.names.items()}
+    if stated is None and (beside := table_beside(found.path)) is not None:
+        stated = {}
         for value, name in beside.items():
-            told.setdefault(name, []).append(value)
-    if told is not None:
-        return _told_values(case, told), []
+            stated.setdefault(name, []).append(value)
+    if stated is not None:
+        return _stated_values(case, stated), []
     note = "nothing names the values of the mask, so they were taken in the order of the labels"
     return {label: (index + 1,) for index, label in enumerate(case.labels)}, [note] if len(case.labels) > 1 else []
 
 
-def _told_values(case: Case, told: Mapping[Any, Any]) -> dict[str, tuple[int, ...]]:
-    by_spelling = {_spelling(label): value for label, value in told.items()}
+def _stated_values(case: Case, stated: Mapping[Any, Any]) -> dict[str, tuple[int, ...]]:
+    by_spelling = {_spelling(label): value for label, value in stated.items()}
     faults: list[str] = []
     members: dict[str, tuple[int, ...]] = {}
     for label in case.labels:
         value = by_spelling.get(_spelling(label))
         values: list[Any] = list(value) if isinstance(value, (list, tuple)) else [value]
         if value is None:
-            faults.append(f"no value for {label!r}; the nearest are {_nearest(label, told)}")
+            faults.append(f"no value for {label!r}; the nearest are {_nearest(label, stated)}")
         elif not values or not all(isinstance(v, int) and not isinstance(v, bool) and 0 < v <= _LARGEST_CODE for v in values):
             faults.append(f"the value of {label!r} is {value!r}")
         else:

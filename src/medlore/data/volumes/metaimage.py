@@ -87,7 +87,7 @@ def read_metaimage_grid(path: str | Path) -> tuple[Shape, Array]:
     """Shape and affine, from the header alone.
 
     Raises:
-        DataError: as `read_metaimage`, as far as the header tells.
+        DataError: as `read_metaimage`, as far as the header shows.
     """
     return _grid_of(_read_header(existing_file(path)))
 

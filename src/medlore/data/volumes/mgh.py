@@ -11,7 +11,7 @@ from nibabel.freesurfer.mghformat import MGHHeader
 
 from medlore.data.volumes.geometry import Array, Shape, check_affine
 from medlore.data.volumes.nifti import Volume, header_for
-from medlore.data.volumes.voxel_bytes import Part, as_voxels, check_end, check_promise, is_gzip, part_of, read_part, unpacked
+from medlore.data.volumes.voxel_bytes import VoxelRange, as_voxels, check_end, check_promise, is_gzip, part_of, read_part, unpacked
 from medlore.errors import DataError
 from medlore.files import existing_file
 
@@ -30,7 +30,7 @@ def read_mgh(path: str | Path, *, frame: int | None = None, most_bytes: int | No
     """Read a .mgz or .mgh file.
 
     Args:
-        path: the file; compression is told by its first bytes, not by its name.
+        path: the file; compression is recognised by its first bytes, not by its name.
         frame: which volume, from 0, where there are several.
         most_bytes: voxels that need more than this are refused before they are read.
 
@@ -51,7 +51,7 @@ def read_mgh_grid(path: str | Path) -> tuple[Shape, Array]:
     """Shape and affine, from the header alone.
 
     Raises:
-        DataError: as `read_mgh`, as far as the header tells.
+        DataError: as `read_mgh`, as far as the header shows.
     """
     path = existing_file(path)
     with unpacked(path) as stream:
@@ -59,7 +59,7 @@ def read_mgh_grid(path: str | Path) -> tuple[Shape, Array]:
     return part.shape, affine
 
 
-def _header_of(head: bytes, frame: int | None, path: Path) -> tuple[np.dtype[Any], Part, int, Array]:
+def _header_of(head: bytes, frame: int | None, path: Path) -> tuple[np.dtype[Any], VoxelRange, int, Array]:
     """Type of the voxels, which are meant, bytes of all of them, and the affine."""
     if len(head) < _HEAD or not is_mgh(head):
         raise DataError(str(path), "not MGH", "a .mgz or .mgh file of FreeSurfer", "name an image, or convert it")

@@ -23,7 +23,7 @@ from nibabel.spatialimages import HeaderDataError
 from medlore.data.volumes.geometry import Array, Shape, check_affine, spacing_of
 from medlore.data.volumes.gzip_writer import GzipWriter
 from medlore.data.volumes.nifti_affine import AffineChoice, affine_of
-from medlore.data.volumes.voxel_bytes import Part, as_voxels, check_end, check_promise, is_gzip, part_of, read_part, unpacked
+from medlore.data.volumes.voxel_bytes import VoxelRange, as_voxels, check_end, check_promise, is_gzip, part_of, read_part, unpacked
 from medlore.errors import DataError, StepError
 from medlore.files import atomic_path, existing_file
 
@@ -74,7 +74,7 @@ def read_nifti(path: str | Path, *, affine_from: AffineChoice = "auto", frame: i
     """Read a .nii or .nii.gz file (either byte order, NIfTI-1 or -2).
 
     Args:
-        path: the file; compression is told by its first bytes, not by its name.
+        path: the file; compression is recognised by its first bytes, not by its name.
         affine_from: which matrix to believe; `auto` takes the sform, else the qform, and refuses two that contradict each other.
         frame: which volume of a 4D file, from 0; only its voxels are held.
         most_bytes: voxels that need more than this are refused before they are read.
@@ -100,7 +100,7 @@ def read_grid(path: str | Path, *, affine_from: AffineChoice = "auto", frame: in
     """Shape and affine of a NIfTI file, from its first bytes alone; of any one volume where there are several.
 
     Raises:
-        DataError: as `read_nifti`, as far as the header tells.
+        DataError: as `read_nifti`, as far as the header shows.
     """
     path = existing_file(path)
     header = read_header(path)
@@ -271,7 +271,7 @@ def _says_more(path: Path) -> bool:
 
 
 def is_nifti(head: bytes) -> bool:
-    """Whether these are the first bytes of a NIfTI file, told by the size that it says of its header."""
+    """Whether these are the first bytes of a NIfTI file, recognised by the header size that they state."""
     return any(size in (int.from_bytes(head[:4], "little"), int.from_bytes(head[:4], "big")) for size in (348, 540))
 
 
@@ -290,7 +290,7 @@ def _parse_header(head: bytes, path: Path) -> Any:
     raise DataError(str(path), f"not NIfTI: {kind_of_file}", "a NIfTI file", "name an image, or convert it")
 
 
-def _part_of(header: Any, frame: int | None, path: Path) -> Part:
+def _part_of(header: Any, frame: int | None, path: Path) -> VoxelRange:
     """Which bytes of the unpacked file are the volume that is meant; everything else is refused, from the header alone."""
     shape = tuple(int(n) for n in header.get_data_shape())
     kind = header.get_data_dtype()
@@ -303,7 +303,7 @@ def _part_of(header: Any, frame: int | None, path: Path) -> Part:
     return part_of(shape, frame, start=int(offset), itemsize=int(kind.itemsize), path=path)
 
 
-def _check_sizes(header: Any, part: Part, path: Path, most_bytes: int | None) -> None:
+def _check_sizes(header: Any, part: VoxelRange, path: Path, most_bytes: int | None) -> None:
     """Refuse what cannot be in the file, or in memory, before any is taken."""
     shape, kind = tuple(int(n) for n in header.get_data_shape()), header.get_data_dtype()
     size = int(header["vox_offset"]) + math.prod(shape) * int(kind.itemsize)

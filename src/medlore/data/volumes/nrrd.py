@@ -117,7 +117,7 @@ def read_nrrd_grid(path: str | Path) -> tuple[Shape, Array]:
     """Shape and affine, from the header alone.
 
     Raises:
-        DataError: as `read_nrrd`, as far as the header tells.
+        DataError: as `read_nrrd`, as far as the header shows.
     """
     shape, affine, _ = grid_of(read_header(existing_file(path)))
     return shape, affine

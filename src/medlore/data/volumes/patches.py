@@ -231,7 +231,7 @@ def _stripped(case: CachedCase, codes: Array, rng: np.random.Generator, rules: S
 
 
 def _reference(case: CachedCase, contrast: Contrast, rng: np.random.Generator, *, stripped: bool) -> Array:
-    """Grey values over the box of all values above 0, as a whole scan would have it: the patch alone does not tell them."""
+    """Grey values over the box of all values above 0, as a whole scan would have it: the patch alone does not determine them."""
     codes = _coarse(str(case.codes_file), max(round(_COARSE_MM / float(spacing_of(case.affine)[0])), 1))
     if stripped:
         brain = bounding_box((codes > 0) & (codes < FIRST_OUTSIDE) & (codes != OUTER_FLUID))

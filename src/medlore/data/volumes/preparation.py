@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from medlore.data.formats import ReadOptions, format_of, read_volume_as
-from medlore.data.volumes.geometry import Array, Crop, GridPath, Taps, reorientation_to, resampling_to, shear_degrees
+from medlore.data.volumes.geometry import Array, Crop, GridPath, reorientation_to, resampling_to, shear_degrees
 from medlore.data.volumes.intensity import (
     PUBLISHED_RULE,
     Intensity,
@@ -30,6 +30,7 @@ from medlore.data.volumes.intensity import (
     published_foreground,
     saturated,
 )
+from medlore.data.volumes.interpolation import Taps
 from medlore.data.volumes.nifti import Volume
 from medlore.data.volumes.nifti_affine import AffineChoice
 from medlore.errors import DataError

@@ -272,7 +272,7 @@ def draw_point_spread(rng: np.random.Generator, shape: Shape, rules: SynthesisRu
 
 
 def majority_of_tissues(codes: Array, spread: PointSpread) -> Array:
-    """Codes as the scanner could tell them: each voxel of a tissue goes to the tissue that most of its signal comes from.
+    """Codes as the scanner could distinguish them: each voxel of a tissue goes to the tissue that most of its signal comes from.
 
     Only fluid around the brain, cortex and white matter of cerebrum and cerebellum are sorted anew (a sulcus of one voxel is lost in a
     blurred image, and so in its labels); all other codes stay. A voxel is right or left as most of the signal of its new tissue is.

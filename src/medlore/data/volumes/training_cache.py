@@ -45,7 +45,7 @@ class CachedCase:
     Args:
         key: of its files.
         folder: of the cache.
-        name: the image's name, told apart from others of the list.
+        name: the image's name, unique in the list.
         dataset: as the line says, or the empty string.
         patient: as the line says, or `name`.
         modality: ct, mri, pet or us.
@@ -190,7 +190,7 @@ def _key(case: Case, preprocessing: Mapping[str, Any]) -> str:
     files = case.other.get("mask")
     values = case.other.get("mask_values", case.other.get("label_values"))
     named = sorted(files.items()) if isinstance(files, Mapping) else [("mask", case.mask)] if case.mask is not None else []
-    told = {
+    identity = {
         "format": FORMAT,
         "image": _hash(case.image),
         "masks": {str(label): _hash(Path(file)) for label, file in named},
@@ -205,7 +205,7 @@ def _key(case: Case, preprocessing: Mapping[str, Any]) -> str:
         "spacing_mm": _spacing(case, preprocessing),
         "intensity": repr(rule_of(preprocessing)),
     }
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _names_beside(case: Case, values: Any) -> dict[str, str]:
@@ -223,7 +223,7 @@ def _hash(path: Path) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def _hash_of(path: Path, size: int, modified: int) -> str:  # size and time tell whether the file is still the same
+def _hash_of(path: Path, size: int, modified: int) -> str:  # size and time show whether the file is still the same
     return sha256_of(path)
 
 
@@ -331,8 +331,8 @@ def _save(path: Path, array: Array) -> int:
 def _read_entry(folder: Path, key: str, case: Case, name: str) -> CachedCase | None:
     """The entry, or None where it is not there, cut off, or unreadable."""
     try:
-        told = json.loads((folder / f"{key}.json").read_text(encoding="utf-8"))
-        for part, size in told["bytes"].items():
+        record = json.loads((folder / f"{key}.json").read_text(encoding="utf-8"))
+        for part, size in record["bytes"].items():
             if (folder / f"{key}.{part}.npy").stat().st_size != size:
                 return None
         return CachedCase(
@@ -344,16 +344,16 @@ def _read_entry(folder: Path, key: str, case: Case, name: str) -> CachedCase | N
             modality=case.modality,
             labels=case.labels,
             absent=tuple(case.other.get("absent", ())),
-            members={label: tuple(codes) for label, codes in told["members"].items()},
-            shape=_triple(told["shape"]),
-            affine=np.asarray(told["affine"], float),
-            air=float(told["air"]),
-            boxes={label: (_triple(a), _triple(b)) for label, (a, b) in told["boxes"].items()},
-            points={label: tuple(_triple(p) for p in found) for label, found in told["points"].items()},
-            voxels={label: int(count) for label, count in told["voxels"].items()},
+            members={label: tuple(codes) for label, codes in record["members"].items()},
+            shape=_triple(record["shape"]),
+            affine=np.asarray(record["affine"], float),
+            air=float(record["air"]),
+            boxes={label: (_triple(a), _triple(b)) for label, (a, b) in record["boxes"].items()},
+            points={label: tuple(_triple(p) for p in found) for label, found in record["points"].items()},
+            voxels={label: int(count) for label, count in record["voxels"].items()},
             synthesise=bool(case.other.get("synthesise", False)),
             split=str(case.other.get("split", "train")),
-            notes=tuple(told["notes"]),
+            notes=tuple(record["notes"]),
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -27,7 +27,7 @@ _BLOCK = 1 << 20
 _WHOLE, _AGAIN = "a whole file", "copy or export it again"
 
 
-class Part(NamedTuple):
+class VoxelRange(NamedTuple):
     """The bytes that hold one volume.
 
     Args:
@@ -43,7 +43,7 @@ class Part(NamedTuple):
     file_shape: tuple[int, ...]
 
 
-def part_of(shape: Sequence[int], frame: int | None, *, start: int, itemsize: int, path: Path) -> Part:
+def part_of(shape: Sequence[int], frame: int | None, *, start: int, itemsize: int, path: Path) -> VoxelRange:
     """Which bytes of a file are the volume that is meant; trailing axes of one voxel do not count.
 
     Args:
@@ -70,7 +70,7 @@ def part_of(shape: Sequence[int], frame: int | None, *, start: int, itemsize: in
         raise DataError(str(path), came, "one volume", f'name one with "frame": 0 to {frames - 1}, or split the file')
     x, y, z = (*axes, 1)[:3]
     size = x * y * z * itemsize
-    return Part(start + (frame or 0) * size, size, (x, y, z), tuple(shape) if len(axes) < 4 else (x, y, z))
+    return VoxelRange(start + (frame or 0) * size, size, (x, y, z), tuple(shape) if len(axes) < 4 else (x, y, z))
 
 
 def check_frame(frame: int | None, path: Path) -> None:
@@ -84,7 +84,7 @@ def check_frame(frame: int | None, path: Path) -> None:
         raise DataError(str(path), came, "one volume", 'leave "frame" out')
 
 
-def read_part(stream: IO[bytes], part: Part, path: Path, *, begun: bytes = b"") -> Array:
+def read_part(stream: IO[bytes], part: VoxelRange, path: Path, *, begun: bytes = b"") -> Array:
     """The bytes of a volume, from a stream whose first bytes `begun` were read before.
 
     Raises:
@@ -95,7 +95,7 @@ def read_part(stream: IO[bytes], part: Part, path: Path, *, begun: bytes = b"") 
 
 
 def check_end(stream: IO[bytes]) -> None:
-    """Read a little beyond the voxels: a packed file whose voxels end it tells now whether its checksum is right.
+    """Read a little beyond the voxels: a compressed file that ends with its voxels shows now whether its checksum is right.
 
     Raises:
         OSError, EOFError or the unpacker's own: it is not.

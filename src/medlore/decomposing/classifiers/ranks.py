@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from medlore.decomposing.classifiers.settings import RankSettings
-from medlore.decomposing.classifiers.tasks import Task
+from medlore.decomposing.classifiers.tasks import TaskData
 from medlore.ranks.experts import ExpertDemand, Ranks, fullness_by_depth
 from medlore.ranks.rule_table import expert_ranks
 
@@ -30,7 +30,7 @@ def adapted_layers(body: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
 def choose_ranks(
     settings: RankSettings,
     layers: Mapping[str, nn.Linear | nn.Conv2d],
-    tasks: Mapping[str, Task],
+    tasks: Mapping[str, TaskData],
     teacher: nn.Module | None,
     *,
     folder: Path | None = None,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from medlore.data.images.transforms import Preprocessing
-from medlore.decomposing.classifiers.tasks import Part, Task
+from medlore.decomposing.classifiers.tasks import LabelledImages, TaskData
 from medlore.decomposing.classifiers.training import predict_scores
 from medlore.layers.experts.surgery import merge
 from medlore.metrics.classification import classification_report
@@ -15,7 +15,7 @@ from medlore.models.multitask import MultiTaskNetwork, count_flops, count_parame
 _ORDER = ("teacher", "shared", "shared-distilled", "experts", "experts-uniform", "experts-task-size", "experts-stable-rank", "single")
 
 
-def measure(variant: str, network: MultiTaskNetwork, tasks: Mapping[str, Task], preprocessing: Preprocessing) -> list[dict[str, Any]]:
+def measure(variant: str, network: MultiTaskNetwork, tasks: Mapping[str, TaskData], preprocessing: Preprocessing) -> list[dict[str, Any]]:
     """One row per task: metrics with 95 % intervals on the test part, and what it costs to deploy the network for that task.
 
     The deployed network of a task is body + that task's head; of an expert, the merged body + head. `stored_parameters`
@@ -39,7 +39,7 @@ def measure(variant: str, network: MultiTaskNetwork, tasks: Mapping[str, Task], 
     return rows
 
 
-def measure_part(network: MultiTaskNetwork, task: Task, part: Part, preprocessing: Preprocessing) -> dict[str, Any]:
+def measure_part(network: MultiTaskNetwork, task: TaskData, part: LabelledImages, preprocessing: Preprocessing) -> dict[str, Any]:
     """The classification report of one part of a task."""
     scores = predict_scores(network, part, task, preprocessing)
     return classification_report(part.targets.numpy(), scores, classes=task.classes, task=task.kind, groups=part.groups)

@@ -30,19 +30,19 @@ class TaskSettings(Settings):
 
     name: str = setting(..., "Name of the task and of its expert.")
     data: Path = setting(..., "Folder, list, table, npz or zip; relative to the study file.")
-    format: str = setting("auto", "As for `medlore finetune`; `auto` looks at the data.")
-    images: Path | None = setting(None, "Folder of the images, where a list lies elsewhere.")
-    train: str | None = setting(None, "Name of the training part, where the data has parts; else they are taken by group, seeded.")
+    format: str = setting("auto", "As for `medlore finetune`; `auto` detects it.")
+    images: Path | None = setting(None, "Folder of the images, if they are not beside the list.")
+    train: str | None = setting(None, "Name of the training part, if the data has parts; otherwise parts are drawn by group and seed.")
     validation: str | None = setting(None, "Name of the validation part.")
     test: str | None = setting(None, "Name of the test part.")
-    held_out: float = setting(0.15, "Share of the groups for validation and again for test, where no parts are named.", gt=0, lt=0.5)
+    held_out: float = setting(0.15, "Share of the groups held out for validation, and again for test, if no parts are named.", gt=0, lt=0.5)
     classes: tuple[str, ...] | None = setting(None, "Keep only these classes of a single-label set, in this order; default all.")
-    flip: Flip = setting("none", "Which mirror images are possible patients.")
-    limit: int | None = setting(None, "At most so many training images; default all.", ge=1)
+    flip: Flip = setting("none", "Mirror images that are anatomically possible.")
+    limit: int | None = setting(None, "Largest number of training images; default all.", ge=1)
     validation_limit: int | None = setting(
-        None, "At most so many validation images, drawn with the seed; the test part is never cut.", ge=1
+        None, "Largest number of validation images, drawn by seed; the test part is never reduced.", ge=1
     )
-    licence: str = setting("not stated", "Of the data; goes into the pack.")
+    licence: str = setting("not stated", "Licence of the data, recorded in the pack.")
 
     @pydantic.field_validator("name")
     @classmethod
@@ -52,28 +52,28 @@ class TaskSettings(Settings):
         return name
 
 
-class TeacherSettings(Settings):
+class ClassifierTeacherSettings(Settings):
     """The foundation model."""
 
     source: str = setting(
-        "resnet-18", "A student name (trained here from nothing), or anything that `medlore finetune --model` takes.", path=True
+        "resnet-18", "A student architecture (trained here from scratch), or anything that `medlore finetune --model` takes.", path=True
     )
-    train: Literal["all", "heads"] = setting("all", "`all` fits body and heads to the tasks, `heads` keeps the body frozen.")
+    train: Literal["all", "heads"] = setting("all", "`all` trains body and heads on the tasks, `heads` keeps the body frozen.")
     steps: int = setting(2000, "Optimiser steps.", ge=1)
-    learning_rate: float = setting(1e-3, "Peak of the schedule.", gt=0)
+    learning_rate: float = setting(1e-3, "Peak learning rate.", gt=0)
 
 
-class StudentSettings(Settings):
+class ClassifierStudentSettings(Settings):
     """The light network that experts are installed in; see `medlore.models.backbones.students.build_student`."""
 
     kind: StudentKind = setting("shufflenet", "Architecture.")
-    norm: Norm = setting("group", "`group` keeps samples apart in training, `batch` is the published form.")
-    stem_stride: int = setting(2, "Of `shufflenet`: 1 for images of about 64 pixels.", ge=1, le=2)
-    batchnorm: Literal["refuse", "freeze", "per-expert"] = setting("refuse", "What becomes of batch statistics beside experts.")
+    norm: Norm = setting("group", "`group` keeps samples independent in training, `batch` is the published form.")
+    stem_stride: int = setting(2, "First stride of `shufflenet`: 1 for images of about 64 pixels.", ge=1, le=2)
+    batchnorm: Literal["refuse", "freeze", "per-expert"] = setting("refuse", "How batch statistics are treated beside experts.")
 
 
 class RankSettings(Settings):
-    """How much rank each expert gets."""
+    """Ranks of the experts."""
 
     rule: Rule = setting(
         "uniform",
@@ -81,34 +81,38 @@ class RankSettings(Settings):
         "`stable-rank` (per layer, proportional to the stable rank of the teacher's weight at the same relative depth, the mean over "
         "layers being `rank`).",
     )
-    rank: int = setting(8, "The uniform rank, or the mean.", ge=1)
+    rank: int = setting(8, "The uniform rank, or the mean rank.", ge=1)
     given: dict[str, GivenRank] = setting({}, "task -> rank, or the plan file of an expert (OUT/ranks/TASK.json of another study).")
     alpha: float | None = setting(None, "Scaling is alpha / rank; default 2 x rank, whatever the rank (LoRKD's unequal form).")
     layout: Layout = setting("channel", "`channel` (PEFT's) or `interleaved` (LoRKD's).")
 
 
-class LossSettings(Settings):
+class ClassifierLossSettings(Settings):
     """Weights of the terms; a weight of zero skips the term and its cost."""
 
-    beta: float = setting(0.5, "Of T² KL(teacher ‖ student) on the logits.", ge=0)
-    temperature: float = setting(4.0, "T.", gt=0)
-    feature: float = setting(0.5, "Of 1 - cosine between projected student features and teacher features; the projection is trained.", ge=0)
+    beta: float = setting(0.5, "Weight of T² KL(teacher ‖ student) on the logits.", ge=0)
+    temperature: float = setting(4.0, "Temperature T of the distillation.", gt=0)
+    feature: float = setting(
+        0.5, "Weight of 1 - cosine between projected student features and teacher features; the projection is trained.", ge=0
+    )
 
 
 class DecomposeSettings(Settings):
     """A whole study of `medlore decompose`. What decides the teacher's weights, decides those of the students too."""
 
-    kind: Literal["classifier"] = setting("classifier", "What is decomposed; a study of segmenters has settings of its own.", decides=False)
-    name: str = setting(..., "Of the pack.", decides=False)
+    kind: Literal["classifier"] = setting("classifier", "What is decomposed; a study of segmenters has its own settings.", decides=False)
+    name: str = setting(..., "Name of the pack.", decides=False)
     image_size: int = setting(64, "Side of the input in pixels.", ge=16, le=2048)
-    tasks: tuple[TaskSettings, ...] = setting(..., "At least one.", min_length=1)
-    teacher: TeacherSettings | None = setting(TeacherSettings(), "None trains the student without distillation.")
-    student: StudentSettings = setting(StudentSettings(), "The light network.")
-    ranks: RankSettings = setting(RankSettings(), "How much rank each expert gets.", decides=_STUDENTS)
-    loss: LossSettings = setting(LossSettings(), "Weights of the terms.", decides=_STUDENTS)
+    tasks: tuple[TaskSettings, ...] = setting(..., "The tasks; at least one.", min_length=1)
+    teacher: ClassifierTeacherSettings | None = setting(
+        ClassifierTeacherSettings(), "The teacher; none trains the student without distillation."
+    )
+    student: ClassifierStudentSettings = setting(ClassifierStudentSettings(), "The light network.")
+    ranks: RankSettings = setting(RankSettings(), "Ranks of the experts.", decides=_STUDENTS)
+    loss: ClassifierLossSettings = setting(ClassifierLossSettings(), "Weights of the terms of the loss.", decides=_STUDENTS)
     variants: tuple[Variant, ...] = setting(
         ("teacher", "experts", "shared", "shared-distilled", "single"),
-        "Which networks to train and report beside the student with experts; `experts-RULE` has another rule of ranks than the pack.",
+        "Networks to train and report beside the student with experts; `experts-RULE` uses another rank rule than the pack.",
         decides=False,
     )
     steps: int = setting(
@@ -120,16 +124,16 @@ class DecomposeSettings(Settings):
     )
     batch_size: int = setting(64, "Images per step.", ge=1)
     task_power: float = setting(0.5, "A task's share of a batch is proportional to size ** task_power.", ge=0, le=1)
-    learning_rate: float = setting(2e-3, "Peak of the students' schedule.", gt=0, decides=_STUDENTS)
-    weight_decay: float = setting(0.02, "On matrices.", ge=0)
-    warmup_fraction: float = setting(0.05, "Share of the steps with a linear warm-up.", ge=0, lt=1)
+    learning_rate: float = setting(2e-3, "Peak learning rate of the students.", gt=0, decides=_STUDENTS)
+    weight_decay: float = setting(0.02, "Weight decay of matrices; vectors have none.", ge=0)
+    warmup_fraction: float = setting(0.05, "Share of the steps used for a linear warm-up.", ge=0, lt=1)
     clip: float = setting(1.0, "Largest norm of the gradient.", gt=0)
     crop: float = setting(0.5, "Smallest share of the area that a training image keeps.", gt=0, le=1)
     evaluate_every: int = setting(200, "Steps between two validations.", ge=1)
-    seed: int = setting(0, "Of everything that is drawn.", ge=0, lt=2**32)
-    device: DeviceChoice = setting("auto", "Where it runs.", decides=False)
-    precision: Literal["fp32", "bf16"] = setting("fp32", "Of the training.")
-    weights: Literal["fp32", "fp16"] = setting("fp16", "Type in which the pack is stored.", decides=False)
+    seed: int = setting(0, "Seed of all random draws.", ge=0, lt=2**32)
+    device: DeviceChoice = setting("auto", "Device to run on.", decides=False)
+    precision: Literal["fp32", "bf16"] = setting("fp32", "Numeric precision of the training.")
+    weights: Literal["fp32", "fp16"] = setting("fp16", "Number type in which the pack is stored.", decides=False)
 
     @pydantic.model_validator(mode="after")
     def _fits_together(self) -> DecomposeSettings:

@@ -20,8 +20,8 @@ from medlore.decomposing.classifiers.export import write_backbone
 from medlore.decomposing.classifiers.ranks import adapted_layers, choose_ranks
 from medlore.decomposing.classifiers.report import measure, table_rows
 from medlore.decomposing.classifiers.settings import DecomposeSettings, RankSettings, Rule
-from medlore.decomposing.classifiers.tasks import Task, fingerprint, read_tasks
-from medlore.decomposing.classifiers.training import Distillation, Plan, train_network
+from medlore.decomposing.classifiers.tasks import TaskData, fingerprint, read_tasks
+from medlore.decomposing.classifiers.training import ClassifierTrainingPlan, Distillation, train_network
 from medlore.decomposing.stored_weights import as_stored
 from medlore.decomposing.trained_once import TrainedOnce, identity_of
 from medlore.errors import UnknownNameError
@@ -135,7 +135,7 @@ class _Context:
     """The settings and data that every network of a study shares."""
 
     settings: DecomposeSettings
-    tasks: dict[str, Task]
+    tasks: dict[str, TaskData]
     preprocessing: Preprocessing
     out: Path
     narrate: Narrator
@@ -153,7 +153,7 @@ class _Context:
         """Whether this process writes the files: the only one, or the first of several."""
         return bool(self.accelerator.is_main_process)
 
-    def network(self, body: nn.Module, tasks: Mapping[str, Task], *, experts: bool = False) -> MultiTaskNetwork:
+    def network(self, body: nn.Module, tasks: Mapping[str, TaskData], *, experts: bool = False) -> MultiTaskNetwork:
         classes = {name: len(task.classes) for name, task in tasks.items()}
         return MultiTaskNetwork(body, classes, width=feature_width(body, self.settings.image_size), experts=experts)
 
@@ -162,14 +162,14 @@ class _Context:
         seed_everything(self.settings.seed)
         return build_student(s.kind, image_size=self.settings.image_size, norm=s.norm, stem_stride=s.stem_stride)
 
-    def plan(self, steps: int, learning_rate: float) -> Plan:
+    def plan(self, steps: int, learning_rate: float) -> ClassifierTrainingPlan:
         s = self.settings
         every = min(s.evaluate_every, steps)
         rate = CosineAfterWarmup(learning_rate, warmup_fraction=s.warmup_fraction)
         schedule = Schedule(steps, rate, weight_decay=s.weight_decay, clip=s.clip, judge_every=every, log_every=every)
-        return Plan(schedule, s.batch_size, s.task_power, s.seed)
+        return ClassifierTrainingPlan(schedule, s.batch_size, s.task_power, s.seed)
 
-    def identity(self, variant: str, tasks: Mapping[str, Task]) -> str:
+    def identity(self, variant: str, tasks: Mapping[str, TaskData]) -> str:
         """A hash of all that decides a network's weights."""
         spares = ["weight decay spares vectors"] if self.settings.weight_decay > 0 else []  # until then it did not
         plans = [found] if (found := given_digest(self.settings.ranks.given, self.folder)) else []
@@ -289,9 +289,9 @@ def _finish(
     context: _Context,
     variant: str,
     network: MultiTaskNetwork,
-    plan: Plan,
+    plan: ClassifierTrainingPlan,
     distillation: Distillation | None,
-    tasks: Mapping[str, Task],
+    tasks: Mapping[str, TaskData],
 ) -> None:
     """Train a network, or take over a finished one of the same settings and data."""
 
@@ -350,7 +350,7 @@ def _write_ranks(context: _Context, network: MultiTaskNetwork) -> Path:
     return context.out / "ranks"
 
 
-def _sizes(task: Task) -> dict[str, Any]:
+def _sizes(task: TaskData) -> dict[str, Any]:
     return {
         "classes": list(task.classes),
         "kind": task.kind,

@@ -20,7 +20,7 @@ from medlore.losses import TaskKind
 
 
 @dataclass(frozen=True)
-class Part:
+class LabelledImages:
     """Decoded images with their labels.
 
     Attributes:
@@ -39,20 +39,20 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Task:
+class TaskData:
     """One task with its three parts."""
 
     name: str
     classes: tuple[str, ...]
     kind: TaskKind
-    train: Part
-    validation: Part
-    test: Part
+    train: LabelledImages
+    validation: LabelledImages
+    test: LabelledImages
     augment: TrainAugmentation
     settings: TaskSettings
 
 
-def read_tasks(settings: DecomposeSettings, preprocessing: Preprocessing, *, folder: Path) -> dict[str, Task]:
+def read_tasks(settings: DecomposeSettings, preprocessing: Preprocessing, *, folder: Path) -> dict[str, TaskData]:
     """Read all tasks; paths are relative to `folder`.
 
     Raises:
@@ -75,7 +75,7 @@ def read_tasks(settings: DecomposeSettings, preprocessing: Preprocessing, *, fol
     return tasks
 
 
-def _read_task(task: TaskSettings, preprocessing: Preprocessing, *, folder: Path, seed: int, crop: float) -> Task:
+def _read_task(task: TaskSettings, preprocessing: Preprocessing, *, folder: Path, seed: int, crop: float) -> TaskData:
     train, validation, test = _parts(task, folder=folder, seed=seed)
     parts = _at_most(train, task.limit, seed), _at_most(validation, task.validation_limit, seed), test
     for name, part in zip(("training", "validation", "test"), parts, strict=True):
@@ -83,11 +83,11 @@ def _read_task(task: TaskSettings, preprocessing: Preprocessing, *, folder: Path
             raise DataError(str(task.data), f"no {name} images", "at least one in each part", "check the names of the parts or the classes")
     augment = TrainAugmentation(preprocessing, seed=seed, crop=(crop, 1.0), flip=task.flip)
     decoded = [_decoded(part, preprocessing) for part in parts]
-    return Task(task.name, train.classes, train.task, decoded[0], decoded[1], decoded[2], augment, task)
+    return TaskData(task.name, train.classes, train.task, decoded[0], decoded[1], decoded[2], augment, task)
 
 
-def fingerprint(task: Task) -> str:
-    """What tells one task's data from another's: classes, and pixels and labels of the parts that are trained and selected on."""
+def fingerprint(task: TaskData) -> str:
+    """What distinguishes one task's data from another's: classes, and pixels and labels of the parts that are trained and selected on."""
     digest = hashlib.sha256(repr((task.classes, task.kind)).encode())
     for part in (task.train, task.validation):
         for tensor in (part.images, part.targets):
@@ -158,5 +158,5 @@ def only_classes(images: ImageSet, classes: Sequence[str]) -> ImageSet:
     return replace(images, classes=tuple(classes), items=items)
 
 
-def _decoded(part: ImageSet, preprocessing: Preprocessing) -> Part:
-    return Part(decode(part.items, preprocessing), torch.from_numpy(part.targets()), part.keys, part.groups)
+def _decoded(part: ImageSet, preprocessing: Preprocessing) -> LabelledImages:
+    return LabelledImages(decode(part.items, preprocessing), torch.from_numpy(part.targets()), part.keys, part.groups)

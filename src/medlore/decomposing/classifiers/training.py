@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from medlore.data.images.sampling import TaskBatch, TaskSampler
 from medlore.data.images.transforms import Preprocessing, batches, normalise
-from medlore.decomposing.classifiers.settings import LossSettings
-from medlore.decomposing.classifiers.tasks import Part, Task
+from medlore.decomposing.classifiers.settings import ClassifierLossSettings
+from medlore.decomposing.classifiers.tasks import LabelledImages, TaskData
 from medlore.losses import feature_distillation, logit_distillation, task_loss
 from medlore.metrics.classification import classification_report
 from medlore.models.multitask import MixedOutput, MultiTaskNetwork
@@ -27,7 +27,7 @@ from medlore.training.watching import Narration, NetworkTracking, Progress, Watc
 
 
 @dataclass(frozen=True)
-class Plan:
+class ClassifierTrainingPlan:
     """How one network is trained.
 
     Attributes:
@@ -56,7 +56,7 @@ class Distillation:
 
     network: MultiTaskNetwork
     projection: nn.Module | None
-    loss: LossSettings
+    loss: ClassifierLossSettings
     seen: dict[int, MixedOutput] | None = None
 
     @torch.no_grad()
@@ -85,8 +85,8 @@ class _Mixed:
 
 def train_network(  # noqa: PLR0913 - one door for one training
     network: MultiTaskNetwork,
-    tasks: Mapping[str, Task],
-    plan: Plan,
+    tasks: Mapping[str, TaskData],
+    plan: ClassifierTrainingPlan,
     *,
     accelerator: Any,
     preprocessing: Preprocessing,
@@ -124,8 +124,8 @@ class ClassifierTask(engine.Task):
     def __init__(
         self,
         network: MultiTaskNetwork,
-        tasks: Mapping[str, Task],
-        plan: Plan,
+        tasks: Mapping[str, TaskData],
+        plan: ClassifierTrainingPlan,
         accelerator: Any,
         preprocessing: Preprocessing,
         distillation: Distillation | None,
@@ -194,7 +194,9 @@ class ClassifierTask(engine.Task):
 
 
 @torch.no_grad()
-def predict_scores(network: MultiTaskNetwork, part: Part, task: Task, preprocessing: Preprocessing, *, batch_size: int = 256) -> np.ndarray:
+def predict_scores(
+    network: MultiTaskNetwork, part: LabelledImages, task: TaskData, preprocessing: Preprocessing, *, batch_size: int = 256
+) -> np.ndarray:
     """Scores (n, c) of a task's images: softmax or sigmoid of its head's logits, through its expert where there are experts."""
     network.eval()
     device = next(network.parameters()).device
@@ -206,7 +208,7 @@ def predict_scores(network: MultiTaskNetwork, part: Part, task: Task, preprocess
     return torch.cat(found).numpy()
 
 
-def validation_score(scores: np.ndarray, task: Task, part: Part) -> float:
+def validation_score(scores: np.ndarray, task: TaskData, part: LabelledImages) -> float:
     """What selection looks at: balanced accuracy of single-label tasks, macro AUC of multi-label ones; 0 to 1."""
     report = classification_report(part.targets.numpy(), scores, classes=task.classes, task=task.kind, bootstrap=0)
     value = report["metrics"]["balanced_accuracy" if task.kind == "single" else "macro_auc"]["value"]
@@ -229,7 +231,7 @@ def _weighted(weight: Mapping[str, float], term: Callable[[str], Tensor]) -> Ten
     return torch.stack([share * term(name) for name, share in weight.items()]).sum()
 
 
-def _gather(parts: list[TaskBatch], tasks: Mapping[str, Task], number: int, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+def _gather(parts: list[TaskBatch], tasks: Mapping[str, TaskData], number: int, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
     images = [tasks[p.task].augment(tasks[p.task].train.images[torch.from_numpy(p.indices)].to(device), step=number) for p in parts]
     targets = {p.task: tasks[p.task].train.targets[torch.from_numpy(p.indices)].to(device) for p in parts}
     return torch.cat(images), targets

@@ -11,7 +11,7 @@ import torch
 
 from medlore.assets import PREFIX
 from medlore.decomposing.segmenters.cohort import Cohort, check_experts_have_cases
-from medlore.decomposing.segmenters.context import Job, Narrator, StudyContext, hash_of, open_context, silent
+from medlore.decomposing.segmenters.context import Narrator, NetworkJob, StudyContext, hash_of, open_context, silent
 from medlore.decomposing.segmenters.expert_ranks import choose_expert_ranks
 from medlore.decomposing.segmenters.network import PromptedSegmenter, new_prompts
 from medlore.decomposing.segmenters.packs import smallest_type, without_loss
@@ -122,7 +122,7 @@ def cohort_of(cohort: Cohort, region: str, bundle: SegmenterBundle) -> Cohort:
 
 
 def regions_of_prompts(bundle: SegmenterBundle) -> dict[str, str]:
-    """`modality/label` -> region of the prompts in a pack's table, as far as vocabulary and pack tell them."""
+    """`modality/label` -> region of the prompts in a pack's table, as far as vocabulary and pack record them."""
     known: dict[str, str] = {entry.key: entry.region for entry in default_vocabulary().entries()}
     known |= bundle.preprocessing.get("label_regions", {})
     return {key: known[key] for key in (bundle.prompts.keys if bundle.prompts else ()) if key in known}
@@ -132,7 +132,7 @@ def _trained(context: StudyContext, bundle: SegmenterBundle, cohort: Cohort, reg
     settings = context.settings
     seed_everything(settings.seed)
     network = network_with_new_expert(bundle, cohort, settings, region)
-    job = Job(f"expert {region}", settings.student, cohort, ("student", "experts"), begins_with=hash_of(network))
+    job = NetworkJob(f"expert {region}", settings.student, cohort, ("student", "experts"), begins_with=hash_of(network))
     network = context.finish(job, network)
     if settings.weights == "fp16":
         _round_expert(network, region, known=len(bundle.prompts.keys) if bundle.prompts else 0)

@@ -13,7 +13,7 @@ from medlore.decomposing.segmenters.batches import make_rules, make_sampler
 from medlore.decomposing.segmenters.cohort import Cohort, read_cohort
 from medlore.decomposing.segmenters.network import PromptedSegmenter
 from medlore.decomposing.segmenters.settings import ScheduleSettings, SegmentationSettings
-from medlore.decomposing.segmenters.training import Plan, Validate, train_segmenter
+from medlore.decomposing.segmenters.training import SegmenterTrainingPlan, Validate, train_segmenter
 from medlore.decomposing.segmenters.validation import WindowSettings, make_validation
 from medlore.decomposing.trained_once import TrainedOnce, identity_of
 from medlore.errors import InputError
@@ -31,7 +31,7 @@ def silent(_name: str) -> Progress:
 
 
 @dataclass(frozen=True)
-class Job:
+class NetworkJob:
     """One network to be trained.
 
     Attributes:
@@ -94,7 +94,7 @@ class StudyContext:
         """Where they lie."""
         return TrainedOnce(self.out / "networks", self.accelerator, minutes=self.settings.checkpoint_minutes)
 
-    def identity(self, job: Job, teacher: PromptedSegmenter | None = None) -> str:
+    def identity(self, job: NetworkJob, teacher: PromptedSegmenter | None = None) -> str:
         """A hash of all that decides a network's weights: settings, training data, prompts and who answers them, teacher."""
         taught_by = None if teacher is None else hash_of(teacher)
         decisive: list[Any] = [self.settings.decides(*job.parts), job.cohort.fingerprint(), list(job.cohort.keys), taught_by]
@@ -104,11 +104,11 @@ class StudyContext:
             decisive.append(routing)
         return identity_of(*decisive)
 
-    def state_of(self, job: Job, teacher: PromptedSegmenter | None = None) -> str:
+    def state_of(self, job: NetworkJob, teacher: PromptedSegmenter | None = None) -> str:
         """`trained`, `begun` or `to be trained`: what the next run finds."""
         return self.networks.state_of(_folder_name(job.name), self.identity(job, teacher))
 
-    def finish(self, job: Job, network: PromptedSegmenter, *, teacher: PromptedSegmenter | None = None) -> PromptedSegmenter:
+    def finish(self, job: NetworkJob, network: PromptedSegmenter, *, teacher: PromptedSegmenter | None = None) -> PromptedSegmenter:
         """Train a network, go on with it, or take over a finished one of the same settings and data.
 
         Raises:
@@ -123,13 +123,15 @@ class StudyContext:
         self.facts[job.name] = self.networks.finish(_folder_name(job.name), identity, network, train)
         return network.eval()
 
-    def _train(self, job: Job, network: PromptedSegmenter, checkpoint: Checkpoint, teacher: PromptedSegmenter | None) -> dict[str, Any]:
+    def _train(
+        self, job: NetworkJob, network: PromptedSegmenter, checkpoint: Checkpoint, teacher: PromptedSegmenter | None
+    ) -> dict[str, Any]:
         settings, schedule = self.settings, job.schedule
         sampler = make_sampler(
             job.cohort, patch_size=settings.patch_size, max_prompts=settings.max_prompts, rules=settings_rules(settings),
             batch_size=schedule.batch_size, mode=settings.batches, seed=settings.seed, by_region=job.by_region,
         )  # fmt: skip
-        plan = Plan(
+        plan = SegmenterTrainingPlan(
             schedule,
             settings.loss,
             settings.seed,

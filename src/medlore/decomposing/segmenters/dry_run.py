@@ -10,7 +10,7 @@ import torch
 
 from medlore.decomposing.segmenters.batches import region_shares
 from medlore.decomposing.segmenters.cohort import check_experts_have_cases
-from medlore.decomposing.segmenters.context import Job, StudyContext, open_context
+from medlore.decomposing.segmenters.context import NetworkJob, StudyContext, open_context
 from medlore.decomposing.segmenters.expert_ranks import choose_expert_ranks
 from medlore.decomposing.segmenters.network import PromptedSegmenter
 from medlore.decomposing.segmenters.study import (
@@ -93,7 +93,7 @@ def _student(context: StudyContext, teacher: PromptedSegmenter) -> dict[str, Any
     return {"students": students, "ranks": by_region(ranks), "ranks_note": note, "student_share_of_teacher": round(share, 4)}
 
 
-def _network(context: StudyContext, job: Job, network: PromptedSegmenter, teacher: PromptedSegmenter | None) -> dict[str, Any]:
+def _network(context: StudyContext, job: NetworkJob, network: PromptedSegmenter, teacher: PromptedSegmenter | None) -> dict[str, Any]:
     trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
     facts = {
         "state": context.state_of(job, teacher),

@@ -18,19 +18,19 @@ from torch import Tensor
 from medlore.assets import PREFIX
 from medlore.data.volumes.cases import read_cases
 from medlore.decomposing.segmenters.cohort import Cohort
-from medlore.decomposing.segmenters.context import Job, Narrator, StudyContext, hash_of, open_context, silent
+from medlore.decomposing.segmenters.context import Narrator, NetworkJob, StudyContext, hash_of, open_context, silent
 from medlore.decomposing.segmenters.few_shot_settings import RATES, FewShotSettings
 from medlore.decomposing.segmenters.network import PromptedSegmenter, new_prompts
 from medlore.decomposing.segmenters.packs import in_type
 from medlore.decomposing.segmenters.settings import (
     DEFAULT_PREPROCESSING,
     DataSettings,
-    LossSettings,
     ScheduleSettings,
     SegmentationSettings,
+    SegmenterLossSettings,
+    SegmenterStudentSettings,
+    SegmenterTeacherSettings,
     SizeSettings,
-    StudentSettings,
-    TeacherSettings,
 )
 from medlore.decomposing.segmenters.table import measure_network
 from medlore.decomposing.stored_weights import as_stored
@@ -94,7 +94,7 @@ def tune_segmenter(
         network = _network(start, bundle, context.cohort, settings, plan)
         table = _before(context, bundle, start)
         schedule = context.settings.student
-        job = Job(settings.method, schedule, context.cohort, ("student",), begins_with=hash_of(network))
+        job = NetworkJob(settings.method, schedule, context.cohort, ("student",), begins_with=hash_of(network))
         trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
         network = _as_written(context.finish(job, network), settings).to(context.accelerator.device)
         table += measure_network(settings.method, network, context.cohort, context.windows(), context.facts)
@@ -163,11 +163,11 @@ def _as_study(settings: FewShotSettings, bundle: SegmenterBundle) -> Segmentatio
         regions=own,
         patch_size=settings.patch_size,
         max_prompts=settings.max_prompts,
-        teacher=TeacherSettings(sizes=sizes),
-        student=StudentSettings(sizes=sizes, **schedule.flat()),
+        teacher=SegmenterTeacherSettings(sizes=sizes),
+        student=SegmenterStudentSettings(sizes=sizes, **schedule.flat()),
         patches=settings.patches,
         preprocessing={name: value for name, value in bundle.preprocessing.items() if name in DEFAULT_PREPROCESSING},
-        loss=LossSettings(distillation=0.0),
+        loss=SegmenterLossSettings(distillation=0.0),
         validation_cases=0,
         seed=settings.seed,
         device=settings.device,

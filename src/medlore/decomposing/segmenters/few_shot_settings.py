@@ -22,25 +22,25 @@ class FewShotSettings(Settings):
     """
 
     model: str = setting(..., "A pack, a published file or medlore:NAME.", group=GROUP, path=True)
-    cases: Path = setting(..., "jsonl with masks; lines with `split: test` are measured and never trained on.", group=GROUP)
-    method: str = setting("sr-lora", f"{', '.join(RATES)}.", group=GROUP)
-    rank: int = setting(4, "The one rank, whose number of parameters sr-lora takes too.", group=GROUP, ge=1)
-    scaling: float = setting(1.0, "Factor before the product of the factors.", group=GROUP, gt=0)
-    region: str | None = setting(
-        None, "Region whose expert is the start and answers later; default what vocabulary and pack say.", group=GROUP
+    cases: Path = setting(
+        ..., "Case list (jsonl) with masks; lines with `split: test` are evaluated and never used for training.", group=GROUP
     )
+    method: str = setting("sr-lora", f"{', '.join(RATES)}.", group=GROUP)
+    rank: int = setting(4, "The uniform rank; sr-lora has the same number of parameters.", group=GROUP, ge=1)
+    scaling: float = setting(1.0, "Scaling of the product of the factors.", group=GROUP, gt=0)
+    region: str | None = setting(None, "Region whose expert is tuned; default the region in vocabulary and pack.", group=GROUP)
     steps: int = setting(300, "Optimiser steps.", group=GROUP, ge=1)
     batch_size: int = setting(1, "Patches per step.", group=GROUP, ge=1)
-    learning_rate: float | None = setting(None, "Peak rate; default the method's.", group=GROUP, gt=0)
+    learning_rate: float | None = setting(None, "Peak learning rate; default the method's.", group=GROUP, gt=0)
     patch_size: tuple[pydantic.PositiveInt, pydantic.PositiveInt, pydantic.PositiveInt] = setting(
-        (64, 64, 64), "Of the training patches; multiples of the network's patch.", group=GROUP
+        (64, 64, 64), "Size of the training patches; multiples of the network's patch.", group=GROUP
     )
-    max_prompts: int = setting(8, "Prompts asked of one patch.", group=GROUP, ge=1)
-    patches: dict[str, Any] = setting({}, "Rules of drawing and augmenting a patch; see PatchRules.", group=GROUP, flags=())
-    weights: Literal["fp16", "fp32"] = setting("fp16", "Type in which the new pack is stored.", group=GROUP, decides=False)
+    max_prompts: int = setting(8, "Largest number of prompts per patch.", group=GROUP, ge=1)
+    patches: dict[str, Any] = setting({}, "How patches are drawn and augmented; see PatchRules.", group=GROUP, flags=())
+    weights: Literal["fp16", "fp32"] = setting("fp16", "Number type in which the new pack is stored.", group=GROUP, decides=False)
     seed: int = setting(0, "Seed of factors, patches and augmentation.", group=GROUP, ge=0, lt=2**32)
-    device: DeviceChoice = setting("auto", "Where it runs.", group=GROUP, decides=False)
-    precision: Literal["fp32", "bf16"] = setting("fp32", "Of the training.", group=GROUP)
+    device: DeviceChoice = setting("auto", "Device to run on.", group=GROUP, decides=False)
+    precision: Literal["fp32", "bf16"] = setting("fp32", "Numeric precision of the training.", group=GROUP)
 
     @pydantic.field_validator("method", mode="before")
     @classmethod

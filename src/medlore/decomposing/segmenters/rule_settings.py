@@ -42,11 +42,11 @@ def checked_synthesis(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refused(values: dict[str, Any], faults: Iterator[Fault]) -> dict[str, Any]:
-    told = [
+    details = [
         InitErrorDetails(type=PydanticCustomError("rules", "{text}", {"text": text}), loc=place, input=came) for place, text, came in faults
     ]
-    if told:
-        raise pydantic.ValidationError.from_exception_data("rules", told)
+    if details:
+        raise pydantic.ValidationError.from_exception_data("rules", details)
     return values
 
 

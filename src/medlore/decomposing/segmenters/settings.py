@@ -42,14 +42,17 @@ _OF_INFERENCE = ("roi_size", "overlap", "threshold", "tissues", "parts", "first_
 class DataSettings(Settings):
     """One list of cases."""
 
-    name: str = setting(..., "For the report.")
-    cases: Path = setting(..., "jsonl with masks; relative to the study file.")
-    weight: float = setting(1.0, "How often a sample is drawn from it, beside the other lists.", gt=0)
-    licence: str = setting("not stated", "Of the data; goes into the pack.")
+    name: str = setting(..., "Name in the report.")
+    cases: Path = setting(..., "Case list (jsonl) with masks; relative to the study file.")
+    weight: float = setting(1.0, "Relative frequency of samples from this list.", gt=0)
+    licence: str = setting("not stated", "Licence of the data, recorded in the pack.")
     held_out: float = setting(
-        0.15, "Share of the patients for validation and again for test, where the lines name no `split`; 0 trains on all.", ge=0, lt=0.5
+        0.15,
+        "Share of the patients held out for validation, and again for test, if the lines have no `split`; 0 trains on all.",
+        ge=0,
+        lt=0.5,
     )
-    note: str = setting("", "What the report says beside its results, such as `no held-out patient`.")
+    note: str = setting("", "Remark in the report beside its results, such as `no held-out patient`.")
 
 
 class SizeSettings(Settings):
@@ -100,32 +103,36 @@ class ScheduleSettings(Settings):
     steps: int = setting(2000, "Optimiser steps.", ge=1)
     batch_size: int = setting(2, "Patches per step and process.", ge=1)
     accumulate: int = setting(1, "Batches whose gradients are summed before a step.", ge=1)
-    learning_rate: float = setting(1e-3, "Peak, after the warm-up; a cosine leads to `final_share` of it.", gt=0)
+    learning_rate: float = setting(1e-3, "Peak learning rate after the warm-up; a cosine lowers it to `final_share` of the peak.", gt=0)
     final_share: float = setting(0.0, "Share of the rate at which the cosine ends.", ge=0, le=1)
-    weight_decay: float = setting(1e-5, "Of matrices and kernels; biases, norms and prompts have none.", ge=0)
-    warmup_fraction: float = setting(0.03, "Share of the steps with a linear warm-up.", ge=0, lt=1)
+    weight_decay: float = setting(1e-5, "Weight decay of matrices and kernels; biases, norms and prompts have none.", ge=0)
+    warmup_fraction: float = setting(0.03, "Share of the steps used for a linear warm-up.", ge=0, lt=1)
     clip: float = setting(1.0, "Largest norm of the gradient.", gt=0)
-    ema: float | None = setting(None, "Decay of the averaged weights that are kept instead of the last ones; default none.", gt=0, lt=1)
-
-
-class TeacherSettings(ScheduleSettings):
-    """The network that is decomposed. Paths start from the folder of the study file."""
-
-    source: str | None = setting(None, "A pack or a published file (SAT, LoRKD), taken as it is; else one is trained here, of these sizes.")
-    text: Path | None = setting(None, "Text encoder that a published file gets its prompts from.")
-    prompt_embeddings: Path | None = setting(None, "Table of prompts of a published file.")
-    sizes: SizeSettings = setting(SizeSettings(features=(16, 32, 64, 128, 256)), "Of a teacher that is trained here.")
-    start: str | None = setting(
-        None, "A pack of these sizes whose weights and prompts the training begins with, in place of a draw: a further stage."
+    ema: float | None = setting(
+        None, "Decay of the moving average of the weights, which is kept instead of the last weights; default none.", gt=0, lt=1
     )
 
 
-class StudentSettings(ScheduleSettings):
+class SegmenterTeacherSettings(ScheduleSettings):
+    """The network that is decomposed. Paths start from the folder of the study file."""
+
+    source: str | None = setting(
+        None, "A pack or a published file (SAT, LoRKD), used as it is; if absent, a teacher of the given sizes is trained."
+    )
+    text: Path | None = setting(None, "Text encoder that embeds the prompts of a published file.")
+    prompt_embeddings: Path | None = setting(None, "Table of prompts of a published file.")
+    sizes: SizeSettings = setting(SizeSettings(features=(16, 32, 64, 128, 256)), "Sizes of a teacher that is trained here.")
+    start: str | None = setting(
+        None, "A pack of these sizes whose weights and prompts the training starts from, instead of random ones (a further stage)."
+    )
+
+
+class SegmenterStudentSettings(ScheduleSettings):
     """The light network that experts are installed in."""
 
-    sizes: SizeSettings = setting(SizeSettings(features=(8, 16, 32, 64, 128)), "Prompts keep the teacher's width.")
+    sizes: SizeSettings = setting(SizeSettings(features=(8, 16, 32, 64, 128)), "Sizes of the student; prompts keep the teacher's width.")
     start: Literal["teacher", "random"] = setting(
-        "teacher", "`teacher` begins with evenly spaced entries of the teacher's weights, `random` with a draw."
+        "teacher", "`teacher` starts from evenly spaced entries of the teacher's weights, `random` from random weights."
     )
 
 
@@ -137,56 +144,62 @@ class ExpertSettings(Settings):
         "`uniform`: `rank` everywhere; `given`: region -> rank; `stable-rank`: per layer proportional to the stable rank of the "
         "teacher's weight there, per region to the root of its number of labels. All three at the same number of parameters.",
     )
-    rank: int = setting(4, "Of the encoder, or the mean.", ge=1)
-    decoder: int = setting(2, "The decoder's rank in units of the encoder's.", ge=1)
+    rank: int = setting(4, "Rank of the encoder, or the mean rank.", ge=1)
+    decoder: int = setting(2, "Rank of the decoder as a multiple of the encoder's.", ge=1)
     given: dict[str, GivenRank] = setting({}, "region -> rank, or the plan file of an expert (OUT/ranks/REGION.json of another study).")
-    scaling: float = setting(2.0, "Factor before the product, whatever the rank.", gt=0)
+    scaling: float = setting(2.0, "Scaling of the product of the factors, whatever the rank.", gt=0)
     layout: Layout = setting("channel", "`channel` (PEFT's) or `interleaved` (LoRKD's).")
 
 
-class LossSettings(Settings):
+class SegmenterLossSettings(Settings):
     """Weights of the terms; a weight of zero skips the term and its cost. A teacher is not taught."""
 
-    bce: float = setting(1.0, "Of the cross-entropy.", ge=0)
-    dice: float = setting(1.0, "Of the Dice term.", ge=0)
-    distillation: float = setting(0.1, "Of T² KL(teacher ‖ student) on the voxels' logits (students only).", ge=0, decides=("student",))
-    temperature: float = setting(1.0, "T.", gt=0, decides=("student",))
+    bce: float = setting(1.0, "Weight of the cross-entropy.", ge=0)
+    dice: float = setting(1.0, "Weight of the Dice term.", ge=0)
+    distillation: float = setting(
+        0.1, "Weight of T² KL(teacher ‖ student) on the voxels' logits (students only).", ge=0, decides=("student",)
+    )
+    temperature: float = setting(1.0, "Temperature T of the distillation.", gt=0, decides=("student",))
 
 
 class SegmentationSettings(Settings):
     """A whole study of `medlore decompose` for segmenters."""
 
     kind: Literal["segmenter"] = setting("segmenter", "What is decomposed.", decides=False)
-    name: str = setting(..., "Of the pack.", decides=False)
-    data: tuple[DataSettings, ...] = setting(..., "Lists of cases; their content decides, not their place.", min_length=1, decides=False)
+    name: str = setting(..., "Name of the pack.", decides=False)
+    data: tuple[DataSettings, ...] = setting(
+        ..., "Lists of cases; a run is identified by their content, not by their path.", min_length=1, decides=False
+    )
     regions: dict[str, str] = setting(
-        {}, "`modality/label` -> region, for labels that the vocabulary does not know or that another expert shall answer.", decides=False
+        {}, "`modality/label` -> region, for labels that the vocabulary does not know or that belong to another expert.", decides=False
     )
     cache: Path | None = setting(None, "Folder of the prepared cases; default OUT/cache.", decides=False)
-    patch_size: tuple[Positive, Positive, Positive] = setting((64, 64, 64), "Of the training patches; multiples of the networks' patch.")
-    max_prompts: int = setting(8, "Asked of one patch, positives first.", ge=1)
-    patches: dict[str, Any] = setting({}, "Rules of drawing and augmenting a patch; see PatchRules.")
-    synthesis: dict[str, Any] = setting({}, "Rules of images that are made from label maps; see SynthesisRules.")
-    preprocessing: dict[str, Any] = setting({}, "Constants that the pack carries; laid over the defaults.", decides=False)
-    teacher: TeacherSettings = setting(TeacherSettings(), "The network that is decomposed.", decides=("teacher",))
-    student: StudentSettings = setting(StudentSettings(), "The light network.", decides=("student",))
-    experts: ExpertSettings = setting(ExpertSettings(), "One expert a region.", decides=("experts",))
-    loss: LossSettings = setting(LossSettings(), "Weights of the terms.")
-    batches: BatchMode = setting("mixed", "`mixed` regions in a batch, or one `region` a batch.")
+    patch_size: tuple[Positive, Positive, Positive] = setting(
+        (64, 64, 64), "Size of the training patches; multiples of the networks' patch."
+    )
+    max_prompts: int = setting(8, "Largest number of prompts per patch, positives first.", ge=1)
+    patches: dict[str, Any] = setting({}, "How patches are drawn and augmented; see PatchRules.")
+    synthesis: dict[str, Any] = setting({}, "How images are synthesised from label maps; see SynthesisRules.")
+    preprocessing: dict[str, Any] = setting({}, "Preprocessing constants recorded in the pack; they override the defaults.", decides=False)
+    teacher: SegmenterTeacherSettings = setting(SegmenterTeacherSettings(), "The network that is decomposed.", decides=("teacher",))
+    student: SegmenterStudentSettings = setting(SegmenterStudentSettings(), "The light network.", decides=("student",))
+    experts: ExpertSettings = setting(ExpertSettings(), "The experts, one per region.", decides=("experts",))
+    loss: SegmenterLossSettings = setting(SegmenterLossSettings(), "Weights of the terms of the loss.")
+    batches: BatchMode = setting("mixed", "`mixed`: several regions in a batch; `region`: one region per batch.")
     variants: tuple[Variant, ...] = setting(
         ("teacher", "shared", "experts"),
         "What is trained and measured: the teacher, the student with experts (always), the student without (`shared`), one student a "
         "region (`single`), the student with experts of another rank rule (`experts-uniform` and so on).",
         decides=False,
     )
-    validate_every: int = setting(0, "Steps between two validations; 0 for the end alone.", ge=0, decides=False)
-    validation_cases: int = setting(8, "At most so many a list, the first ones.", ge=0, decides=False)
-    checkpoint_minutes: float = setting(5.0, "Between two checkpoints.", ge=0, decides=False)
-    workers: int = setting(0, "Processes that load data; 0: a thread of this process.", ge=0, decides=False)
-    seed: int = setting(0, "Of everything that is drawn.", ge=0, lt=2**32)
-    device: DeviceChoice = setting("auto", "Where it runs.", decides=False)
-    precision: Precision = setting("fp32", "Of the training.")
-    weights: Literal["fp32", "fp16"] = setting("fp16", "Type in which the pack is stored.", decides=False)
+    validate_every: int = setting(0, "Steps between two validations; 0 validates only at the end.", ge=0, decides=False)
+    validation_cases: int = setting(8, "Largest number of validation cases per list; the first ones are used.", ge=0, decides=False)
+    checkpoint_minutes: float = setting(5.0, "Minutes between two checkpoints.", ge=0, decides=False)
+    workers: int = setting(0, "Processes that load data; 0 uses a thread of this process.", ge=0, decides=False)
+    seed: int = setting(0, "Seed of all random draws.", ge=0, lt=2**32)
+    device: DeviceChoice = setting("auto", "Device to run on.", decides=False)
+    precision: Precision = setting("fp32", "Numeric precision of the training.")
+    weights: Literal["fp32", "fp16"] = setting("fp16", "Number type in which the pack is stored.", decides=False)
 
     _patches = pydantic.field_validator("patches")(checked_patches)
     _synthesis = pydantic.field_validator("synthesis")(checked_synthesis)

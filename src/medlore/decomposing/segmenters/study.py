@@ -17,7 +17,7 @@ from torch import Tensor
 from medlore.assets import PREFIX
 from medlore.decomposing.segmenters.batches import region_shares
 from medlore.decomposing.segmenters.cohort import Cohort, check_experts_have_cases
-from medlore.decomposing.segmenters.context import Job, Narrator, StudyContext, open_context, silent
+from medlore.decomposing.segmenters.context import Narrator, NetworkJob, StudyContext, open_context, silent
 from medlore.decomposing.segmenters.expert_ranks import Ranks, choose_expert_ranks, write_plans
 from medlore.decomposing.segmenters.initialisation import start_from_teacher
 from medlore.decomposing.segmenters.network import PromptedSegmenter, new_prompts
@@ -140,29 +140,29 @@ def measured(context: StudyContext, name: str, network: PromptedSegmenter, cohor
     return measure_network(name, network, cohort, context.windows(), context.facts, notes=notes) if context.writes else []
 
 
-def teacher_job(context: StudyContext) -> Job:
+def teacher_job(context: StudyContext) -> NetworkJob:
     """The teacher: asked labels of all regions at once, since it has no experts."""
     begun = context.settings.teacher.start
     begins_with = "" if begun is None else _bundle(context, begun, "teacher.start").sha256
-    return Job("teacher", context.settings.teacher, context.cohort, ("teacher",), by_region=False, begins_with=begins_with)
+    return NetworkJob("teacher", context.settings.teacher, context.cohort, ("teacher",), by_region=False, begins_with=begins_with)
 
 
-def plain_job(context: StudyContext) -> Job:
+def plain_job(context: StudyContext) -> NetworkJob:
     """The student without experts."""
-    return Job("shared", context.settings.student, context.cohort, ("student",))
+    return NetworkJob("shared", context.settings.student, context.cohort, ("student",))
 
 
-def experts_job(context: StudyContext, name: str = "experts") -> Job:
+def experts_job(context: StudyContext, name: str = "experts") -> NetworkJob:
     """The student with experts."""
     plans = given_digest(context.settings.experts.given, context.study_folder)
-    return Job(name, context.settings.student, context.cohort, ("student", "experts"), begins_with=plans)
+    return NetworkJob(name, context.settings.student, context.cohort, ("student", "experts"), begins_with=plans)
 
 
-def single_job(context: StudyContext, region: str) -> Job:
+def single_job(context: StudyContext, region: str) -> NetworkJob:
     """A single-region student takes its region's share of the steps, so that each network sees a region's cases equally often."""
     schedule = context.settings.student
     steps = max(round(schedule.steps * region_shares(context.cohort)[region]), 1)
-    return Job(f"single {region}", schedule.changed(steps=steps), context.cohort.only(region), ("student",))
+    return NetworkJob(f"single {region}", schedule.changed(steps=steps), context.cohort.only(region), ("student",))
 
 
 def _teacher(context: StudyContext) -> tuple[PromptedSegmenter, dict[str, Path]]:

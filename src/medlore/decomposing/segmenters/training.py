@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from medlore.decomposing.segmenters.batches import Batch, PatchSampler, batches_ahead
 from medlore.decomposing.segmenters.network import PromptedSegmenter
-from medlore.decomposing.segmenters.settings import LossSettings, Precision, ScheduleSettings
+from medlore.decomposing.segmenters.settings import Precision, ScheduleSettings, SegmenterLossSettings
 from medlore.losses import deep_mask_loss, mask_distillation
 from medlore.training import task as engine
 from medlore.training.checkpoint import Checkpoint
@@ -31,7 +31,7 @@ Validate = Callable[[PromptedSegmenter], Scores]
 
 
 @dataclass(frozen=True)
-class Plan:
+class SegmenterTrainingPlan:
     """How one network is trained.
 
     Attributes:
@@ -46,7 +46,7 @@ class Plan:
     """
 
     schedule: ScheduleSettings
-    loss: LossSettings
+    loss: SegmenterLossSettings
     seed: int
     precision: Precision
     validate_every: int = 0
@@ -72,7 +72,7 @@ class Plan:
 def train_segmenter(  # noqa: PLR0913 - one door for one run
     network: PromptedSegmenter,
     sampler: PatchSampler,
-    plan: Plan,
+    plan: SegmenterTrainingPlan,
     *,
     accelerator: Any,
     checkpoint: Checkpoint | Path,
@@ -121,7 +121,7 @@ class SegmenterTask(engine.Task):
         self,
         network: PromptedSegmenter,
         sampler: PatchSampler,
-        plan: Plan,
+        plan: SegmenterTrainingPlan,
         accelerator: Any,
         teacher: PromptedSegmenter | None = None,
         validate: Validate | None = None,
@@ -174,7 +174,7 @@ class SegmenterTask(engine.Task):
         return engine.Judgement() if self.validate is None else engine.Judgement({"step": stretch.step, **self.validate(self.network)})
 
 
-def loss_terms(levels: Sequence[Tensor], batch: Batch, loss: LossSettings, taught: Tensor | None = None) -> dict[str, Tensor]:
+def loss_terms(levels: Sequence[Tensor], batch: Batch, loss: SegmenterLossSettings, taught: Tensor | None = None) -> dict[str, Tensor]:
     """The terms of the loss, each already weighted.
 
     Args:

@@ -109,7 +109,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Job:
+class LayerCall:
     """One call of one layer: input, base weights, and who computes which samples.
 
     Attributes:

@@ -27,7 +27,7 @@ from typing import Final, Literal
 
 import torch
 
-from medlore.layers.experts.call import Job
+from medlore.layers.experts.call import LayerCall
 from medlore.layers.experts.hidden import moves_points
 from medlore.linalg.matricize import interleave_side
 
@@ -92,7 +92,7 @@ class Load:
         return self.outputs * self.columns
 
 
-def load_of(job: Job) -> Load:
+def load_of(job: LayerCall) -> Load:
     """The numbers of a call; no tensor is read."""
     weight, geometry = job.weight, job.geometry
     outputs, columns = weight.shape[0], weight[0].numel()
@@ -115,7 +115,7 @@ def load_of(job: Job) -> Load:
     )
 
 
-def _positions(job: Job) -> int:
+def _positions(job: LayerCall) -> int:
     """Output positions over the batch."""
     x, geometry = job.x, job.geometry
     if not geometry.stride:
@@ -153,7 +153,7 @@ def costs(load: Load, prices: Prices) -> dict[Form, float]:
     return {"merged": merged, "factored": factored, "gathered": gathered}
 
 
-def choose_form(job: Job) -> Form:
+def choose_form(job: LayerCall) -> Form:
     """The form that costs least for a call."""
     found = costs(load_of(job), PRICES["cpu" if job.x.device.type == "cpu" else "other"])
     return min(found, key=lambda form: found[form])

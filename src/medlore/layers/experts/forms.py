@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from medlore.layers.experts.call import Geometry, Job, Pair, Share
+from medlore.layers.experts.call import Geometry, LayerCall, Pair, Share
 from medlore.layers.experts.hidden import Factors, hidden_of
 from medlore.linalg.factors import widened
 from medlore.linalg.matricize import Layout
 
 
-def factored_form(job: Job) -> Tensor:
+def factored_form(job: LayerCall) -> Tensor:
     """One dense call of the base for the whole batch, plus the low-rank branch of each expert on its samples.
 
     Source: LoRA eq. 3 (Hu et al. 2021), one branch an expert; ours in that unequal ranks share one batched product.
@@ -61,7 +61,7 @@ def _padded_up(pair: Factors | None, share: Share, weight: Tensor, widest: int) 
     return F.pad(up, (0, widest - up.shape[1])) if up.shape[1] < widest else up
 
 
-def gathered_form(job: Job) -> Tensor:
+def gathered_form(job: LayerCall) -> Tensor:
     """A kernel for each sample, in one grouped call.
 
     Source: LoRKD's grouped convolution, with the kernels of the experts present alone.
@@ -172,7 +172,7 @@ def _bias_gradient(grad: Tensor, geometry: Geometry) -> Tensor:
     return widened(grad).sum([axis for axis in range(grad.ndim) if axis != channels])
 
 
-def merged_form(job: Job) -> Tensor:
+def merged_form(job: LayerCall) -> Tensor:
     """One dense call for each expert present, with its merged kernel.
 
     Neither the kernels nor copies of the samples are kept for the backward pass: both are made again there.
@@ -201,7 +201,7 @@ def low_rank_branch(x: Tensor, pair: Pair, weight: Tensor, geometry: Geometry) -
     return change.reshape(len(hidden), -1, *hidden.shape[2:])
 
 
-def mixture_form(job: Job, pairs: Sequence[tuple[int, Pair]], mixture: Tensor) -> Tensor:
+def mixture_form(job: LayerCall, pairs: Sequence[tuple[int, Pair]], mixture: Tensor) -> Tensor:
     """Each sample under its own weighted sum of experts.
 
     Args:

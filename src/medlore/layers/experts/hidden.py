@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medlore.layers.experts.call import Geometry, Job
+from medlore.layers.experts.call import Geometry, LayerCall
 
 Factors = tuple[Tensor, Tensor]
 Shifts = tuple[tuple[int, ...], ...]
 
 
-def hidden_of(job: Job, pairs: Sequence[Factors | None], widest: int) -> Tensor:
+def hidden_of(job: LayerCall, pairs: Sequence[Factors | None], widest: int) -> Tensor:
     """The output of ``lora_A``, padded to the widest rank: (b, n, R) of a linear layer, else (b, groups * R, n).
 
     Args:
@@ -45,7 +45,7 @@ def moves_points(geometry: Geometry, weight: Tensor, rank: int) -> bool:
     return plain and rank * prod(weight.shape[2:]) <= weight.shape[1]
 
 
-def _by_sample(job: Job, pairs: Sequence[Factors | None], widest: int) -> Tensor:
+def _by_sample(job: LayerCall, pairs: Sequence[Factors | None], widest: int) -> Tensor:
     """(b, widest, in): ``lora_A`` of each sample; zeros where the rank is smaller."""
     columns = job.weight[0].numel()
     rows = [job.weight.new_zeros(widest, columns) if pair is None else pair[0].flatten(1) for pair in pairs]
@@ -53,7 +53,7 @@ def _by_sample(job: Job, pairs: Sequence[Factors | None], widest: int) -> Tensor
     return job.by_sample(torch.stack(rows))
 
 
-def _moved(job: Job, pairs: Sequence[Factors | None], widest: int) -> Tensor:
+def _moved(job: LayerCall, pairs: Sequence[Factors | None], widest: int) -> Tensor:
     """One batched product gives every kernel point's share at every input position; moved by the point, they add up to the convolution."""
     kernel, channels = job.weight.shape[2:], job.weight.shape[1]
     points = prod(kernel)
@@ -120,7 +120,7 @@ def _windows(
             yield point, here, there
 
 
-def _by_expert(job: Job, pairs: Sequence[Factors | None], widest: int) -> Tensor:
+def _by_expert(job: LayerCall, pairs: Sequence[Factors | None], widest: int) -> Tensor:
     """A convolution for each expert: b g*R n; the channel groups share ``lora_A``."""
     groups = job.geometry.groups
     parts: list[Tensor | None] = []

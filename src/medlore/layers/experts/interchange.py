@@ -143,8 +143,8 @@ def load_peft(model: nn.Module, expert: str, folder: str | Path) -> None:
     Source: the adapter format of PEFT 0.21.
     """
     folder = Path(folder)
-    told = read_json(folder / "adapter_config.json")
-    config = told if isinstance(told, dict) else {}
+    content = read_json(folder / "adapter_config.json")
+    config = content if isinstance(content, dict) else {}
     variants = [name for name in ("use_dora", "lora_bias", "modules_to_save", "layer_replication") if config.get(name)]
     if variants or config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
         raise CheckpointError(

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medlore.errors import InputError, StepError
-from medlore.layers.experts.call import Geometry, Job, Pair, Share
+from medlore.layers.experts.call import Geometry, LayerCall, Pair, Share
 from medlore.layers.experts.dispatch import choose_form
 from medlore.layers.experts.forms import factored_form, gathered_form, merged_form, mixture_form
 from medlore.layers.experts.routing import BASE_ALONE, Roster, Route, RouteMemory
@@ -147,14 +147,14 @@ class ExpertLayer(nn.Module):
         x, geometry = self._prepared(x)
         base = self.base_layer
         if route.mixture is not None:
-            job = Job(x, base.weight, base.bias, geometry, ())
+            job = LayerCall(x, base.weight, base.bias, geometry, ())
             return mixture_form(job, self._mixed_pairs(route.mixture), route.mixture)
         shares = self._shares(route, x)
         if all(share.pair is None for share in shares):
             return geometry.apply(x, base.weight, base.bias)
         many = len(shares) > 1
         slots, inverse = (route.slots(x.device), route.inverse(x.device)) if many else (None, None)
-        job = Job(x, base.weight, base.bias, geometry, shares, slots, inverse)
+        job = LayerCall(x, base.weight, base.bias, geometry, shares, slots, inverse)
         return FORMS[choose_form(job)](job)
 
     def _shares(self, route: Route, x: Tensor) -> list[Share]:

@@ -17,7 +17,7 @@ class StackedFactor(nn.Module):
 
     Args:
         parts: part -> its rows.
-        rank: rank that PEFT was told; rows beyond those of the parts are zero on disk.
+        rank: rank that PEFT was given; rows beyond those of the parts are zero on disk.
     """
 
     _like: Tensor
@@ -74,7 +74,7 @@ class BlockFactor(nn.Module):
         rows: part -> first and last-plus-one output row.
         order: for matrices whose parts lie head after head: `rows` count in this order of the output rows; None: as they are.
         scalings: part -> what its product is multiplied with; folded into `weight`.
-        rank: rank that PEFT was told.
+        rank: rank that PEFT was given.
         use_rslora: whether those scalings are alpha / √rank.
     """
 

@@ -263,7 +263,10 @@ def _class_position_first(renamed: Weights, kind: str, width: int, where: str) -
 def _heads_of(width: int, where: str) -> int:
     if width % 64:
         raise CheckpointError(
-            where, f"width {width}, whose attention heads cannot be told", "a width that is a multiple of 64", "give the number of heads"
+            where,
+            f"width {width}, whose number of attention heads cannot be inferred",
+            "a width that is a multiple of 64",
+            "give the number of heads",
         )
     return width // 64
 

@@ -94,7 +94,7 @@ class ShuffleNetV2(PreTrainedModel):
 
 
 class _ConvNorm(nn.Module):
-    """Convolution, normalisation and (unless told otherwise) ReLU, with the published names `conv` and `norm`."""
+    """Convolution, normalisation and (unless disabled) ReLU, with the published names `conv` and `norm`."""
 
     def __init__(
         self, inputs: int, outputs: int, *, kernel_size: int = 1, stride: int = 1, groups: int = 1, relu: bool = True, norm: Norm = "batch"

@@ -264,15 +264,15 @@ def _load_pack(path: Path, table: PromptTable | None, encoder: TextEncoder | Non
     faults = [*misfits(base, expected_shapes(config)), *not_finite(base)]
     if faults:
         raise _unfit(path / BASE_FILE, faults, config.name)
-    told_experts: dict[str, dict[str, Any]] = manifest["experts"]
-    absent = {name: f"{e['file']} is missing" for name, e in told_experts.items() if not (path / e["file"]).is_file()}
-    there = {name: e for name, e in told_experts.items() if name not in absent}
+    listed: dict[str, dict[str, Any]] = manifest["experts"]
+    absent = {name: f"{e['file']} is missing" for name, e in listed.items() if not (path / e["file"]).is_file()}
+    there = {name: e for name, e in listed.items() if name not in absent}
     experts = _PackExperts(path, manifest, there, base, verify=verify)
     weights = SegmenterWeights(config, base, experts, form=manifest["form"], lora_alpha=manifest.get("lora_alpha"))
-    told = manifest.get("prompts")
-    if table is None and told is not None:
+    prompts = manifest.get("prompts")
+    if table is None and prompts is not None:
         rows = packs.read_pack_file(path, manifest, PROMPTS_FILE, verify=verify)["embeddings"].float()
-        table = PromptTable(tuple(told["keys"]), rows, told.get("text_sha256"))
+        table = PromptTable(tuple(prompts["keys"]), rows, prompts.get("text_sha256"))
     notes = [f"the pack names an expert for {name} that is not there: {reason}" for name, reason in absent.items()]
     bundle = SegmenterBundle(
         weights,
@@ -284,7 +284,7 @@ def _load_pack(path: Path, table: PromptTable | None, encoder: TextEncoder | Non
         absent=absent,
         notes=notes,
     )
-    return bundle, told.get("text_sha256") if told else None
+    return bundle, prompts.get("text_sha256") if prompts else None
 
 
 def _in_32_bits(state: State) -> State:
@@ -296,31 +296,31 @@ class _PackExperts(Mapping[str, Expert]):
     """Experts of a pack, read when they are used; one that is damaged spoils only its own region."""
 
     def __init__(
-        self, path: Path, manifest: Mapping[str, Any], told: Mapping[str, Mapping[str, Any]], base: State, *, verify: bool
+        self, path: Path, manifest: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]], base: State, *, verify: bool
     ) -> None:
-        self._path, self._manifest, self._told, self._base, self._verify = path, manifest, told, base, verify
+        self._path, self._manifest, self._entries, self._base, self._verify = path, manifest, entries, base, verify
         self._read: dict[str, Expert] = {}
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._told)
+        return iter(self._entries)
 
     def __len__(self) -> int:
-        return len(self._told)
+        return len(self._entries)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._told  # without reading the file, as Mapping's own would
+        return name in self._entries  # without reading the file, as Mapping's own would
 
     def __getitem__(self, name: str) -> Expert:
         if name not in self._read:
-            told = self._told[name]
-            state = _in_32_bits(packs.read_pack_file(self._path, self._manifest, told["file"], verify=self._verify))
+            entry = self._entries[name]
+            state = _in_32_bits(packs.read_pack_file(self._path, self._manifest, entry["file"], verify=self._verify))
             targets = dict.fromkeys(key.rsplit(".", 1)[0] for key in state)
             whole = {t for t in targets if f"{t}.lora_A" in state and f"{t}.lora_B" in state}
-            expert = Expert({t: (state[f"{t}.lora_A"], state[f"{t}.lora_B"]) for t in whole}, told["scaling"], told["layout"])
+            expert = Expert({t: (state[f"{t}.lora_A"], state[f"{t}.lora_B"]) for t in whole}, entry["scaling"], entry["layout"])
             strange = [f"unexpected: {key}" for key in state if not key.endswith((".lora_A", ".lora_B"))]
             faults = [*expert_faults(expert.pairs, expert.scaling, expert.layout, self._base), *strange, *not_finite(state)]
             if faults:
-                raise _unfit(self._path / told["file"], faults, f"the base for {name}")
+                raise _unfit(self._path / entry["file"], faults, f"the base for {name}")
             self._read[name] = expert
         return self._read[name]
 

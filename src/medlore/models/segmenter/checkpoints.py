@@ -274,7 +274,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _best_config(weights: State) -> SegmenterConfig:
-    """The sizes that the shapes tell, or the published sizes that most of the weights fit."""
+    """The sizes that the shapes imply, or the published sizes that most of the weights fit."""
     read = _config_from_shapes(weights)
     if read is not None:
         return read
@@ -288,7 +288,7 @@ def _best_config(weights: State) -> SegmenterConfig:
 
 
 def _config_from_shapes(weights: State) -> SegmenterConfig | None:
-    """Sizes of a free or published segmenter; None when a weight that tells one of them is missing.
+    """Sizes of a free or published segmenter; None when a weight that determines one of them is missing.
 
     Strides are the kernels of the transposed convolutions. The patch (32) and the heads (8) leave no trace in a file.
     """

@@ -72,13 +72,13 @@ def factor_faults(factors: State, weights: State) -> list[str]:
 
 
 def _pair_faults(place: str, pair: dict[str, Tensor], shape: tuple[int, ...], layout: Layout = "interleaved") -> list[str]:
-    """Faults under the rank that either factor tells, whichever has fewer."""
+    """Faults under the rank that either factor implies, whichever has fewer."""
     interleaved = layout == "interleaved"
     side = shape[2] if len(shape) > 2 and interleaved else 1
     axis = -1 if interleaved else 1  # of lora_B, that holds the rank
-    told = (pair["A"].shape[0] if pair["A"].dim() else 0, pair["B"].shape[axis] if pair["B"].dim() > 1 else 0)
+    ranks = (pair["A"].shape[0] if pair["A"].dim() else 0, pair["B"].shape[axis] if pair["B"].dim() > 1 else 0)
     reports = []
-    for inner in told:
+    for inner in ranks:
         wanted = dict(zip("AB", factor_shapes(shape, max(1, inner // side), layout), strict=True))
         reports.append(
             [

@@ -30,7 +30,7 @@ def segmenter_faults(manifest: Mapping[str, Any]) -> list[str]:
     return [*faults, *_prompt_faults(manifest.get("prompts")), *preprocessing_faults(manifest["preprocessing"], "preprocessing")]
 
 
-def preprocessing_faults(told: Mapping[str, Any], where: str) -> list[str]:
+def preprocessing_faults(rules: Mapping[str, Any], where: str) -> list[str]:
     """One line for each constant of a training that no volume could be prepared with; those left out are the published ones.
 
     Examples:
@@ -52,7 +52,9 @@ def preprocessing_faults(told: Mapping[str, Any], where: str) -> list[str]:
         "label_regions": (_is_text_to_text, "mapping from modality/label to region"),
     }
     return [
-        f"{where}.{name}: {told[name]!r} is no {wanted}" for name, (fits, wanted) in checks.items() if name in told and not fits(told[name])
+        f"{where}.{name}: {rules[name]!r} is no {wanted}"
+        for name, (fits, wanted) in checks.items()
+        if name in rules and not fits(rules[name])
     ]
 
 
@@ -69,13 +71,13 @@ def _expert_faults(place: str, entry: Any, files: Mapping[str, Any]) -> list[str
     return faults
 
 
-def _prompt_faults(told: Any) -> list[str]:
-    if told is None:
+def _prompt_faults(prompts: Any) -> list[str]:
+    if prompts is None:
         return []
-    keys = told.get("keys") if isinstance(told, dict) else None
+    keys = prompts.get("keys") if isinstance(prompts, dict) else None
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         return ["prompts: no mapping with `keys`, a list of modality/label"]
-    sha256 = told.get("text_sha256")
+    sha256 = prompts.get("text_sha256")
     return [] if sha256 is None or isinstance(sha256, str) else [f"prompts.text_sha256: {sha256!r} is no hash"]
 
 

@@ -1,4 +1,4 @@
-"""Sines and cosines that tell the query decoder where in the window an image token lies."""
+"""Sines and cosines that show the query decoder where in the window an image token lies."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ class TextEncoder(nn.Module):
     """BioLORD, mean over the words, projection, plus the embedding of the modality.
 
     Args:
-        state: canonical weights (`text_tower.biolord.*`, `projection_layer.*`, `modality_embed.weight`); they tell all sizes.
+        state: canonical weights (`text_tower.biolord.*`, `projection_layer.*`, `modality_embed.weight`); their shapes give all sizes.
         wordpieces: the tokenizer; None if only ids are embedded.
         sha256: hash of the file, for binding.
         max_tokens: where prompts are cut: 256 for SAT, 64 for LoRKD.
@@ -257,7 +257,7 @@ def read_text_encoder(path: str | Path, *, tokenizer: str | Path | None = None) 
 
 
 def _tower_config(state: State) -> Any:
-    """MPNet's configuration as the shapes tell it."""
+    """MPNet's configuration, inferred from the shapes."""
     from transformers import MPNetConfig
 
     words, width = state[f"{_TOWER}embeddings.word_embeddings.weight"].shape

@@ -37,7 +37,7 @@ class ConvStack(nn.Module):
         return cast("Tensor", self.convs(x))
 
 
-class Encoder(nn.Module):
+class UNetEncoder(nn.Module):
     """One stack a stage; every stage's map is handed out, highest resolution first."""
 
     def __init__(self, inputs: int, features: Sequence[int], *, blocks: int, strides: Sequence[int]) -> None:
@@ -57,7 +57,7 @@ class Encoder(nn.Module):
         return maps
 
 
-class Decoder(nn.Module):
+class UNetDecoder(nn.Module):
     """Transposed convolution, concatenation with the encoder's map, and a stack, from the bottom up."""
 
     def __init__(self, features: Sequence[int], *, blocks: int, strides: Sequence[int]) -> None:
@@ -91,8 +91,8 @@ class UNet3d(nn.Module):
 
     def __init__(self, inputs: int, features: Sequence[int], *, blocks: int, strides: Sequence[int]) -> None:
         super().__init__()
-        self.encoder = Encoder(inputs, features, blocks=blocks, strides=strides)
-        self.decoder = Decoder(features, blocks=blocks, strides=strides)
+        self.encoder = UNetEncoder(inputs, features, blocks=blocks, strides=strides)
+        self.decoder = UNetDecoder(features, blocks=blocks, strides=strides)
         self.apply(_he_initialise)
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
