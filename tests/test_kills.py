@@ -217,7 +217,10 @@ def test_sigterm_ends_like_ctrl_c(name: str, server: Server, place: Path, tmp_pa
 # -- two at a time -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in VERBS if name not in ("segment on Ray", "view")])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.full] * verb.full) for name, verb in VERBS.items() if name not in ("segment on Ray", "view")],
+)
 def test_two_processes_do_not_write_to_one_place(name: str, server: Server, place: Path, tmp_path: Path) -> None:
     words = words_of(name, place, tmp_path / "out", server)
     held = Path(words[words.index("--out") + 1])
