@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from medlore.data.formats import stem_of
-from medlore.errors import DataError, MedloreError, StepError
+from medlore.errors import DataError, MedloreError, StepError, reason_of
 from medlore.files import existing_file, write_text
 
 RESERVED = ("report.json", "report.cases.jsonl", "page.html", "evaluation")  # what else lies in a folder of results
@@ -166,9 +166,8 @@ def only_known_faults(image: Path) -> Iterator[None]:
         place = str(error.filename or image)
         raise DataError(place, error.strerror or str(error), "files that can be read", "check the name and its permissions") from error
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".split("\n", maxsplit=1)[0][:300]
         raise DataError(
-            str(image), f"cannot be used ({reason})", "a sound image, and masks of it", "look at the file, or convert it"
+            str(image), f"cannot be used ({reason_of(error)})", "a sound image, and masks of it", "look at the file, or convert it"
         ) from error
 
 

@@ -16,7 +16,7 @@ from medlore.data.volumes.dicom_series import check_kind, check_one_owner, choos
 from medlore.data.volumes.geometry import Array, Shape, check_affine, spacing_of
 from medlore.data.volumes.nifti import Volume, header_for
 from medlore.data.volumes.voxel_bytes import check_frame, check_memory
-from medlore.errors import DataError, InputError, MedloreError
+from medlore.errors import DataError, InputError, MedloreError, reason_of
 from medlore.extras import require
 from medlore.files import atomic_path
 
@@ -176,9 +176,8 @@ def check_dicom_seg(volume: Volume) -> None:
     except MedloreError:
         raise
     except Exception as error:  # highdicom and pydicom share no parent of their errors
-        reason = f"{type(error).__name__}: {error}".split("\n", maxsplit=1)[0][:300]
         accepted, fix = "the attributes that the standard asks for", "leave --dicom-seg out, or export the series with its attributes"
-        raise DataError(str(volume.path), f"no DICOM-SEG can refer to its slices ({reason})", accepted, fix) from error
+        raise DataError(str(volume.path), f"no DICOM-SEG can refer to its slices ({reason_of(error)})", accepted, fix) from error
 
 
 def _layer(labels: Sequence[str], masks: Mapping[str, Array], shape: Sequence[int]) -> tuple[list[str], Array, list[str]]:
