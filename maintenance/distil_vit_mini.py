@@ -207,7 +207,7 @@ class Trainer:
         parts = self._losses(self.student(pixels, kept), targets, kept, torch.from_numpy(self.pool.labels[chosen]))
         loss = torch.stack(list(parts.values())).sum()
         if not math.isfinite(loss.item()):
-            raise SystemExit(f"step {self.step}: the loss is {loss.item()}: lower learning_rate and start anew")
+            raise SystemExit(f"step {self.step}: the loss is {loss.item()}: lower learning_rate and start again")
         loss.backward()
         self._update()
         return {name: value.item() for name, value in parts.items()}

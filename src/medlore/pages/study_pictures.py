@@ -13,7 +13,7 @@ _MOST_PANELS = 24
 
 
 def draw_differences(results: Mapping[str, Any], records: Sequence[Mapping[str, Any]], path: Path) -> Path:
-    """One panel a set and number of shots, one row a method, one dot a draw; diamond and line: mean and 95 % interval.
+    """One panel a set and number of shots, one row per method, one dot a draw; diamond and line: mean and 95 % interval.
 
     Args:
         results: of the report: `tables` and `reference`.

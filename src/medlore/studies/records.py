@@ -1,4 +1,4 @@
-"""`cells.jsonl`: one line a cell that has run; a line is whole or not there, the last line of a cell counts."""
+"""`cells.jsonl`: one line per cell that has run; a line is whole or not there, the last line of a cell counts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def read_records(out: Path) -> dict[str, dict[str, Any]]:
             found[record["fingerprint"]] = record
         except (ValueError, KeyError, TypeError) as error:
             if not line.startswith("{") or line.endswith("}"):
-                raise DataError(f"{path}, line {number}", "no record of a cell", "one JSON object a line", "take the line out") from error
+                raise DataError(f"{path}, line {number}", "no record of a cell", "one JSON object per line", "remove the line") from error
     return found
 
 
