@@ -63,7 +63,7 @@ def check_deflated(content: bytes, source: object) -> None:
         raise DataError(str(source), f"a damaged DICOM file ({error})", "a complete DICOM file", "copy or export it again") from error
     if size > most:
         came = f"a deflated file of {len(content):,} bytes that unpacks to more than {most:,}"
-        raise DataError(str(source), came, "a DICOM file", "unpack it yourself, if you trust it")
+        raise DataError(str(source), came, "a DICOM file", "decompress it yourself, if you trust it")
 
 
 def check_codestream(dataset: Any, source: object) -> None:

@@ -293,9 +293,9 @@ def _member_faults(members: Iterable[zipfile.ZipInfo]) -> Iterable[str]:
 def _too_large(where: str, what: str) -> InputError:
     return DataError(
         where,
-        f"{what} unpacks to more than the bound",
+        f"{what} expands to more than the limit",
         f"members of at most {LARGEST_MEMBER >> 20} MiB, {LARGEST_ARCHIVE >> 30} GiB together",
-        "unpack it yourself, if you trust it, and name the folder",
+        "decompress it yourself, if you trust it, and name the folder",
     )
 
 
