@@ -5,28 +5,27 @@
 The teacher is any DINOv2 folder whose patches fall on the student's (14 pixels at 112 against 8 at 64: eight a side each).
 The student's class token learns the class token and the mean patch of the teacher through a linear map, its patches the
 teacher's patches, and its own similarities within a batch those of the teacher; where an image has a class, a softmax
-joins in. A part of the patches is seen until the last steps. Every draw of a step comes from a generator seeded by (seed,
-step) and the teacher's answers are kept on disk, so a run that was stopped and gone on with ends with the same bits.
-`RUN/state.pt` is written now and then and gone on with when it is there; `--steps` changes the length of the schedule from
-that step on and `--distinct` the number of images (the teacher's answers are what costs most); the state remembers both.
+joins in. A part of the patches is seen until the last steps. The loop is the engine of every other training: every draw of
+a step comes from a generator seeded by (seed, step), and the teacher's answers are kept on disk, so a run that was stopped
+ends with the same bits when the same command is run again. `RUN/state.pt` is written every five minutes.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pydantic
 import torch
-import yaml
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -35,18 +34,31 @@ from transformers import AutoModel, ViTConfig, ViTModel
 
 from maintenance.distillation_images import Pool, read_pool
 from maintenance.teacher_store import TeacherStore
-from medlore.files import atomic_path
+from medlore.errors import InputError, MedloreError
+from medlore.files import atomic_folder, atomic_path, write_json
+from medlore.runs.settings import Settings
+from medlore.runs.settings_file import read_settings
+from medlore.training.accelerator import make_accelerator
+from medlore.training.checkpoint import Checkpoint
+from medlore.training.history import History
+from medlore.training.loop import train
+from medlore.training.schedule import CosineOfShares, Schedule
+from medlore.training.task import Judgement, Stretch, Task
+from medlore.training.watching import Watcher
 
 STATE = "state.pt"
 _LUMA = (0.299, 0.587, 0.114)
 
 
-class DistilSettings(pydantic.BaseModel):
-    """Everything that decides the weights; `counts` says how many images of each source are in the pool."""
+class DistilSettings(Settings):
+    """Everything that decides the weights.
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+    `counts` says how many images of each source are in the pool, `distinct` how many of them are seen (the teacher's answers are
+    what costs most; None for all).
+    """
 
     counts: dict[str, int]
+    distinct: int | None = pydantic.Field(default=None, ge=1)
     image_size: int = 64
     patch_size: int = 8
     width: int = 256
@@ -70,6 +82,24 @@ class DistilSettings(pydantic.BaseModel):
     grey: float = 0.1
     ema_decay: float = 0.997
     seed: int = 0
+
+    def in_steps(self, halt_at: int | None = None) -> Schedule:
+        """The same for the engine.
+
+        Args:
+            halt_at: leave after this many steps, as if interrupted.
+        """
+        return Schedule(
+            steps=self.steps,
+            rate=CosineOfShares(self.learning_rate, self.final_rate, self.warm_up),
+            weight_decay=self.weight_decay,
+            clip=1.0,
+            betas=(0.9, 0.98),
+            ema=self.ema_decay,
+            judge_every=None,  # whenever a state is written
+            log_every=20,
+            stop_at=halt_at,
+        )
 
 
 class Student(nn.Module):
@@ -155,72 +185,66 @@ def similarities(vectors: Tensor) -> Tensor:
     return unit @ unit.T
 
 
-@dataclass
-class Trainer:
-    """Weights, optimiser and moving average of one run, and what it learns from."""
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """Pixels b 3 h w (normalised), the teacher's tokens b 1+p d, kept patches b k or None, labels b (-1 for none)."""
 
-    settings: DistilSettings
-    pool: Pool
-    store: TeacherStore
-    student: Student
-    optimiser: torch.optim.AdamW
-    average: dict[str, Tensor]
-    scale: Scale
-    step: int = 0
-    plans: list[tuple[int, int, int]] = field(default_factory=list)
+    pixels: Tensor
+    targets: Tensor
+    kept: Tensor | None
+    labels: Tensor
 
-    @property
-    def steps(self) -> int:
-        """Length of the schedule."""
-        return self.plans[-1][1]
 
-    @property
-    def distinct(self) -> int:
-        """How many images of the pool are seen."""
-        return self.plans[-1][2]
+class DistilTask(Task):
+    """What the engine is given.
 
-    @classmethod
-    def start(cls, settings: DistilSettings, pool: Pool, store: TeacherStore, start: Path | None) -> Trainer:
-        """A new run; `start` is a ViT folder of the same shape whose weights are the beginning."""
-        student = Student(settings, store.tokens.shape[-1], len(pool.classes))
+    Args:
+        settings: what to train.
+        pool: images.
+        store: the teacher's answers.
+        accelerator: device and precision.
+        out: folder of the run; whenever a state is written, the average is exported there as `backbone`.
+        start: a ViT folder of the same shape whose weights are the beginning; None for a random start.
+
+    Raises:
+        InputError: more distinct images than the pool holds.
+    """
+
+    def __init__(
+        self, settings: DistilSettings, pool: Pool, store: TeacherStore, accelerator: Any, *, out: Path, start: Path | None = None
+    ) -> None:
+        self.settings, self.pool, self.store, self.out = settings, pool, store, out
+        self.distinct = settings.distinct or len(pool.images)
+        if self.distinct > len(pool.images):
+            raise InputError("distinct", str(self.distinct), f"at most the {len(pool.images)} images of the pool", "ask for fewer")
+        self.student = Student(settings, store.tokens.shape[-1], len(pool.classes))
         if start is not None:
             earlier = ViTModel.from_pretrained(start, add_pooling_layer=False, local_files_only=True, dtype=torch.float32)
-            student.vit.load_state_dict(earlier.state_dict())
-        matrices = [p for p in student.parameters() if p.ndim > 1 and p.shape[0] != 1]
-        vectors = [p for p in student.parameters() if p.ndim <= 1 or p.shape[0] == 1]
-        groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        optimiser = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), fused=True)
-        average = {k: v.clone() for k, v in student.state_dict().items()}
-        scale = Scale.measured(store.rows(np.sort(shuffled(len(pool.images), settings.seed, 0)[:256])))
-        return cls(settings, pool, store, student, optimiser, average, scale, plans=[(0, settings.steps, len(pool.images))])
+            self.student.vit.load_state_dict(earlier.state_dict())
+        self.scale = Scale.measured(store.rows(np.sort(shuffled(len(pool.images), settings.seed, 0)[:256])))
+        super().__init__("distillation", self.student, accelerator, seed=settings.seed)
 
-    def train_step(self) -> dict[str, float]:
-        """One update; the parts of its loss."""
+    def spares(self, name: str, parameter: nn.Parameter) -> bool:
+        """Class token and position embeddings too."""
+        return super().spares(name, parameter) or parameter.shape[0] == 1
+
+    def batches(self, start: int, stop: int) -> Generator[_Batch]:
+        """All draws of a step come from a generator seeded by (seed, step)."""
         s = self.settings
-        generator = torch.Generator().manual_seed(s.seed * 1_000_003 + self.step)
-        chosen = self.batch_rows()
-        pixels, targets = self._views(chosen, generator)
-        kept = None
-        patches = targets.shape[1] - 1
-        if self.step < s.full_from * self.steps and s.kept_patches < patches:
-            kept = torch.rand(len(pixels), patches, generator=generator).argsort(1)[:, : s.kept_patches]
-        parts = self._losses(self.student(pixels, kept), targets, kept, torch.from_numpy(self.pool.labels[chosen]))
-        loss = torch.stack(list(parts.values())).sum()
-        if not math.isfinite(loss.item()):
-            raise SystemExit(f"step {self.step}: the loss is {loss.item()}: lower learning_rate and start again")
-        loss.backward()
-        self._update()
-        return {name: value.item() for name, value in parts.items()}
+        for step in range(start, stop):
+            generator = torch.Generator().manual_seed(s.seed * 1_000_003 + step)
+            chosen = self.rows_of(step)
+            pixels, targets = self._views(chosen, generator)
+            kept, patches = None, targets.shape[1] - 1
+            if step < s.full_from * s.steps and s.kept_patches < patches:
+                kept = torch.rand(len(pixels), patches, generator=generator).argsort(1)[:, : s.kept_patches]
+            yield _Batch(pixels, targets, kept, torch.from_numpy(self.pool.labels[chosen]))
 
-    def batch_rows(self) -> NDArray[np.int64]:
-        """Rows of this step's images: every image once in a round, each round in another order.
-
-        With fewer distinct images than the pool holds, the rounds run over the first of the first round: a run that is cut to
-        what its first round has come to goes on as if it had been planned so.
-        """
+    def rows_of(self, step: int) -> NDArray[np.int64]:
+        """Rows of a step's images: every image once in a round, each round in another order."""
         count, size, seed = self.distinct, self.settings.batch_size, self.settings.seed
         seen = shuffled(len(self.pool.images), seed, 0)[:count]
-        places = np.arange(self.step * size, (self.step + 1) * size)
+        places = np.arange(step * size, (step + 1) * size)
         rounds = {r: seen if r == 0 else seen[shuffled(count, seed, r)] for r in (int(places[0] // count), int(places[-1] // count))}
         return np.array([rounds[int(p // count)][p % count] for p in places])
 
@@ -232,16 +256,19 @@ class Trainer:
         images = recoloured(images, generator, colour=s.colour, grey=s.grey)
         return (images - 0.5) / 0.5, mirrored(self.store.rows(chosen), flip)
 
-    def _losses(self, tokens: Tensor, targets: Tensor, kept: Tensor | None, labels: Tensor) -> dict[str, Tensor]:
+    def loss(self, batch: _Batch, step: int) -> dict[str, Tensor]:
+        """Distances of class token, patches and relations, and the classes where there are some."""
+        del step
         s, (mean, spread) = self.settings, self.scale.of_class
-        joined = (class_targets(targets) - mean) / spread
-        patches = targets[:, 1:]
-        if kept is not None:
-            patches = patches.gather(1, kept[..., None].expand(-1, -1, patches.shape[-1]))
+        tokens: Tensor = self.forward(batch.pixels, batch.kept)
+        joined = (class_targets(batch.targets) - mean) / spread
+        patches = batch.targets[:, 1:]
+        if batch.kept is not None:
+            patches = patches.gather(1, batch.kept[..., None].expand(-1, -1, patches.shape[-1]))
         patches = (patches - self.scale.of_patches[0]) / self.scale.of_patches[1]
-        token, named = tokens[:, 0], labels >= 0
+        token, named = tokens[:, 0], batch.labels >= 0
         scores = self.student.classifier(token[named])
-        label = F.cross_entropy(scores, labels[named], label_smoothing=0.1) if named.any() else scores.sum()
+        label = F.cross_entropy(scores, batch.labels[named], label_smoothing=0.1) if named.any() else scores.sum()
         return {
             "class": s.class_loss * F.mse_loss(self.student.to_class(token), joined),
             "patch": s.patch_loss * F.mse_loss(self.student.to_patches(tokens[:, 1:]), patches),
@@ -249,52 +276,10 @@ class Trainer:
             "label": s.label_loss * label,
         }
 
-    @torch.no_grad()
-    def _update(self) -> None:
-        s = self.settings
-        for group in self.optimiser.param_groups:
-            group["lr"] = s.learning_rate * rate(self.step / self.steps, s.warm_up, s.final_rate)
-        nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
-        self.optimiser.step()
-        self.optimiser.zero_grad()
-        self.step += 1
-        decay = min(s.ema_decay, self.step / (self.step + 9))
-        for name, value in self.student.state_dict().items():
-            self.average[name].lerp_(value, 1 - decay)
-
-    def plan(self, steps: int | None, distinct: int | None) -> None:
-        """Change the length of the schedule, or the number of images, from here on."""
-        wanted = (steps or self.steps, distinct or self.distinct)
-        if wanted[1] > len(self.pool.images) or (wanted[1] != self.distinct and self.step * self.settings.batch_size > wanted[1]):
-            raise SystemExit(f"{wanted[1]} distinct images: the pool has {len(self.pool.images)}, and more may have been seen already")
-        if wanted != (self.steps, self.distinct):
-            self.plans.append((self.step, *wanted))
-
-    def save(self, out: Path) -> None:
-        """Write `out/state.pt` and the moving average as `out/backbone`."""
-        state = {
-            "settings": self.settings.model_dump(mode="json"),
-            "step": self.step,
-            "plans": self.plans,
-            "student": self.student.state_dict(),
-            "average": self.average,
-            "optimiser": self.optimiser.state_dict(),
-            "scale": (self.scale.of_class, self.scale.of_patches),
-        }
-        with atomic_path(out / STATE) as temporary:
-            torch.save(state, temporary)
-        export(self.settings, self.average, out / "backbone")
-
-    def load(self, out: Path) -> None:
-        """Go on from `out/state.pt`."""
-        saved = torch.load(out / STATE, weights_only=True)
-        if saved["settings"] != self.settings.model_dump(mode="json"):
-            raise SystemExit(f"{out / STATE}: made with other settings: go on without changes, or name another folder")
-        self.step, self.average = saved["step"], saved["average"]
-        self.plans = [tuple(plan) for plan in saved["plans"]]
-        self.student.load_state_dict(saved["student"])
-        self.optimiser.load_state_dict(saved["optimiser"])
-        self.scale = Scale(*saved["scale"])
+    def judge(self, stretch: Stretch) -> Judgement:
+        """Nothing is chosen; the average is exported."""
+        export(self.settings, self.student.state_dict(), self.out / "backbone")
+        return Judgement({"step": stretch.step, **stretch.terms})
 
 
 def shuffled(count: int, seed: int, number: int) -> NDArray[np.int64]:
@@ -302,28 +287,20 @@ def shuffled(count: int, seed: int, number: int) -> NDArray[np.int64]:
     return np.random.default_rng([seed, 7, number]).permutation(count)
 
 
-def rate(progress: float, warm_up: float, final: float) -> float:
-    """Factor of the learning rate: a linear rise, then half a cosine down to `final`."""
-    if progress < warm_up:
-        return max(progress / warm_up, 1e-3)
-    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * (progress - warm_up) / (1 - warm_up)))
-
-
-def export(settings: DistilSettings, weights: dict[str, Tensor], folder: Path) -> None:
+def export(settings: DistilSettings, weights: Mapping[str, Tensor], folder: Path) -> None:
     """The ViT alone as an ordinary transformers folder in float16."""
-    folder.mkdir(parents=True, exist_ok=True)
     described = {k: v for k, v in vit_config(settings).to_dict().items() if k not in {"id2label", "label2id", "_attn_implementation"}}
     tensors = {k.removeprefix("vit."): v.half().contiguous() for k, v in weights.items() if k.startswith("vit.")}
-    with atomic_path(folder / "model.safetensors") as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-    (folder / "model.safetensors").chmod(0o644)
     side = {"height": settings.image_size, "width": settings.image_size}
     pixels = {
         "image_processor_type": "ViTImageProcessor", "do_resize": True, "size": side, "resample": 3, "do_rescale": True,
         "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
     }  # fmt: skip
-    for name, value in (("config", described | {"architectures": ["ViTModel"], "dtype": "float16"}), ("preprocessor_config", pixels)):
-        (folder / f"{name}.json").write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    with atomic_folder(folder) as temporary:
+        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+        (temporary / "model.safetensors").chmod(0o644)  # safetensors writes for the owner alone
+        write_json(temporary / "config.json", described | {"architectures": ["ViTModel"], "dtype": "float16"})
+        write_json(temporary / "preprocessor_config.json", pixels)
 
 
 def kept_pool(file: Path, data: Path, settings: DistilSettings) -> Pool:
@@ -336,21 +313,36 @@ def kept_pool(file: Path, data: Path, settings: DistilSettings) -> Pool:
         return Pool(held["images"], held["labels"], tuple(held["classes"].tolist()), json.loads(str(held["counts"])))
 
 
-def train(trainer: Trainer, out: Path, *, until: int, save_seconds: float = 300.0) -> None:
-    """Steps up to `until`, the state saved now and then and at the end."""
-    began = saved = time.perf_counter()
-    first = trainer.step
-    while trainer.step < until:
-        parts = trainer.train_step()
-        if trainer.step % 20 == 0:
-            each = (time.perf_counter() - began) / (trainer.step - first)
-            losses = "  ".join(f"{name} {value:.3f}" for name, value in parts.items())
-            stored = trainer.store.ready.mean()
-            note(f"{time.strftime('%H:%M:%S')} step {trainer.step}/{trainer.steps}  {losses}  {each:.2f} s/step  stored {stored:.0%}")
-        if time.perf_counter() - saved > save_seconds:
-            trainer.save(out)
-            saved = time.perf_counter()
-    trainer.save(out)
+class _Lines(Watcher):
+    """A line on stderr every twenty steps."""
+
+    def __init__(self, task: DistilTask, history: History) -> None:
+        self._task, self._history = task, history
+
+    def losses(self, stretch: Stretch) -> None:
+        """Losses, speed, and how much of the teacher's answers is there."""
+        losses = "  ".join(f"{name} {value:.3f}" for name, value in stretch.terms.items())
+        speed, stored = self._history.seconds / stretch.step, self._task.store.ready.mean()
+        steps = self._task.settings.steps
+        note(f"{time.strftime('%H:%M:%S')} step {stretch.step}/{steps}  {losses}  {speed:.2f} s/step  stored {stored:.0%}")
+
+
+def distil(task: DistilTask, *, halt_at: int | None = None, save_minutes: float = 5.0) -> History:
+    """Train, and go on from `state.pt` in the task's folder when it is there; the average is in `backbone` afterwards.
+
+    Args:
+        task: what to train.
+        halt_at: leave after this step, to go on later.
+        save_minutes: between two states.
+
+    Raises:
+        CheckpointError: the state belongs to other settings.
+        StepError: the loss is not finite.
+    """
+    fingerprint = hashlib.sha256(json.dumps(task.settings.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+    checkpoint = Checkpoint(task.out / STATE, fingerprint, minutes=save_minutes)
+    history = History()
+    return train(task, task.settings.in_steps(halt_at), checkpoint=checkpoint, watcher=_Lines(task, history), history=history)
 
 
 def note(text: str) -> None:
@@ -368,24 +360,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--start", type=Path, help="ViT folder of the same shape to begin with; a random start without it")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--store", type=Path, help="folder of the teacher's answers; OUT/teacher without it")
-    parser.add_argument("--steps", type=int, help="another length of the schedule, from here on")
-    parser.add_argument("--distinct", type=int, help="see only so many images of the pool, from here on; only within the first round")
     parser.add_argument("--halt-at", type=int, help="stop after this step, to go on later")
     given = parser.parse_args(arguments)
-    settings = DistilSettings(**yaml.safe_load(given.settings.read_text(encoding="utf-8")))
+    try:
+        _run(given)
+    except MedloreError as error:
+        note(str(error))
+        return error.exit_status
+    return 0
+
+
+def _run(given: argparse.Namespace) -> None:
+    settings = read_settings(DistilSettings, given.settings)
     given.out.mkdir(parents=True, exist_ok=True)
     pool = kept_pool(given.out / "pool.npz", given.data, settings)
     note(f"{len(pool.images)} images, {len(pool.classes)} classes: {pool.counts}")
     teacher = AutoModel.from_pretrained(given.teacher, local_files_only=True, dtype=torch.float32)
     store = TeacherStore.open(teacher, pool.images, settings.teacher_size, given.store or given.out / "teacher")
-    trainer = Trainer.start(settings, pool, store, given.start)
-    if (given.out / STATE).is_file():
-        trainer.load(given.out)
-        note(f"goes on at step {trainer.step}")
-    trainer.plan(given.steps, given.distinct)
-    train(trainer, given.out, until=min(given.halt_at or trainer.steps, trainer.steps))
-    note(f"schedule (from step, steps, distinct images): {trainer.plans}")
-    return 0
+    task = DistilTask(settings, pool, store, make_accelerator("cpu", "fp32"), out=given.out, start=given.start)
+    distil(task, halt_at=given.halt_at)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from medlore.data.volumes.cases import read_cases
 from medlore.data.volumes.geometry import Shape
@@ -31,6 +32,11 @@ from medlore.losses import deep_mask_loss
 from medlore.models.segmenter.bundle import SegmenterBundle, load_segmenter
 from medlore.models.segmenter.network import Features, Segmenter
 from medlore.models.segmenter.prompts import PromptTable
+from medlore.training.accelerator import make_accelerator
+from medlore.training.loop import train
+from medlore.training.schedule import CosineOfShares, Schedule
+from medlore.training.task import Judgement, Stretch, Task
+from medlore.training.watching import Watcher
 
 WINDOW: Shape = (80, 80, 80)  # as at inference: instance normalisation depends on it
 VOXELS = 60_000
@@ -88,39 +94,91 @@ def _window(network: Segmenter, heads: Sequence[CachedCase], rules: PatchRules, 
     }
 
 
-def fit(pack: str, folder: Path, out: Path, *, passes: int, rate: float, again: Sequence[str], every: int = 1) -> dict[str, float]:
-    """Train the rows of the new labels, and those of `again` anew; write the whole table. Returns the loss of the last pass, by label."""
+class PromptRows(nn.Module):
+    """The rows that are trained, in front of a network that stays as it is."""
+
+    def __init__(self, network: Segmenter, rows: Tensor) -> None:
+        super().__init__()
+        self.network = network.eval().requires_grad_(requires_grad=False)
+        self.rows = nn.Parameter(rows)
+
+    def forward(self, features: Features, chosen: list[int]) -> Tensor:
+        """Logits of the chosen rows."""
+        return self.network.decode(features, self.rows[chosen])
+
+
+@dataclass(frozen=True, eq=False)
+class _Window:
+    """What a window gave, and of the asked labels those that are in it: their rows and their voxels."""
+
+    features: Features
+    rows: list[int]
+    truth: Tensor  # 1 n v 1 1
+
+
+class PromptTask(Task):
+    """One row of the prompt table a label.
+
+    Args:
+        network: frozen.
+        labels: whose rows are trained.
+        rows: where they begin; label width.
+        windows: what the network saw.
+    """
+
+    def __init__(self, network: Segmenter, labels: Sequence[str], rows: Tensor, windows: Sequence[_Window]) -> None:
+        super().__init__("prompts", PromptRows(network, rows), make_accelerator("cpu", "fp32"))
+        self.labels, self.windows = labels, windows
+
+    def training_mode(self) -> None:
+        """The network stays as it is at inference."""
+
+    def batches(self, start: int, stop: int) -> Generator[_Window]:
+        """Every window once in a pass, each pass in another order."""
+        count = len(self.windows)
+        for step in range(start, stop):
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(step // count))
+            yield self.windows[int(order[step % count])]
+
+    def loss(self, batch: _Window, step: int) -> dict[str, Tensor]:
+        """Cross-entropy and Dice of every label, averaged over those of the window."""
+        del step
+        logits = self.forward(batch.features, batch.rows)
+        each = [_loss(logits[:, [i]], batch.truth[:, [i]]) / len(batch.rows) for i in range(len(batch.rows))]
+        return {self.labels[row]: value for row, value in zip(batch.rows, each, strict=True)}
+
+    def judge(self, stretch: Stretch) -> Judgement:
+        """Nothing is chosen."""
+        del stretch
+        return Judgement()
+
+
+def fit(pack: str, folder: Path, out: Path, *, passes: int, rate: float, again: Sequence[str], every: int = 1) -> float:
+    """Train the rows of the new labels, and those of `again` anew; write the whole table. Returns the mean loss of the last pass."""
     bundle = load_segmenter(pack)
     assert bundle.prompts is not None  # noqa: S101 - a shipped pack has them
-    network = bundle.network("brain" if bundle.weights.experts else None).eval().requires_grad_(requires_grad=False)
     labels = [*STARTS, *again]
-    rows = torch.nn.Parameter(torch.stack([_start(bundle, label) for label in labels]))
-    windows = [_read(file, every) for file in sorted(folder.glob("window-*.npz"))]
-    optimiser = torch.optim.Adam([rows], lr=rate)
-    order = torch.Generator().manual_seed(0)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, passes * len(windows))
-    losses: dict[str, list[float]] = {}
-    for turn in range(passes):
-        losses = {label: [] for label in labels}
-        for index in torch.randperm(len(windows), generator=order).tolist():
-            features, targets, names = windows[index]
-            asked = [label for label in labels if label in names]
-            if not asked:
-                continue
-            logits = network.decode(features, rows[[labels.index(label) for label in asked]])
-            truth = targets[[names.index(label) for label in asked]].view(1, len(asked), -1, 1, 1)
-            each = [_loss(logits[:, [i]], truth[:, [i]]) for i in range(len(asked))]
-            optimiser.zero_grad()
-            torch.stack(each).mean().backward()
-            optimiser.step()
-            schedule.step()
-            for label, value in zip(asked, each, strict=True):
-                losses[label].append(float(value.detach()))
-        sys.stderr.write(f"pass {turn + 1}: " + ", ".join(f"{k} {np.mean(v):.3f}" for k, v in losses.items() if v) + "\n")
+    windows = [window for file in sorted(folder.glob("window-*.npz")) if (window := _read(file, labels, every)).rows]
+    network = bundle.network("brain" if bundle.weights.experts else None)
+    task = PromptTask(network, labels, torch.stack([_start(bundle, label) for label in labels]), windows)
+    steps = passes * len(windows)
+    schedule = Schedule(steps, CosineOfShares(rate, 0.0, 0.0), clip=None, log_every=len(windows))
+    history = train(task, schedule, watcher=_Lines(len(windows)))
     known = dict(zip(bundle.prompts.keys, bundle.prompts.embeddings.float(), strict=True))
-    known |= {f"mri/{label}": row for label, row in zip(labels, rows.detach(), strict=True)}
+    known |= {f"mri/{label}": row for label, row in zip(labels, task.module.state_dict()["rows"], strict=True)}
     PromptTable(tuple(known), torch.stack(list(known.values()))).write(out)
-    return {label: float(np.mean(values)) for label, values in losses.items() if values}
+    return sum(value for name, value in history.losses[-1].items() if name != "step")
+
+
+class _Lines(Watcher):
+    """A line on stderr after every pass."""
+
+    def __init__(self, windows: int) -> None:
+        self._windows = windows
+
+    def losses(self, stretch: Stretch) -> None:
+        """The mean loss."""
+        sys.stderr.write(f"pass {stretch.step // self._windows}: loss {stretch.loss:.3f}\n")
 
 
 def _start(bundle: SegmenterBundle, label: str) -> Tensor:
@@ -131,15 +189,14 @@ def _loss(logits: Tensor, truth: Tensor) -> Tensor:
     return deep_mask_loss([logits], truth, torch.ones(1, 1), bce=1.0, dice=1.0)
 
 
-def _read(file: Path, every: int) -> tuple[Features, Tensor, list[str]]:
+def _read(file: Path, labels: Sequence[str], every: int) -> _Window:
     with np.load(file, allow_pickle=False) as held:
         x, y, z = (int(v) for v in held["grid"])
         pixels = torch.from_numpy(held["pixels"][:, ::every].astype(np.float32))[None, :, :, None, None]  # one column of voxels
-        return (
-            Features(pixels, torch.from_numpy(held["tokens"])[None], (x, y, z)),
-            torch.from_numpy(held["targets"]),
-            held["labels"].tolist(),
-        )
+        features = Features(pixels, torch.from_numpy(held["tokens"])[None], (x, y, z))
+        names, targets = held["labels"].tolist(), torch.from_numpy(held["targets"][:, ::every])
+    rows = [row for row, label in enumerate(labels) if label in names]
+    return _Window(features, rows, targets[[names.index(labels[row]) for row in rows]][None, :, :, None, None])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -155,21 +212,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--every", type=int, default=1, help="of the kept voxels one in so many: a quicker, rougher fit")
     parser.add_argument("--again", default="", help="known labels whose rows are trained again, by comma")
     parser.add_argument("--out", type=Path, default=Path("runs/brain/prompts.safetensors"), help="the table")
-    arguments = parser.parse_args(argv)
-    if arguments.verb == "draw":
-        arguments.windows.mkdir(parents=True, exist_ok=True)
-        draw(arguments.pack, arguments.cases, arguments.windows, arguments.patches)
+    given = parser.parse_args(argv)
+    if given.verb == "draw":
+        given.windows.mkdir(parents=True, exist_ok=True)
+        draw(given.pack, given.cases, given.windows, given.patches)
     else:
-        again = [label for label in arguments.again.split(",") if label]
-        fit(
-            arguments.pack,
-            arguments.windows,
-            arguments.out,
-            passes=arguments.passes,
-            rate=arguments.rate,
-            again=again,
-            every=arguments.every,
-        )
+        again = [label for label in given.again.split(",") if label]
+        fit(given.pack, given.windows, given.out, passes=given.passes, rate=given.rate, again=again, every=given.every)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -13,17 +12,13 @@ import numpy as np
 import pytest
 
 from medlore.cli import main
+from small_segmenter import write_small_pack
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("segment")
-    spec = importlib.util.spec_from_file_location("small_segmenter", Path(__file__).resolve().parents[1] / "small_segmenter.py")
-    assert spec is not None
-    assert spec.loader is not None
-    small = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(small)
-    small.write_small_pack(folder / "pack", roi_size=(32, 32, 16))
+    write_small_pack(folder / "pack", roi_size=(32, 32, 16))
     array = np.full((30, 30, 14), -1000, np.int16)
     array[3:-3, 3:-3, 2:-2] = np.random.default_rng(0).normal(50, 60, (24, 24, 10))
     nib.save(nib.Nifti1Image(array, np.diag([-1.0, -1, 3, 1])), folder / "ct.nii.gz")

@@ -490,17 +490,8 @@ def sources() -> Iterator[tuple[str, str]]:
     ],
 )
 def test_there_is_one_loop(words: str, place: str) -> None:
-    found = [name for name, text in sources() for _ in re.findall(words, text) if name not in BESIDE_THE_ENGINE]
+    found = [name for name, text in sources() for _ in re.findall(words, text)]
     assert found == [place]
-
-
-BESIDE_THE_ENGINE = ("maintenance/distil_vit_mini.py", "maintenance/seg_mini_prompts.py")
-
-
-@pytest.mark.xfail(strict=True, reason="these two programs were written while the engine was, and still step an optimizer of their own")
-@pytest.mark.parametrize("program", BESIDE_THE_ENGINE)
-def test_programs_of_the_maintainers_train_through_the_engine(program: str) -> None:
-    assert not re.search(r"optimi[sz]er\.step\(", dict(sources())[program])
 
 
 # ---- What settings say reaches the engine ---------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,17 +12,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import timm_restated as restated
 from medlore.errors import CheckpointError, InputError, MedloreError, UnknownNameError
 from medlore.layers.surgery import without_head
 from medlore.models.backbones.image_size import resize_positions
 from medlore.models.backbones.keymaps import convert_state_dict
 from medlore.models.backbones.reading import load_backbone
-
-_spec = importlib.util.spec_from_file_location("timm_restated", Path(__file__).with_name("timm_restated.py"))
-assert _spec is not None
-assert _spec.loader is not None
-restated: Any = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(restated)
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 4}
 

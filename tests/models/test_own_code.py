@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import pty
@@ -21,14 +20,9 @@ import transformers
 from safetensors.torch import save_file
 
 import medlore
+import timm_restated as restated
 from medlore.errors import CheckpointError
 from medlore.models.backbones.reading import load_backbone
-
-_spec = importlib.util.spec_from_file_location("timm_restated", Path(__file__).with_name("timm_restated.py"))
-assert _spec is not None
-assert _spec.loader is not None
-restated: Any = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(restated)
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "image_size": 32, "patch_size": 8}
 

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import nibabel as nib
@@ -23,21 +22,12 @@ from medlore.runs.settings_file import read_settings
 from medlore.segmenting.cohort import SegmentSettings, load_model, plan_cases, segment_cases
 from medlore.segmenting.labels import facts_of_bundle, facts_of_pack, route_labels
 from medlore.segmenting.plan import CasePlan, NetworkSize, WindowRules, plan_case
-
-
-def _small() -> ModuleType:
-    path = Path(__file__).resolve().parents[1] / "small_segmenter.py"
-    spec = importlib.util.spec_from_file_location("small_segmenter", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from small_segmenter import write_small_pack
 
 
 @pytest.fixture(scope="session")
 def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _small().write_small_pack(tmp_path_factory.mktemp("packs") / "pack", roi_size=(32, 32, 16))
+    return write_small_pack(tmp_path_factory.mktemp("packs") / "pack", roi_size=(32, 32, 16))
 
 
 def save(path: Path, *, shape=(44, 48, 30), affine: np.ndarray | None = None, seed: int = 0) -> Path:

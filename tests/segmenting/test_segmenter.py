@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -14,17 +13,13 @@ import medlore
 from medlore.data.volumes.preparation import read_volume
 from medlore.errors import InputError, UnknownNameError
 from medlore.segmenting.cohort import SegmentSettings, segment_cases
+from small_segmenter import write_small_pack
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("segmenting")
-    spec = importlib.util.spec_from_file_location("small_segmenter", Path(__file__).resolve().parents[1] / "small_segmenter.py")
-    assert spec is not None
-    assert spec.loader is not None
-    small = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(small)
-    small.write_small_pack(folder / "pack", roi_size=(32, 32, 16))
+    write_small_pack(folder / "pack", roi_size=(32, 32, 16))
     array = np.full((30, 32, 14), -1000, np.int16)
     array[3:-3, 3:-3, 2:-2] = np.random.default_rng(0).normal(50, 60, (24, 26, 10))
     affine = np.array([[0.0, -1.1, 0, 5], [-0.9, 0, 0, 7], [0, 0, 2.5, -3], [0, 0, 0, 1]])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from medlore.segmenting.cohort import plan_cases
 from medlore.segmenting.labels import facts_of_pack, route_labels, tissues_of, with_tissues
 from medlore.segmenting.settings import SegmentSettings
 from medlore.segmenting.tissues import TissuePass
+from small_segmenter import write_small_pack
 
 TISSUES = ["grey matter", "white matter", "brain ventricle"]
 OBLIQUE = np.array([[0.0, -0.9, 0.1, 5], [-0.8, 0, 0, 7], [0, 0.1, 1.1, -3], [0, 0, 0, 1]])
@@ -37,13 +37,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     image = np.choose(truth, (0, 120, 180, 50)) + 8 * rng.standard_normal(truth.shape) * (truth > 0)
     np.save(folder / "truth.npy", truth)
     nib.save(nib.Nifti1Image(np.clip(image, 0, None).astype(np.float32), OBLIQUE), folder / "head.nii.gz")
-    spec = importlib.util.spec_from_file_location("small_segmenter", Path(__file__).resolve().parents[1] / "small_segmenter.py")
-    assert spec is not None
-    assert spec.loader is not None
-    small = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(small)
-    small.write_small_pack(folder / "plain", roi_size=(32, 32, 32), spacing_mm=(1.5, 1.5, 1.5))
-    small.write_small_pack(folder / "pack", roi_size=(32, 32, 32), spacing_mm=(1.5, 1.5, 1.5))
+    write_small_pack(folder / "plain", roi_size=(32, 32, 32), spacing_mm=(1.5, 1.5, 1.5))
+    write_small_pack(folder / "pack", roi_size=(32, 32, 32), spacing_mm=(1.5, 1.5, 1.5))
     manifest = json.loads((folder / "pack" / "manifest.json").read_text())
     manifest["preprocessing"] |= {"tissues": {"mri": TISSUES}}
     (folder / "pack" / "manifest.json").write_text(json.dumps(manifest))
