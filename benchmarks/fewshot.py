@@ -181,7 +181,7 @@ def _protocol(out: Path) -> list[str]:
 
 
 def _verdict(verdicts: Sequence[tuple[str, int, Standing]]) -> list[str]:
-    """How often sr-lora was better or worse than each method, counted where an interval leaves zero out."""
+    """How often sr-lora was better or worse than each method, counted where an interval excludes zero."""
     lines = ["| sr-lora against | compared | better | worse | undecided | mean difference |", "|---|---|---|---|---|---|"]
     for name in list(NAMES)[1:]:
         own = [row.difference for _, _, row in verdicts if row.contender == name and row.difference is not None]
@@ -192,13 +192,13 @@ def _verdict(verdicts: Sequence[tuple[str, int, Standing]]) -> list[str]:
         "",
         "One comparison is one set at one number of shots, paired by draw; better and worse only where the 95 % interval of the paired",
     ]
-    lines += ["difference of three draws or more leaves zero out (of 100 comparisons without any difference, five would)."]
+    lines += ["difference of three draws or more excludes zero (of 100 comparisons without any difference, five would)."]
     found = [f"{name} at {k} ({row.difference})" for name, k, row in verdicts if row.contender == "lora" and _decided(row.difference)]
     return [*lines, f"Against uniform ranks of equal size that is the case for: {', '.join(found) or 'none'}."]
 
 
 def _decided(difference: DrawMean | None) -> bool:
-    """Whether zero is left out by at least three draws: two can agree by chance to the last test image."""
+    """Whether an interval of at least three draws excludes zero: two can agree by chance to the last test image."""
     return difference is not None and difference.draws >= 3 and difference.excludes_zero
 
 

@@ -104,7 +104,7 @@ def main() -> None:
 
 
 def table(samples: int, clock: Callable[[], float]) -> None:
-    """Print one row a network and kind of spectrum."""
+    """Print one row per network and kind of spectrum."""
     cache: dict[tuple[tuple[int, int], float | None], tuple[float, float, float, list[str]]] = {}
     print(f"{'network':18s} {'spectrum':8s} {'SVD s':>8s} {'certified s':>12s} {'ratio':>6s} {'with proof':>11s}  decided by")
     for network, shapes in networks():

@@ -84,7 +84,7 @@ def transfer_section(options: argparse.Namespace) -> str:
         f"{options.data.name}, which no network has seen: {first.shots} shots a class ({first.train_images} images),",
         f"{first.test_images} test images, {records[0]['epochs']} epochs of batch 8 at each method's default rate;",
         f"{first.measure.replace('_', ' ')}, majority answer {first.majority or 0:.3f}.",
-        "Mean and 95 % t-interval over draws; differences are paired by draw; * where zero is left out.",
+        "Mean and 95 % t-interval over draws; differences are paired by draw; * where the interval excludes zero.",
         "",
         "| method (draws) | " + " | ".join(names) + " | expert minus shared base | expert minus teacher |",
         "|---" * (len(names) + 3) + "|",

@@ -200,7 +200,7 @@ def pretrain(
     parts = read_labelled_zips(archives, image_size=settings.image_size, skip_classes=settings.skip_classes)
     task = PretrainTask(settings, parts, accelerator, out)
     schedule = settings.in_steps(halt_at)
-    checkpoint = Checkpoint(out / _STATE, settings.model_dump_json(), save_seconds / 60, restart="start anew without --resume")
+    checkpoint = Checkpoint(out / _STATE, settings.model_dump_json(), save_seconds / 60, restart="start again without --resume")
     if not accelerator.is_main_process:
         train(task, schedule, checkpoint=checkpoint, resume=resume)
         return {}

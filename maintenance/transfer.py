@@ -62,7 +62,7 @@ def measure_transfer(model: str, images: ImageSet, *, shots: int = 20, draws: in
         DataError: a class with too few images.
     """
     if images.task != "single":
-        raise InputError(images.source, "several labels an image", "one class an image", "take another set")
+        raise InputError(images.source, "several labels an image", "one class an image", "use another set")
     backbone = load_backbone(model, classes=2)
     settings, images = _shape_of(backbone), _at_most(images, most, seed)
     trained, untrained = features(backbone.model, backbone, images), features(build_vit(settings, 2), backbone, images)

@@ -79,7 +79,7 @@ class UnknownNameError(InputError):
         3 names; the nearest are 'attention', 'conv', 'all-linear'
     """
 
-    def __init__(self, where: str, name: str, known: Iterable[str], fix: str = "take one of them") -> None:
+    def __init__(self, where: str, name: str, known: Iterable[str], fix: str = "use one of them") -> None:
         names = list(known)
         near = ", ".join(repr(n) for n in nearest_names(name, names))
         accepted = f"{len(names)} names; the nearest are {near}" if names else "nothing: the list is empty"

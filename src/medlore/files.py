@@ -225,7 +225,7 @@ def _contents(folder: Path) -> dict[str, str]:
 def _take_over(final: Path, made: Path) -> list[str]:
     """Bring along what the forerunner did not write, or somebody changed since; their names in the new folder.
 
-    A folder without a list (of an earlier version, or by another hand) loses what is written anew and nothing else.
+    A folder without a list (of an earlier version, or by another hand) loses what is written again and nothing else.
     """
     try:
         listed = read_json(final / WRITTEN)["files"]
@@ -301,7 +301,7 @@ def read_json(path: str | Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, a number of thousands of digits, or nested without end
-        raise DataError(str(path), f"not JSON ({error})", "one JSON value in UTF-8", "mend or write the file anew") from error
+        raise DataError(str(path), f"not JSON ({error})", "one JSON value in UTF-8", "correct or write the file again") from error
 
 
 def made_folder(path: str | Path) -> Path:

@@ -135,7 +135,7 @@ def unwrapped(content: Any, path: Path, *, averaged: bool = False) -> dict[str, 
 
 def broken_file(path: str | Path, came: str, accepted: str = ACCEPTED) -> CheckpointError:
     """The error of a file that is cut off or of another kind."""
-    return CheckpointError(str(path), came, accepted, "download or write the file anew")
+    return CheckpointError(str(path), came, accepted, "download or write the file again")
 
 
 def _first_byte(path: Path) -> bytes:

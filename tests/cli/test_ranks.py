@@ -103,7 +103,7 @@ def test_ranks_that_were_cut_to_the_matrix_are_reported(
     [
         (["no.safetensors"], "no such file"),
         (["{w}", "--targets", "atention"], "nearest are 'attention'"),
-        (["{w}", "--rule", "uniform"], "take stable-rank, or for example uniform:8"),
+        (["{w}", "--rule", "uniform"], "use stable-rank, or for example uniform:8"),
         (["{w}", "--budget", "lots"], "--budget: 'lots'"),
         (["{w}", "--budget", "10"], "at least 576 (rank 1 everywhere)"),
         (["{w}", "--alpha", "most"], "alpha: 'most'"),
@@ -201,7 +201,7 @@ def test_a_network_without_q_and_v_says_which_targets_would_match() -> None:
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ModuleDict({"up": torch.nn.Linear(4, 8), "down": torch.nn.Linear(8, 4)}))
     with pytest.raises(InputError) as caught:
         medlore.plan_ranks(net)
-    assert caught.value.fix == r"take --targets all-linear or --targets '.*\.(down|up)' or --targets conv"
+    assert caught.value.fix == r"use --targets all-linear or --targets '.*\.(down|up)' or --targets conv"
     for wanted in ("all-linear", r".*\.(down|up)", "conv"):
         assert medlore.plan_ranks(net, targets=wanted, rule="uniform:1").layers
 

@@ -2,7 +2,7 @@
 
 Headers are drawn, then damaged: fields of any value, other types, slopes, lengths, attributes taken out. What comes out is
 either what nibabel, SimpleITK or pydicom make of the same bytes, at the place that they give it, or a `MedloreError` that names
-the file. Nothing else: no exception of a library, no value that nobody else reads, and a sound file is never refused.
+the file. Nothing else: no exception of a library, no value that nobody else reads, and a valid file is never refused.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def judge(sample: Sample, kind: Kind, name: str, outcomes: Counter[str]) -> None
         except MedloreError as error:
             refusal = error
         if refusal is not None:
-            assert not sample.sound, f"a sound file was refused: {refusal}"
+            assert not sample.sound, f"a valid file was refused: {refusal}"
             assert folder in str(refusal), f"the message names no file: {refusal}"
             assert all((refusal.where, refusal.came, refusal.accepted, refusal.fix))
             outcomes["refused"] += 1

@@ -238,7 +238,7 @@ def test_what_is_not_finite_stops_with_the_last_good_state_and_the_cases(name: s
             return {**loss(batch, step), "bad": poison(next(p for p in task.module.parameters() if p.requires_grad))}
 
         task.loss = poisoned  # type: ignore[method-assign]
-        with pytest.raises(StepError, match=r"step 3[,:].*nan.*look at these cases" if one.names_cases else r"step 3: .*nan") as caught:
+        with pytest.raises(StepError, match=r"step 3[,:].*nan.*check these cases" if one.names_cases else r"step 3: .*nan") as caught:
             train(task, one.schedule, checkpoint=checkpoint)
         assert str(checkpoint.path) in str(caught.value)
         assert equal(states[0], dict(task.parameters()))  # the bad step moved nothing

@@ -100,7 +100,7 @@ def test_empty_folder_and_missing_path(tmp_path: Path) -> None:
 def test_groups_from_a_pattern(pets: Path) -> None:
     found = read_images(pets, group_pattern=r"/(\d)")
     assert found.groups == ("0", "1", "2", "0", "1")
-    with pytest.raises(InputError, match="no bracket"):
+    with pytest.raises(InputError, match="no group"):
         read_images(pets, group_pattern="x")
     with pytest.raises(InputError, match="no regular expression"):
         read_images(pets, group_pattern="(")
@@ -196,7 +196,7 @@ def test_npz_with_values_that_are_not_numbers_names_the_images(tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("name", "came"),
-    [("paper.pdf", r"a file of type '\.pdf'"), ("blob", "a file without suffix"), ("cut.zip", "not a whole zip archive")],
+    [("paper.pdf", r"a file of type '\.pdf'"), ("blob", "a file without suffix"), ("cut.zip", "not a complete zip archive")],
 )
 def test_files_of_other_kinds_learn_what_is_accepted(tmp_path: Path, name: str, came: str) -> None:
     (tmp_path / name).write_bytes(bytes(range(256)))

@@ -226,7 +226,7 @@ def test_statistics_of_an_expert_are_those_of_its_samples() -> None:
     with route(norm, "b"):
         norm(x)
     assert torch.equal(norm.expert_running_mean, frozen_before)
-    with pytest.raises(InputError, match=r"one value a channel for 'b'.*two samples of each expert"), route(norm.train(), "b"):
+    with pytest.raises(InputError, match=r"one value per channel for 'b'.*two samples of each expert"), route(norm.train(), "b"):
         norm(torch.randn(1, 3, 1, 1))
 
 

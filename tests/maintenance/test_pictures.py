@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 import pytest
 from maintenance.pictures import MOST_BYTES, halves_svg, main
@@ -15,7 +15,7 @@ FOLDER = ROOT / "docs" / "pictures"
 
 def test_the_diagram_is_that_of_the_program() -> None:
     assert (FOLDER / "halves.svg").read_text(encoding="utf-8") == halves_svg()
-    texts = [node.text for node in ElementTree.fromstring(halves_svg()).iter("{http://www.w3.org/2000/svg}text")]
+    texts = [node.text for node in ET.fromstring(halves_svg()).iter("{http://www.w3.org/2000/svg}text")]
     assert {"Certified stable ranks", "Shared base + experts"} <= set(texts)
 
 

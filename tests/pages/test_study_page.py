@@ -55,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_mean_ranks_are_over_draws_that_all_methods_have(folder: Path) -> None:
     page = (folder / "report.html").read_text()
-    assert "Each of 2 draws ranks all methods. Draws that lack a method, left out: 1." in page
+    assert "Each of 2 draws ranks all methods. Draws left out because a method is missing: 1." in page
     assert page.count("data:image/png;base64") == 3  # differences, mean ranks, ranks of the plan
     with Image.open(folder / "mean_ranks.png") as picture:
         assert np.asarray(picture.convert("L")).std() > 10

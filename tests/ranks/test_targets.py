@@ -164,7 +164,7 @@ def test_convolutions_of_a_module_and_of_a_file() -> None:
     [
         ("atention", UnknownNameError, "nearest are 'attention'"),
         (r".*\.nothing", TargetError, "no weight answers"),
-        ("blocks.(", InputError, "is no regular expression"),
+        ("blocks.(", InputError, "is not a valid regular expression"),
         ("conv", TargetError, r"the 4 matrices here start with blocks\.0\.attn\.proj\.weight"),
     ],
 )

@@ -139,7 +139,7 @@ def test_masks_do_not_depend_on_the_way_of_the_windows(tmp_path: Path, axis: int
     }[grid, axis]
     values = write_case(tmp_path, shape, roi=(24, 24, 24)) | {"labels": ["liver", "spleen"], "overlap": 0.5, "grid": grid}
     affine = np.array([[0, 0, -1.1, 5], [0.9, 0, 0, 3], [0, 1, 0, 1], [0, 0, 0, 1]]) if grid == "original" else np.eye(4)
-    array = nib.load(tmp_path / "ct.nii").get_fdata().astype(np.int16)  # a copy: the file is written anew
+    array = nib.load(tmp_path / "ct.nii").get_fdata().astype(np.int16)  # a copy: the file is written again
     nib.save(nib.Nifti1Image(array, affine), tmp_path / "ct.nii")
     axes = []
     for name, published, along_x in (("longest", True, False), ("x", True, True), ("half", False, False), ("half x", False, True)):

@@ -439,7 +439,7 @@ def test_bad_input_is_one_clear_error_and_nothing_tuned_is_left(backbone: Path, 
 
 def test_an_adapter_for_another_model_is_refused(run: tuple[Path, Any], tmp_path: Path) -> None:
     stranger = write_backbone(tmp_path / "stranger", seed=9)
-    with pytest.raises(CheckpointError, match="the very backbone that it was tuned on"):
+    with pytest.raises(CheckpointError, match="the same backbone that it was tuned on"):
         load_tuned(run[0], model=stranger)
     with pytest.raises(InputError, match="nothing tuned in it"):
         load_tuned(tmp_path)
@@ -534,7 +534,7 @@ def test_a_checkpoint_belongs_to_its_number_of_processes(backbone: Path) -> None
 def test_resuming_says_so_when_there_is_nothing_to_resume(backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = FinetuneSettings(epochs=1, bootstrap=0, shots=4, model=str(backbone), method="linear-probe")
     finetune(settings, tmp_path / "new", train=striped(), resume=True, watcher=ProgressBar(enabled=False))
-    assert f"note: no checkpoint in {tmp_path / 'new'}: starting anew" in capsys.readouterr().err
+    assert f"note: no checkpoint in {tmp_path / 'new'}: starting from the beginning" in capsys.readouterr().err
     with pytest.raises(InputError, match="--resume: no output folder"):
         finetune(settings, train=striped(), resume=True)
     with pytest.raises(InputError, match="--resume: given with --no-checkpoints"):

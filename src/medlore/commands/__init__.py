@@ -1,1 +1,1 @@
-"""Floor 6: the verbs of the command line, one file a verb, nothing heavy imported on top."""
+"""The commands of the command line, one file per command; nothing heavy is imported at the top."""

@@ -33,7 +33,7 @@ class DecomposeCall(Settings):
 
 
 def decompose(given: Given) -> None:
-    """Split a model into one light shared backbone and a low-rank expert per task, beside the networks it has to beat."""
+    """Split a model into one light shared backbone and a low-rank expert per task, and compare it with the networks it has to beat."""
     call, output = given.read(DecomposeCall, Output)
     from medlore.decomposing.kinds import is_segmentation_study
 

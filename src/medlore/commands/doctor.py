@@ -9,7 +9,7 @@ from medlore.runs.settings import Settings
 
 
 def doctor(given: Given) -> None:
-    """Check this machine: versions, devices, optional packages, a torchvision that does not fit, free disk."""
+    """Check this machine: versions, devices, optional packages, an incompatible torchvision, free disk space."""
     _, output = given.read(Settings, Output)
     from medlore.commands.screens.doctor import print_findings
     from medlore.inspecting.doctor import check_machine

@@ -18,7 +18,7 @@ class EvaluateOutput(Output):
 
 
 def evaluate(given: Given) -> None:
-    """Measure a tuned model on labelled images; with --pred and --truth, measure masks against the masks of a case list."""
+    """Evaluate a tuned model on labelled images; with --pred and --truth, compare masks with the reference masks of a case list."""
     from medlore.errors import InputError
 
     masks = [given.names(name) for name in ("pred", "truth")]
@@ -29,7 +29,7 @@ def evaluate(given: Given) -> None:
         return
     if not (given.names("tuned") and given.names("data")):
         raise InputError("evaluate", "no model or no --data", "RUN --data SET, or --pred DIR --truth cases.jsonl", "name both")
-    settings, output = given.read(EvaluateSettings, EvaluateOutput, foreign="acts on masks alone (--pred, --truth)")
+    settings, output = given.read(EvaluateSettings, EvaluateOutput, foreign="applies only to masks (--pred, --truth)")
     from medlore.commands.screens.answers import print_json
     from medlore.commands.screens.tuning import print_report
     from medlore.runs.report import refuse_finished
@@ -45,7 +45,7 @@ def evaluate(given: Given) -> None:
 
 
 def _evaluate_masks(given: Given) -> None:
-    settings, output = given.read(MaskEvaluationSettings, EvaluateOutput, foreign="acts on images alone (RUN --data SET)")
+    settings, output = given.read(MaskEvaluationSettings, EvaluateOutput, foreign="applies only to images (RUN --data SET)")
     from medlore.commands.screens.masks import print_masks
     from medlore.runs.report import refuse_finished
     from medlore.segmenting.evaluate import evaluate_masks

@@ -31,7 +31,7 @@ class ImagesOutput(FinetuneOutput):
 def finetune(given: Given) -> None:
     """Tune a pre-trained network on a few labelled images, or a segmenter on about five masks.
 
-    The epoch is chosen on validation images; test images are measured once. With PACK and --cases it is a segmenter that is tuned.
+    The epoch is selected on validation images; the test images are scored once. With PACK and --cases, a segmenter is tuned.
     """
     if given.names("pack") or given.names("cases"):
         _tune_segmenter(given)

@@ -1,4 +1,4 @@
-"""The command line of a verb, made from its settings: one option a field, with its default and its group; all faults at once.
+"""The command line of a verb, made from its settings: one option per field, with its default and its group; all faults at once.
 
 `--config FILE.yaml` stands beside the options of every verb and may say any of its settings; options lie over the file.
 """
@@ -136,7 +136,7 @@ def command(run: Callable[[Given], None], *kinds: type[Settings], config: tuple[
     shown = [name for kind in kinds for name in kind.fields() if first[name] is kind and (named[name] or kind.facts(name).argument)]
     parameters = [_parameter(first[name], name) for name in shown]
     parameters.sort(key=lambda p: not isinstance(p.default, typer.models.ArgumentInfo))
-    option = typer.Option(None, *config, metavar="FILE", help="YAML file with any of the settings; options lie over it.")
+    option = typer.Option(None, *config, metavar="FILE", help="YAML file with any of the settings; options override it.")
     parameters.append(inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=option, annotation=str | None))
 
     def called(ctx: typer.Context, **values: Any) -> None:
@@ -163,7 +163,7 @@ def _strange(ctx: typer.Context) -> Iterator[str]:
     strange = ctx.meta.get(_STRANGE, [])
     yield from strange
     if not strange:  # else they may be the values of those
-        yield from (f"{word!r}: one word too many" for word in ctx.args)
+        yield from (f"{word!r}: unexpected argument" for word in ctx.args)
 
 
 class VerbCommand(TyperCommand):

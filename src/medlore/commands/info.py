@@ -21,7 +21,7 @@ class InfoCall(Settings):
 
 
 def info(given: Given) -> None:
-    """Say what a weights file, pack, plan, adapter, run or folder of images is; --labels lists what can be segmented."""
+    """Identify a weights file, pack, plan, adapter, run or folder of images; --labels lists what can be segmented."""
     call, output = given.read(InfoCall, Output)
     from medlore.commands.screens.info import print_facts
     from medlore.errors import InputError

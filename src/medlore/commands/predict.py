@@ -26,7 +26,7 @@ class PredictCall(Output):
 
 
 def predict(given: Given) -> None:
-    """Score unlabelled images with a tuned model and write one CSV row an image."""
+    """Score unlabelled images with a tuned model and write one CSV row per image."""
     settings, call = given.read(PredictSettings, PredictCall)
     from medlore.commands.screens.answers import print_json, print_line, print_notes
     from medlore.runs.output_lock import OutputLock

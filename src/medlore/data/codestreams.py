@@ -60,10 +60,10 @@ def check_deflated(content: bytes, source: object) -> None:
             size += len(unpacker.decompress(rest, 1 << 20))
             rest = unpacker.unconsumed_tail
     except zlib.error as error:
-        raise DataError(str(source), f"a damaged DICOM file ({error})", "a whole DICOM file", "copy or export it again") from error
+        raise DataError(str(source), f"a damaged DICOM file ({error})", "a complete DICOM file", "copy or export it again") from error
     if size > most:
         came = f"a deflated file of {len(content):,} bytes that unpacks to more than {most:,}"
-        raise DataError(str(source), came, "a DICOM file", "unpack it yourself, if you trust it")
+        raise DataError(str(source), came, "a DICOM file", "decompress it yourself, if you trust it")
 
 
 def check_codestream(dataset: Any, source: object) -> None:

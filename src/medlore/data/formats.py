@@ -218,7 +218,7 @@ def read_volume_as(format_: VolumeFormat, path: Path, options: ReadOptions) -> V
         DataError: it cannot be read as one grey volume; the message says why.
     """
     if format_.read is None:
-        raise DataError(str(path), f"a {format_.name} file, which holds no place in space", accepted_volumes(), "name an image")
+        raise DataError(str(path), f"a {format_.name} file, which holds no position in space", accepted_volumes(), "name an image")
     with refusing(path, format_.name):
         return format_.read(path, options)
 
@@ -340,7 +340,7 @@ def refusing(path: Path, name: str) -> Iterator[None]:
     except (MedloreError, MemoryError):
         raise
     except Exception as error:  # of nibabel, NumPy, pydicom, zipfile, ...: they share no parent
-        raise DataError(str(path), f"cannot be read as {name} ({reason_of(error)})", "a sound file", "copy or export it again") from error
+        raise DataError(str(path), f"cannot be read as {name} ({reason_of(error)})", "a valid file", "copy or export it again") from error
 
 
 def _first_bytes(path: Path) -> bytes:

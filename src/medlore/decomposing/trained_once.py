@@ -91,7 +91,7 @@ class TrainedOnce:
 
     def _take_over(self, name: str, network: nn.Module) -> None:
         path = self._weights(name)
-        fix = f"delete {path.parent} and run again: the network is then trained anew"
+        fix = f"delete {path.parent} and run again: the network is then trained again"
         saved = read_saved(path, "the weights of a finished network", fix)
         try:
             network.load_state_dict(saved)

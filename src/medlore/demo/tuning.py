@@ -42,7 +42,7 @@ def tune_contenders(
 
 
 def draw_scores(cells: Sequence[Cell], table: Sequence[Standing], path: Path, *, measure: str) -> Path:
-    """One dot a draw, the mean and its interval beside them."""
+    """One dot per draw, the mean and its interval beside them."""
     require("matplotlib", "digits.png")
     from matplotlib.figure import Figure
 

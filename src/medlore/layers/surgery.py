@@ -31,7 +31,7 @@ def thaw_biases(model: nn.Module) -> None:
     """
     biases = [p for name, p in model.named_parameters() if name.rsplit(".", 1)[-1] == "bias"]
     if not biases:
-        raise TargetError("bitfit", "a model without biases", "a model with biases", "take another method")
+        raise TargetError("bitfit", "a model without biases", "a model with biases", "use another method")
     for parameter in biases:
         parameter.requires_grad_(True)
 

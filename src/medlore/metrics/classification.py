@@ -100,21 +100,21 @@ def _checked(
     """Which labels are present and which are known, (b, c) booleans, and scores (b, c)."""
     labels, guesses = np.asarray(targets), np.asarray(scores, dtype=np.float64)
     if task not in ("single", "multi"):
-        raise InputError("task", repr(task), "'single' or 'multi'", "take one of them")
+        raise InputError("task", repr(task), "'single' or 'multi'", "use one of them")
     wanted = "(b,)" if task == "single" else f"(b, {len(classes)})"
     if guesses.ndim != 2 or guesses.shape[1] != len(classes) or len(labels) != len(guesses) or not len(guesses):
         raise InputError(
             "scores", f"shape {guesses.shape} with {len(labels)} targets", f"(b, {len(classes)}), b from 1", "give one row an item"
         )
     if labels.shape != ((len(guesses),) if task == "single" else guesses.shape):
-        raise InputError("targets", f"shape {labels.shape} for task {task!r}", wanted, "mend the labels or the task")
+        raise InputError("targets", f"shape {labels.shape} for task {task!r}", wanted, "correct the labels or the task")
     bad = np.flatnonzero(~np.isfinite(guesses).all(axis=1))
     if len(bad):
         raise DataError("scores", f"{len(bad)} rows are not finite (first: {bad[0]})", "finite numbers", "look at the model's output")
     top = len(classes) - 1 if task == "single" else 1
     known = ~np.isnan(labels) if task == "multi" else np.ones(labels.shape, dtype=bool)
     if not (~known | ((labels >= 0) & (labels <= top) & (labels == np.round(labels)))).all():
-        raise DataError("targets", "labels out of range", f"whole numbers from 0 to {top}", "mend the labels or the class list")
+        raise DataError("targets", "labels out of range", f"whole numbers from 0 to {top}", "correct the labels or the class list")
     if task == "single":
         return labels.astype(np.int64)[:, None] == np.arange(len(classes)), np.ones(guesses.shape, dtype=bool), guesses
     return labels == 1, known, guesses
@@ -145,7 +145,7 @@ def _measure(
     task: Task,
     threshold: float,
 ) -> dict[str, NDArray[np.float64]]:
-    """Every metric for every column of `weights`; names with an underscore hold one row a class."""
+    """Every metric for every column of `weights`; names with an underscore hold one row per class."""
     ranked = [rank_known(hits[:, c], known[:, c], scores[:, c], weights) for c in range(hits.shape[1])]
     auc, precision = np.stack([r.auc for r in ranked]), np.stack([r.precision for r in ranked])
     values = {"macro_auc": _mean_of_defined(auc), "mean_average_precision": _mean_of_defined(precision)}

@@ -32,7 +32,7 @@ class DrawMean:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the interval leaves zero out: what a difference must do to be called one."""
+        """Whether the interval excludes zero, which a difference must do to count as one."""
         return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
 
 

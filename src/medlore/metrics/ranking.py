@@ -17,7 +17,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Ranking:
-    """AUC and average precision, one value a resample; NaN where a resample has no positive (or, for AUC, no negative).
+    """AUC and average precision, one value per resample; NaN where a resample has no positive (or, for AUC, no negative).
 
     Args:
         auc: (r,) area under the ROC curve, ties counted half.

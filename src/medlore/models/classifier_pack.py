@@ -192,7 +192,7 @@ def read_classifier_manifest(folder: Path) -> dict[str, Any]:
     faults += [] if way in get_args(BatchNormWay) else [f"batchnorm: {way!r}"]
     if faults:
         place = str(folder / packs.MANIFEST)
-        raise CheckpointError(place, f"{len(faults)} fault(s)", "what `medlore decompose` writes", "fetch the pack anew", faults=faults)
+        raise CheckpointError(place, f"{len(faults)} fault(s)", "what `medlore decompose` writes", "fetch the pack again", faults=faults)
     _check_files(folder, manifest["files"])
     if packs.format_of(manifest) == 1 and any(name.endswith(".lora_scaling") for name in read_state(folder / packs.BASE)):
         raise packs.older(folder, "its scalings are kept by position")
@@ -244,7 +244,7 @@ def _refuse_sizes(experts: Mapping[str, ExpertEntry], state: Mapping[str, Tensor
     faults += [f"{name}: not finite" for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
     if faults:
         came = f"{len(faults)} entries that {values} values cannot have, or values that are not finite"
-        raise CheckpointError(where, came, "what `medlore decompose` writes", "fetch the pack anew", faults=faults)
+        raise CheckpointError(where, came, "what `medlore decompose` writes", "fetch the pack again", faults=faults)
 
 
 def _rebuild(manifest: Mapping[str, Any], experts: Mapping[str, ExpertEntry]) -> MultiTaskNetwork:
@@ -279,7 +279,7 @@ def _check_files(folder: Path, files: Mapping[str, str]) -> None:
             str(folder),
             f"{len(faults)} of {len(files)} files do not fit the manifest",
             "the files as written",
-            "fetch the pack anew",
+            "fetch the pack again",
             faults=faults,
         )
 
@@ -298,7 +298,7 @@ def _load_strictly(network: nn.Module, state: Mapping[str, Tensor], where: str) 
             where,
             f"{len(faults)} keys that do not fit",
             "the keys and shapes of the described student",
-            "fetch the pack anew, or make it again with the study: its manifest describes another network than its files hold",
+            "fetch the pack again, or make it again with the study: its manifest describes another network than its files hold",
             faults=faults,
         )
     network.load_state_dict(dict(state))

@@ -50,11 +50,11 @@ def _tuning(results: Mapping[str, Any], settings: Mapping[str, Any], folder: Pat
     if results.get("majority") is not None:
         rows.append(["majority class", 0, Interval(results["majority"]), None])
     measure = str(results["measure"]).replace("_", " ")
-    title = f"{measure}, {settings.get('shots')} labelled images a digit, {settings.get('draws')} draws"
+    title = f"{measure}, {settings.get('shots')} labelled images per digit, {settings.get('draws')} draws"
     note = "Means over draws with 95 % intervals. Where the interval of a difference includes zero, the two methods are not separated."
     pieces: list[Piece] = [Table(("method", "trained parameters", measure, "sr-lora minus it"), rows, title, note)]
     if (folder / "digits.png").is_file():
-        pieces.append(Picture.from_file(folder / "digits.png", "One dot a draw; diamond and line: mean and its interval"))
+        pieces.append(Picture.from_file(folder / "digits.png", "One dot per draw; diamond and line: mean and its interval"))
     return Section("Few-shot tuning", pieces)
 
 

@@ -60,7 +60,7 @@ def case_sections(folder: Path) -> list[Section]:
     )
     notes += [str(note) for note in record.get("notes", ())]
     if record.get("overlap_rule"):
-        notes.append(f"In the label map: {record['overlap_rule']}. The viewer shows every mask whole, the smallest on top.")
+        notes.append(f"In the label map: {record['overlap_rule']}. The viewer shows every mask completely, with the smallest on top.")
     slices_and_notes: list[Piece] = [slices, *([Notes(notes)] if notes else [])]
     sections = [Section("Slices", slices_and_notes)]
     if sources:

@@ -86,7 +86,7 @@ class Picture:
         path = existing_file(path)
         content = path.read_bytes()
         if _kind_of(content) is None:
-            raise DataError(str(path), "neither PNG nor JPEG", "a picture of one of these kinds", "make it anew")
+            raise DataError(str(path), "neither PNG nor JPEG", "a picture of one of these kinds", "make it again")
         return cls(content, text, dark)
 
     @property

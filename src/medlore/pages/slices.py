@@ -1,4 +1,4 @@
-"""A volume and its masks, made small enough for a page: one byte a voxel, turned to RAS, thinned above a limit.
+"""A volume and its masks, made small enough for a page: one byte per voxel, turned to RAS, thinned above a limit.
 
 The masks of a page are one map of codes. A code stands for a set of labels, so that overlapping labels keep all their
 voxels and one more label costs no more room.
@@ -228,7 +228,7 @@ def _notes(steps: Shape, affine: Array) -> tuple[str, ...]:
     directions = np.abs(np.asarray(affine, float)[:3, :3] / spacing_of(affine))
     if directions.max(axis=0).min() < 0.996 or shear_degrees(affine) > 5:
         notes.append(
-            f"The planes are those of the voxel grid ({orientation_of(affine)}), which lies obliquely; the letters name the nearest side."
+            f"The planes are those of the voxel grid ({orientation_of(affine)}), which is oblique; the letters name the nearest side."
         )
     return tuple(notes)
 

@@ -1,4 +1,4 @@
-"""The page of a study: a table a set, the paired differences, the means over sets, the ranks, what failed."""
+"""The page of a study: one table per set, the paired differences, the means over sets, the ranks, what failed."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from medlore.pages.report import report_page
 
 _SHOWN = ("tables", "means", "mean_ranks", "failed", "notes", "controls", "cells", "study", "reference", "trials")
 _NOTE = (
-    "Means over draws with 95 % intervals; differences are paired by draw. Where the interval of a difference holds 0, these draws "
-    "cannot separate the two. Wins: draws on which the reference is better, equal, worse. Seconds: median of one training."
+    "Means over draws with 95 % intervals; differences are paired by draw. Where the interval of a difference includes zero, these draws "
+    "do not separate the two. Wins: draws on which the reference is better, equal, worse. Seconds: median of one training."
 )
 
 
@@ -24,7 +24,7 @@ def study_page(report: Mapping[str, Any], folder: Path) -> Page:
     tables = [piece for table in results.get("tables", ()) for piece in _tables(table, str(results.get("reference")))]
     sections = [Section("Notes", _notes(results)), Section("Results", [*([Notes([_NOTE])] if tables else []), *tables])]
     if (folder / "differences.png").is_file():
-        words = "Paired differences: one dot a draw; diamond and line: mean and 95 % interval"
+        words = "Paired differences: one dot per draw; diamond and line: mean and 95 % interval"
         sections.append(Section("Draw by draw", (Picture.from_file(folder / "differences.png", words),)))
     if (ranks := results.get("mean_ranks")) and (folder / "mean_ranks.png").is_file():
         sections.append(Section("Mean ranks", _ranks(ranks, folder / "mean_ranks.png")))
@@ -68,7 +68,7 @@ def _wins(counts: list[int] | None) -> str | None:
 
 
 def _ranks(found: Mapping[str, Any], picture: Path) -> list[Piece]:
-    left_out = f" Draws that lack a method, left out: {found['draws_left_out']}." if found["draws_left_out"] else ""
+    left_out = f" Draws left out because a method is missing: {found['draws_left_out']}." if found["draws_left_out"] else ""
     chance = "" if found["probability"] is None else f" Friedman's test: p = {found['probability']:.2g}."
     words = (
         f"Each of {found['draws']} draws ranks all methods.{left_out} Two methods whose lines overlap (mean ranks closer than "
@@ -86,12 +86,10 @@ def _means(means: list[Mapping[str, Any]]) -> Piece:
 
 
 def _notes(results: Mapping[str, Any]) -> list[Piece]:
-    lines = [f"{name}: added to stand beside {other} with equal parameters" for name, other in results.get("controls", {}).items()]
+    lines = [f"{name}: added as a control for {other}, with as many parameters" for name, other in results.get("controls", {}).items()]
     trials = results.get("trials", 1)
     if trials > 1:
-        lines.append(
-            f"Every method had {trials} learning rates tried on validation images; the test images were looked at once, after that."
-        )
+        lines.append(f"Every method had {trials} learning rates tried on validation images; the test images were used once, afterwards.")
     failed = [
         f"{f['data']}, {f['shots']} shots, draw {f['draw']}, seed {f['seed']}, {f['method']}: {f['reason']}"
         for f in results.get("failed", ())

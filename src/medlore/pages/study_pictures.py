@@ -13,7 +13,7 @@ _MOST_PANELS = 24
 
 
 def draw_differences(results: Mapping[str, Any], records: Sequence[Mapping[str, Any]], path: Path) -> Path:
-    """One panel a set and number of shots, one row a method, one dot a draw; diamond and line: mean and 95 % interval.
+    """One panel per set and number of shots, one row per method, one dot per draw; diamond and line: mean and 95 % interval.
 
     Args:
         results: of the report: `tables` and `reference`.
@@ -62,7 +62,7 @@ def _draw_panel(panel: Any, table: Mapping[str, Any], records: Sequence[Mapping[
 
 
 def draw_mean_ranks(results: Mapping[str, Any], path: Path) -> Path:
-    """A critical-difference plot: a dot a method, best on top; two methods whose lines overlap do not differ significantly.
+    """A critical-difference plot: one dot per method, best on top; two methods whose lines overlap do not differ significantly.
 
     Args:
         results: of the report: `mean_ranks` and `reference`.

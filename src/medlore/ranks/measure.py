@@ -39,7 +39,7 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.granularity not in ("projection", "fused"):
-            raise InputError("--granularity", f"{self.granularity!r}", "projection or fused", "take projection, as in the paper")
+            raise InputError("--granularity", f"{self.granularity!r}", "projection or fused", "use projection, as in the paper")
         if self.min_rank < 1 or (self.max_rank is not None and self.max_rank < self.min_rank):
             raise InputError(
                 "--min-rank and --max-rank", f"{self.min_rank} and {self.max_rank}", "1 <= minimum <= maximum", "correct the bounds"

@@ -86,7 +86,7 @@ def expert_ranks(rule: str, demand: ExpertDemand) -> Ranks:
     """
     found = RULES.get(rule)
     if found is None or found.experts is None:
-        raise InputError("rule of ranks", f"{rule!r}", _accepted("experts"), "take uniform")
+        raise InputError("rule of ranks", f"{rule!r}", _accepted("experts"), "use uniform")
     return found.experts(demand)
 
 
@@ -106,7 +106,7 @@ def layer_rule(text: str, *, given: bool, budget: bool) -> tuple[str, Rule, int 
     rule, accepted = RULES.get(name), _accepted("layers")
     wrong_number = rule is not None and (not (number.isdigit() and int(number) >= 1) if rule.numbered else bool(colon))
     if rule is None or rule.layers is None or wrong_number:
-        raise InputError("--rule", f"{text!r}", accepted, "take stable-rank, or for example uniform:8")
+        raise InputError("--rule", f"{text!r}", accepted, "use stable-rank, or for example uniform:8")
     if (name == "given") != given:
         raise InputError("--rule", f"{text!r} {'with' if given else 'without'} --ranks", accepted, "give --ranks with --rule given")
     if budget and not rule.measures:

@@ -65,7 +65,7 @@ def alpha_rule(text: str | float) -> AlphaRule:
     except ValueError:
         rule = AlphaRule("constant", math.nan)
     if not (math.isfinite(rule.factor) and rule.factor > 0):
-        raise InputError("alpha", f"{text!r}", "rank, rank*C, rslora, rslora*C, or a number C, with C > 0", "take rank for a scaling of 1")
+        raise InputError("alpha", f"{text!r}", "rank, rank*C, rslora, rslora*C, or a number C, with C > 0", "use rank for a scaling of 1")
     return rule
 
 
@@ -198,7 +198,7 @@ def _read_list(path: str | Path) -> Any:
         try:
             content = ast.literal_eval(bare.strip())
         except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
-            raise DataError(label, "neither JSON nor a list", "[[9, 10], [25, 35], ...] or a plan", "mend the file") from error
+            raise DataError(label, "neither JSON nor a list", "[[9, 10], [25, 35], ...] or a plan", "correct the file") from error
     if isinstance(content, dict) and isinstance(content.get("ranks"), list | dict):
         return content["ranks"]
     return content

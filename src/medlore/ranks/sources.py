@@ -282,11 +282,11 @@ def _open_shards(label: str, index: Path) -> WeightSource:
     listed = read_json(index)
     mapping = listed.get("weight_map") if isinstance(listed, dict) else None
     if not isinstance(mapping, dict) or not mapping:
-        raise CheckpointError(str(index), "no weight_map in it", "the index of a sharded checkpoint", "download the index anew")
+        raise CheckpointError(str(index), "no weight_map in it", "the index of a sharded checkpoint", "download the index again")
     names = sorted({str(name) for name in mapping.values()})
     outside = [name for name in names if Path(name).name != name]
     if outside:
-        raise CheckpointError(str(index), "shards in other folders", "files beside the index", "download it anew", faults=outside)
+        raise CheckpointError(str(index), "shards in other folders", "files beside the index", "download it again", faults=outside)
     files = [index.parent / name for name in names]
     missing = [f.name for f in files if not f.is_file()]
     if missing:

@@ -13,7 +13,7 @@ _REASONS_SHOWN = 6
 
 
 def short_table(layers: Sequence[PlannedLayer]) -> str:
-    """Ranks of each block, one line a block and one column a part; layers outside blocks have a line each.
+    """Ranks of each block, one line per block and one column a part; layers outside blocks have a line each.
 
     Examples:
         >>> import torch, medlore

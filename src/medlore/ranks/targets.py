@@ -141,7 +141,7 @@ def _refuse_without_mlp(found: list[Target], coverage: Iterable[Seen]) -> None:
             "--targets attention+mlp",
             "no MLP was found in any block",
             "blocks with an MLP of linear layers, or with experts",
-            "take --targets attention, all-linear, or a regular expression that matches the modules",
+            "use --targets attention, all-linear, or a regular expression that matches the modules",
             faults=[f"{seen.path}: {seen.why}" for seen in coverage if seen.why],
         )
 
@@ -181,7 +181,9 @@ def _by_regex(shapes: Shapes, kinds: Mapping[str, Kind] | None, known: Mapping[s
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise InputError("--targets", f"{pattern!r} is no regular expression ({error})", _accepted_sets(), "mend the expression") from error
+        raise InputError(
+            "--targets", f"{pattern!r} is not a valid regular expression ({error})", _accepted_sets(), "correct the expression"
+        ) from error
     found = []
     for key, shape in shapes.items():
         name = key.removesuffix(".weight").removesuffix(".in_proj_weight")
@@ -224,7 +226,7 @@ def _accepted_sets() -> str:
 
 def _nothing_found(wanted: str, shapes: Shapes, matrices: Shapes, coverage: Iterable[Seen]) -> InputError:
     if wanted not in TARGET_SETS and re.fullmatch(r"[\w+-]+", wanted):
-        return UnknownNameError("--targets", wanted, TARGET_SETS, "take one of them, or a regular expression that matches module names")
+        return UnknownNameError("--targets", wanted, TARGET_SETS, "use one of them, or a regular expression that matches module names")
     names = sorted({k for k, s in shapes.items() if len(s) >= 2}, key=natural_key)
     shown = ", ".join(names[:5]) or "none"
     return TargetError(

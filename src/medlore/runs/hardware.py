@@ -104,7 +104,7 @@ def choose_device(choice: DeviceChoice = "auto") -> Device:
     if choice == "auto":
         return there[0]
     if choice not in there:
-        raise InputError("--device", f"{choice!r}, which is not on this machine", ", ".join(there), "take --device auto")
+        raise InputError("--device", f"{choice!r}, which is not on this machine", ", ".join(there), "use --device auto")
     return choice
 
 

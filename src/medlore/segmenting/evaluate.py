@@ -1,7 +1,7 @@
 """`medlore evaluate --pred DIR --truth cases.jsonl`: Dice and surface Dice of segmented cases against reference masks.
 
 Reference masks are named by the key `mask` of a case, in any layout that `medlore.data.volumes.masks` reads: a label map, a folder
-with one file a label, {label: file}, or a stack. Predictions are the folders that `medlore segment` wrote for the same list.
+with one file per label, {label: file}, or a stack. Predictions are the folders that `medlore segment` wrote for the same list.
 Each case is measured on its own grid with the spacing of its header.
 
 Means are taken as LoRKD and SAT take them: over cases for each data set and label, over labels for a data set, over

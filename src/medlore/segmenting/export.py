@@ -58,7 +58,7 @@ def export(
         warnings.simplefilter("ignore", UnboundPairWarning)  # exporting is what binds a pair
         bundle = load_segmenter(source, text=text, tokenizer=tokenizer, prompt_embeddings=prompt_embeddings, lora_alpha=lora_alpha)
     if expert is not None and expert not in bundle.weights.experts:
-        fix = "take one of them" if bundle.weights.experts else "leave it out: this model has no experts"
+        fix = "use one of them" if bundle.weights.experts else "leave it out: this model has no experts"
         raise UnknownNameError(f"{source}: --expert", expert, bundle.weights.experts, fix)
     prompts = embed_vocabulary(bundle.text) if bundle.text is not None else bundle.prompts
     weights, region = bundle.weights, bundle.region
@@ -98,7 +98,7 @@ def _export_table(source: Path, out: Path, tokenizer: str | Path | None) -> dict
 
 
 def _refuse_to_replace(out: Path) -> None:
-    """A pack may be written anew; any other folder with content is somebody's."""
+    """A pack may be written again; any other folder with content is somebody's."""
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not packs.is_pack(out)):
         raise InputError("--out", f"{out} is there and is no pack", "a new folder, or a pack to replace", "name another folder")
 

@@ -229,6 +229,6 @@ def _check_prompts(facts: ModelFacts, labels: Sequence[str], modality: str) -> N
         known = sorted(key.split("/", 1)[1] for key in facts.prompts if key.startswith(f"{modality}/"))
         error = UnknownNameError("labels", missing[0], known)
         accepted = error.accepted if known else f"no prompt of {modality} is stored in {facts.name}"
-        fix = "take one of them, or give a text encoder (--text)"
+        fix = "use one of them, or give a text encoder (--text)"
         faults = [f"{label!r} has no stored embedding" for label in missing]
         raise InputError("labels", f"{len(missing)} without a prompt in {facts.name}", accepted, fix, faults=faults)

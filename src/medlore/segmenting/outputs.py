@@ -3,7 +3,7 @@
 ::
 
     OUT/NAME/
-    ├── LABEL.nii.gz            one mask a label, uint8; overlapping labels keep all their voxels
+    ├── LABEL.nii.gz            one mask per label, uint8; overlapping labels keep all their voxels
     ├── prediction.nii.gz       label map in the smallest integer type, with its label table inside
     ├── image.nii.gz            the image, on the same grid
     ├── labels.json             value -> label

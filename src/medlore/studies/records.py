@@ -1,4 +1,4 @@
-"""`cells.jsonl`: one line a cell that has run; the last line of a cell counts."""
+"""`cells.jsonl`: one line per cell that has run; the last line of a cell counts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def read_records(out: Path) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for number, record in read_lines(path):
         if not isinstance(record.get("fingerprint"), str):
-            raise DataError(f"{path}, line {number}", "no record of a cell", "one JSON object a line", "take the line out")
+            raise DataError(f"{path}, line {number}", "no record of a cell", "one JSON object per line", "remove the line")
         found[record["fingerprint"]] = record
     return found
 

@@ -75,7 +75,7 @@ class Means:
         return loss, dict(zip(self.sums, terms, strict=True))
 
     def clear(self) -> None:
-        """Begin anew."""
+        """Begin again."""
         self.sums, self.loss, self.weight = {}, 0.0, 0
 
     def state(self) -> dict[str, Any]:

@@ -173,7 +173,7 @@ def not_finite(task: Task, step: int, loss: float, terms: Mapping[str, float], n
     parts = ", ".join(f"{name} {value:g}" for name, value in terms.items())
     came = f"the loss is {loss:g}" + (f" ({parts})" if len(terms) > 1 else "") + f", the norm of its gradient {norm:g}"
     faults = names if len(names) > _FEW else ()
-    return StepError(place, came, "finite numbers", ("look at these cases, or " if names else "") + fix, faults=faults)
+    return StepError(place, came, "finite numbers", ("check these cases, or " if names else "") + fix, faults=faults)
 
 
 def all_finite(state: Mapping[str, Tensor]) -> bool:

@@ -133,7 +133,7 @@ def standings(cells: Sequence[Cell], *, reference: str = "sr-lora") -> list[Stan
         InputError: cells of several numbers of shots.
     """
     if len({cell.shots for cell in cells}) > 1:
-        raise InputError("cells", "several numbers of shots", "cells of one table", "take them apart by shots")
+        raise InputError("cells", "several numbers of shots", "cells of one table", "separate them by shots")
     first: dict[str, Cell] = {}
     scores: dict[str, dict[int, float]] = {}
     for cell in cells:

@@ -265,7 +265,7 @@ def _train(
     checkpoint = folder / "checkpoint.pt" if folder is not None and settings.run.checkpoints else None
     everyone = Watchers(watchers)
     if resume and checkpoint is not None and not checkpoint.is_file():
-        everyone.note(f"no checkpoint in {folder}: starting anew")
+        everyone.note(f"no checkpoint in {folder}: starting from the beginning")
     trainer = Trainer(
         tuning=tuning,
         task=prepared.splits.train.task,

@@ -43,11 +43,11 @@ def refuse_idle(settings: FinetuneSettings) -> None:
     found = {flag_of(FinetuneSettings, name): reason for name, reason in idle_settings(settings).items()}
     if len(found) == 1:
         ((name, reason),) = found.items()
-        raise InputError(name, f"can have no effect: {reason}", "settings that act", "leave it out")
+        raise InputError(name, f"can have no effect: {reason}", "settings that have an effect", "leave it out")
     if found:
         faults = [f"{name}: {reason}" for name, reason in found.items()]
         came = f"{len(faults)} of them can have no effect"
-        raise InputError("settings", came, "settings that act on this run", "leave them out", faults=faults)
+        raise InputError("settings", came, "settings that have an effect on this run", "leave them out", faults=faults)
 
 
 def without_idle(settings: FinetuneSettings) -> FinetuneSettings:

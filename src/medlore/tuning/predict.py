@@ -140,5 +140,5 @@ def _readable(images: ImageSet) -> tuple[ImageSet, tuple[str, ...]]:
         faults += fault
         kept += [] if fault else [item]
     if not kept:
-        raise StepError("IMAGES", "not one image can be read", "at least one", "look at the files", faults=faults)
+        raise StepError("IMAGES", "not one image can be read", "at least one", "check the files", faults=faults)
     return replace(images, items=tuple(kept)), tuple(faults)

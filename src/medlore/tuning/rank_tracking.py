@@ -75,7 +75,7 @@ def plot_tracked(weights: dict[str, float], epochs: Sequence[dict[str, Any]], pa
         right.plot([r["epoch"] for r in epochs], points, color=colours.get(kind, "#777777"), alpha=0.6, linewidth=1)
     for kind in kinds:
         right.plot([], [], color=colours.get(kind, "#777777"), label=kind)
-    right.set(xlabel="epoch", ylabel="stable rank", title="updates, one line a layer")
+    right.set(xlabel="epoch", ylabel="stable rank", title="updates, one line per layer")
     right.set_ylim(bottom=0)
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.legend(frameon=False)

@@ -149,7 +149,7 @@ class Trainer:
         task = TuningTask(self, train_on, validation)
         checkpoint = None
         if self.checkpoint is not None:
-            checkpoint = Checkpoint(self.checkpoint, self.fingerprint, restart="start anew without --resume")
+            checkpoint = Checkpoint(self.checkpoint, self.fingerprint, restart="start again without --resume")
         schedule = self.schedule.in_steps(task.steps_per_epoch)
         found = train(task, schedule, checkpoint=checkpoint, resume=resume, watcher=self.watcher)
         stopped: Literal["all epochs", "patience"] = "patience" if found.stopped == "patience" else "all epochs"

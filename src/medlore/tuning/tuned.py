@@ -143,7 +143,7 @@ def _network(folder: Path, card: TunedCard, model: str | Path | None) -> nn.Modu
         raise CheckpointError(
             str(folder),
             f"tuned on {card.source} with hash {card.sha256[:12]}, but {backbone.source} has {str(backbone.sha256)[:12]}",
-            "the very backbone that it was tuned on",
+            "the same backbone that it was tuned on",
             "name that backbone with --model, or tune again on this one",
         )
     if card.form == "weights":
@@ -183,13 +183,15 @@ def _with_adapter(base: nn.Module, folder: Path) -> nn.Module:
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise CheckpointError(
-            str(folder), f"does not fit its backbone ({reason})", "a whole PEFT folder", "copy the folder again"
+            str(folder), f"does not fit its backbone ({reason})", "a complete PEFT folder", "copy the folder again"
         ) from error
     stored = read_tensors(folder / "adapter_model.safetensors")
     unmerged = peft.get_peft_model_state_dict(tuned, save_embedding_layers=False)
     lost = sorted(set(stored) ^ set(unmerged))
     if lost:
-        raise CheckpointError(str(folder), f"{len(lost)} tensors of it have no place", "a whole PEFT folder", "copy it again", faults=lost)
+        raise CheckpointError(
+            str(folder), f"{len(lost)} tensors of it have no place", "a complete PEFT folder", "copy it again", faults=lost
+        )
     return tuned.merge_and_unload()  # type: ignore[no-any-return]
 
 

@@ -45,7 +45,7 @@ def _print_plan(found: dict[str, Any], *, as_json: bool) -> None:
         console.print(f"teacher: {teacher:,} parameters")
     share = "" if teacher is None else f" ({100 * found['base_parameters'] / teacher:.1f} % of the teacher)"
     console.print(f"shared base: {found['base_parameters']:,} parameters{share}, experts in {found['adapted_layers']} layers")
-    console.print(f"would train: {', '.join(found['variants'])}; {found['steps']} steps a student, on {found['device']}")
+    console.print(f"would train: {', '.join(found['variants'])}; {found['steps']} steps per student, on {found['device']}")
 
 
 def print_table(rows: list[dict[str, Any]], console: Console) -> None:

@@ -81,7 +81,7 @@ def print_tables(rows: list[dict[str, Any]], console: Console) -> None:
 
 
 def _table(rows: list[dict[str, Any]], note: str) -> Table:
-    """A row a label, a column a network."""
+    """One row per label, one column per network."""
     networks = list(dict.fromkeys(row["network"] for row in rows))
     title = f"Dice on training cases: {note}" if note else "Dice on the test cases"
     table = Table(title=f"{title}, on the network's grid")

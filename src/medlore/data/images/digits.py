@@ -26,6 +26,6 @@ def digits(test_images: int, *, seed: int) -> tuple[ImageSet, ImageSet]:
     loaded = load_digits()
     images = np.round(loaded.images * (255 / 16)).astype(np.uint8)  # b 8 8, brightness 0 to 16
     if not 0 < test_images < len(images):
-        raise DataError("digits", f"{test_images} test images", f"less than {len(images)}", "take fewer")
+        raise DataError("digits", f"{test_images} test images", f"less than {len(images)}", "use fewer")
     everything = from_arrays(images, loaded.target, classes=[str(k) for k in range(10)], name="digits", source="scikit-learn digits")
     return hold_out(everything, test_images / len(images), seed=seed)

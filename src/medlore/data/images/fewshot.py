@@ -125,7 +125,7 @@ class _Drawer:
                 f"{self.shots} shots from {self.pool.source}",
                 f"{len(short)} classes have fewer {unit}",
                 f"at least {self.shots} {unit} in every class",
-                "take fewer shots, merge or drop these classes, or allow fewer",
+                "use fewer shots, merge or drop these classes, or allow fewer",
                 faults=short,
             )
         return [f"fewer {unit} than asked for: {'; '.join(short)}"] if short else []
@@ -266,6 +266,6 @@ def _without_overlap(train: ImageSet, validation: ImageSet, *, shared_groups: Li
     kept = apart if shared_groups == "remove" else left
     if not kept:
         raise DataError(
-            validation.source, "nothing is left that is not trained on", "validation images of other patients", "take another draw"
+            validation.source, "nothing is left that is not trained on", "validation images of other patients", "use another draw"
         )
     return Draw(train, validation.subset(kept), tuple(notes))

@@ -160,7 +160,7 @@ def from_arrays(
         faults.append(f"{count} images, {len(names)} keys, {len(belongs)} groups")
     if faults:
         raise DataError(
-            source, f"{len(faults)} faults in the arrays", "(h, w) or (h, w, c) images, c 1, 3 or 4", "mend them", faults=faults
+            source, f"{len(faults)} faults in the arrays", "(h, w) or (h, w, c) images, c 1, 3 or 4", "correct them", faults=faults
         )
     task: Task = "multi" if _is_multi(labels, classes) else "single"
     items = tuple(ImageItem(k, a, r, g) for k, a, r, g in zip(names, arrays, rows, belongs, strict=True))
@@ -197,7 +197,7 @@ def _label_rows(labels: Any, *, count: int, classes: Sequence[str], source: str,
     if len(wrong):
         faults = [f"image {i}: label {array[i].tolist()}" for i in wrong.tolist()]
         raise DataError(
-            source, f"{len(wrong)} images with labels out of range", accepted, "mend the labels or the class list", faults=faults
+            source, f"{len(wrong)} images with labels out of range", accepted, "correct the labels or the class list", faults=faults
         )
     if gaps.any() and missing == "fault":
         faults = [f"image {i}: no label for {', '.join(str(classes[c]) for c in np.flatnonzero(gaps[i]))}" for i in _rows_of(gaps)]

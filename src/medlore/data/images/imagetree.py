@@ -44,7 +44,7 @@ def read_folder(tree: Tree, *, split: str | None = None, classes: Sequence[str] 
             str(tree.root),
             f"{len(faults)} faults" if faults else "no images",
             "one folder per class with images (png, jpg, bmp, tif, gif, webp, dcm), or images alone",
-            "mend or remove what is listed" if faults else "name the folder that holds the class folders",
+            "correct or remove what is listed" if faults else "name the folder that holds the class folders",
             faults=faults,
         )
     if split is not None:

@@ -75,7 +75,7 @@ def _load(path: Path) -> dict[str, NDArray[Any]]:
     except (ValueError, OSError, zipfile.BadZipFile, EOFError, KeyError, AttributeError, MemoryError) as error:
         message = str(error).split("\n")[0]
         reason = "it holds pickled objects, which are never loaded" if "pickle" in message else message  # NumPy advises to load them
-        raise DataError(str(path), f"not an npz file of plain arrays ({reason})", "arrays of numbers or text", "save it anew") from error
+        raise DataError(str(path), f"not an npz file of plain arrays ({reason})", "arrays of numbers or text", "save it again") from error
 
 
 def _part_of(split: str, parts: list[str], path: Path) -> str:
@@ -149,7 +149,7 @@ def _check_finite(images: NDArray[Any], where: str) -> None:
             where,
             f"{len(wrong)} of {len(images)} images hold NaN or infinity",
             "finite numbers",
-            "mend these images or leave them out",
+            "correct these images or leave them out",
             faults=[f"image {i}: {int((~np.isfinite(images[i])).sum())} values" for i in wrong],
         )
 

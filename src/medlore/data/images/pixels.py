@@ -105,7 +105,7 @@ def load_many(items: Sequence[ImageItem], *, after: Callable[[Pixels], Pixels] |
     if len(faults) == 1:
         raise next(error for error in results if isinstance(error, DataError))
     if faults:
-        raise DataError("images", f"{len(faults)} of {len(items)} cannot be read", ACCEPTED, "mend or remove them", faults=faults)
+        raise DataError("images", f"{len(faults)} of {len(items)} cannot be read", ACCEPTED, "correct or remove them", faults=faults)
     return [pixels for pixels in results if not isinstance(pixels, DataError)]
 
 
@@ -183,7 +183,7 @@ def _pillow_pixels(content: bytes) -> Pixels:
             raise DataError("", f"{image.width} x {image.height} pixels", f"at most {MOST_PIXELS:,}", "cut or shrink the image")
         frames = getattr(image, "n_frames", 1)
         if frames > 1:
-            raise DataError("", f"{frames} frames in one file", "one frame a file", "save the frame that is meant")
+            raise DataError("", f"{frames} frames in one file", "one frame per file", "save the frame that is meant")
         image.load()
         return _eight_bit(ImageOps.exif_transpose(image))
 

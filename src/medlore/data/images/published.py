@@ -73,7 +73,7 @@ def read_published(
             f"{tree.root}/{name}",
             f"{len(faults)} faults" if faults else "no lines",
             f"lines like `{form.line}`, and every file in the image folder",
-            "mend the list, or name the image folder (images=...)",
+            "correct the list, or name the image folder (images=...)",
             faults=sorted(faults, key=lambda fault: int(fault.split(":")[0].removeprefix("line "))),
         )
     label = f"{kind} {Path(name).stem}" if kind != "vtab" else f"vtab {_vtab_task(tree)} {Path(name).stem}"

@@ -85,7 +85,7 @@ def format_of(path: Path, format: Format = "auto") -> Format:  # noqa: A002
     if path.is_file() and suffix != ".zip" and is_image_name(path.name):
         raise InputError(str(path), "one image", "a folder, list, table, npz or zip", "name its folder, or use `medlore predict`")
     if path.is_file() and not zipfile.is_zipfile(path):
-        what = "not a whole zip archive" if suffix == ".zip" else f"a file of type {suffix!r}" if suffix else "a file without suffix"
+        what = "not a complete zip archive" if suffix == ".zip" else f"a file of type {suffix!r}" if suffix else "a file without suffix"
         raise DataError(str(path), what, "a folder of images, a .zip of one, a .csv, .tsv or .txt list, or a .npz", "name one of these")
     tree = tree_of(path)
     return kind_of(tree) or ("csv" if table_of(tree) else "folder")
@@ -116,9 +116,13 @@ def _grouped(images: ImageSet, pattern: str) -> ImageSet:
     try:
         expression = re.compile(pattern)
     except re.error as error:
-        raise InputError("group_pattern", f"{pattern!r} is no regular expression ({error})", "e.g. '^([^_]+)_'", "mend it") from error
+        raise InputError(
+            "group_pattern", f"{pattern!r} is not a valid regular expression ({error})", "e.g. '^([^_]+)_'", "correct it"
+        ) from error
     if expression.groups < 1:
-        raise InputError("group_pattern", f"{pattern!r} has no bracket", "one bracket around the patient id, e.g. '^([^_]+)_'", "add it")
+        raise InputError(
+            "group_pattern", f"{pattern!r} has no group", "one group in parentheses around the patient ID, e.g. '^([^_]+)_'", "add it"
+        )
 
     def group_of(key: str) -> str | None:
         match = expression.search(key)

@@ -160,7 +160,7 @@ def hold_out(pool: ImageSet, fraction: float, *, seed: int) -> tuple[ImageSet, I
         DataError: fewer than two images or groups, or none that a class can spare.
     """
     if not 0 < fraction < 1:
-        raise InputError("fraction", f"got {fraction}", "more than 0 and less than 1", "take 0.2")
+        raise InputError("fraction", f"got {fraction}", "more than 0 and less than 1", "use 0.2")
     units: dict[str, list[int]] = {}
     for i, item in enumerate(pool.items):
         units.setdefault(f"image {item.key}" if item.group is None else f"group {item.group}", []).append(i)

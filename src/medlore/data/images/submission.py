@@ -55,7 +55,10 @@ def write_submission(folder: str | Path, *, dataset: MedfmcName, shots: int, fil
     width = len(MEDFMC_CLASSES[dataset])
     if values.shape != (len(files), width):
         raise DataError(
-            "scores", f"shape {values.shape}", f"({len(files)}, {width}): a row a file, a column a class of {dataset}", "mend them"
+            "scores",
+            f"shape {values.shape}",
+            f"({len(files)}, {width}): one row per file, one column per class of {dataset}",
+            "correct them",
         )
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -85,14 +88,14 @@ def validate_submission(path: str | Path, *, dataset: MedfmcName | None = None, 
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(str(path), f"not UTF-8 text ({error.reason})", ACCEPTED, "write it anew") from error
+        raise DataError(str(path), f"not UTF-8 text ({error.reason})", ACCEPTED, "write it again") from error
     _raise_on(_faults(text, len(MEDFMC_CLASSES[name]), files), str(path))
     return len(text.splitlines())
 
 
 def _raise_on(faults: list[str], where: str) -> None:
     if faults:
-        raise DataError(where, f"{len(faults)} faults", ACCEPTED, "mend the scores or the list", faults=faults)
+        raise DataError(where, f"{len(faults)} faults", ACCEPTED, "correct the scores or the list", faults=faults)
 
 
 def _faults(text: str, width: int, files: Sequence[str] | None) -> list[str]:

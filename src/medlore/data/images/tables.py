@@ -102,8 +102,8 @@ def read_table(
         raise DataError(
             where,
             f"{len(faults)} faults" if faults else "no rows",
-            f"a row an image; columns read: {columns.in_words()}",
-            ADVICE if read.gaps else "mend the table, or name the image folder (images=...)",
+            f"one row per image; columns read: {columns.in_words()}",
+            ADVICE if read.gaps else "correct the table, or name the image folder (images=...)",
             faults=[f"line {number}: {text}" for number, text in sorted(faults)],
         )
     short = tree.root.stem if name == "labels.csv" else name.rsplit("/", 1)[-1].rsplit(".", 1)[0]
@@ -233,7 +233,7 @@ def _read_rows(text: str, where: str) -> tuple[list[str], list[_Row], list[tuple
     try:
         lines = [(reader.line_num, cells) for cells in reader]
     except csv.Error as error:
-        raise DataError(where, f"not a table from line {reader.line_num} on ({error})", "comma-separated text", "save it anew") from error
+        raise DataError(where, f"not a table from line {reader.line_num} on ({error})", "comma-separated text", "save it again") from error
     for number, cells in lines:
         if not any(cell.strip() for cell in cells):
             continue

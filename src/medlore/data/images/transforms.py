@@ -47,9 +47,9 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         if self.image_size < 1 or len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise InputError("preprocessing", f"{self}", "a size from 1, three means, three positive std", "mend the settings")
+            raise InputError("preprocessing", f"{self}", "a size from 1, three means, three positive std", "correct the settings")
         if self.interpolation not in _FILTERS:
-            raise InputError("interpolation", repr(self.interpolation), ", ".join(_FILTERS), "take one of them")
+            raise InputError("interpolation", repr(self.interpolation), ", ".join(_FILTERS), "use one of them")
 
 
 def resized(pixels: Pixels, size: int, interpolation: Interpolation = "bicubic") -> Pixels:
@@ -132,9 +132,9 @@ class TrainAugmentation:
         light: float = 0.1,
     ) -> None:
         if not 0 < crop[0] <= crop[1] <= 1 or not 0 < aspect[0] <= aspect[1]:
-            raise InputError("augmentation", f"crop {crop}, aspect {aspect}", "0 < crop <= 1 and 0 < aspect, ascending", "mend them")
+            raise InputError("augmentation", f"crop {crop}, aspect {aspect}", "0 < crop <= 1 and 0 < aspect, ascending", "correct them")
         if flip not in ("none", "horizontal", "vertical", "both"):
-            raise InputError("flip", repr(flip), "none, horizontal, vertical, both", "take one of them")
+            raise InputError("flip", repr(flip), "none, horizontal, vertical, both", "use one of them")
         self.preprocessing, self.seed = preprocessing, seed
         self._stages = _stages(preprocessing.image_size, crop, aspect, flip, degrees, light)
 

@@ -210,7 +210,7 @@ def read_member(member: ArchiveMember) -> bytes:
         with _archive(member.archive).open(member.name) as stream:
             content = stream.read(LARGEST_MEMBER + 1)
     except (KeyError, zipfile.BadZipFile, EOFError, RuntimeError, NotImplementedError, OSError) as error:
-        raise DataError(str(member), f"cannot be read ({error})", "a whole, unencrypted member", "make the archive anew") from error
+        raise DataError(str(member), f"cannot be read ({error})", "a complete, unencrypted member", "make the archive again") from error
     if len(content) > LARGEST_MEMBER:
         raise _too_large(str(member), "one member")
     return content
@@ -256,7 +256,9 @@ def _checked_names(path: Path) -> tuple[str, ...]:
         state = path.stat()
         return _names_of(str(path), os.getpid(), state.st_mtime_ns, state.st_size)
     except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
-        raise DataError(str(path), f"not a zip file that can be read ({error})", "a whole zip archive", "copy or make it again") from error
+        raise DataError(
+            str(path), f"not a zip file that can be read ({error})", "a complete zip archive", "copy or make it again"
+        ) from error
 
 
 @functools.lru_cache(maxsize=8)
@@ -265,7 +267,7 @@ def _names_of(path: str, process: int, modified: int, size: int) -> tuple[str, .
     faults = list(_member_faults(members))
     if faults:
         raise DataError(
-            path, f"{len(faults)} members that are not safe", "plain members inside the archive", "make the archive anew", faults=faults
+            path, f"{len(faults)} members that are not safe", "plain members inside the archive", "make the archive again", faults=faults
         )
     if len(members) > MOST_MEMBERS or sum(info.file_size for info in members) > LARGEST_ARCHIVE:
         raise _too_large(path, "the archive")
@@ -291,9 +293,9 @@ def _member_faults(members: Iterable[zipfile.ZipInfo]) -> Iterable[str]:
 def _too_large(where: str, what: str) -> InputError:
     return DataError(
         where,
-        f"{what} unpacks to more than the bound",
+        f"{what} expands to more than the limit",
         f"members of at most {LARGEST_MEMBER >> 20} MiB, {LARGEST_ARCHIVE >> 30} GiB together",
-        "unpack it yourself, if you trust it, and name the folder",
+        "decompress it yourself, if you trust it, and name the folder",
     )
 
 

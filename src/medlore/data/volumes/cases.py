@@ -1,9 +1,9 @@
-"""The list of cases: one JSON object a line, as LoRKD and SAT publish it.
+"""The list of cases: one JSON object per line, as LoRKD and SAT publish it.
 
 ``{"image": "ct.nii.gz", "label": ["liver", "spleen"], "modality": "ct", "dataset": "AMOS22_CT_abdomen"}``
 
 `image`, `label` and `modality` are needed. `dataset`, `orientation_code` (the network's orientation, RAS unless given),
-`mask` (a reference label map, a folder with one file a label, or {label: file}; `mask_values` gives the values of a map,
+`mask` (a reference label map, a folder with one file per label, or {label: file}; `mask_values` gives the values of a map,
 inline or as a JSON file's name), `frame` (which volume of a 4D file) and `series` (which DICOM series) may be there; other
 keys are kept. Paths may be relative to the file.
 """
@@ -101,7 +101,7 @@ def read_cases(path: str | Path) -> list[Case]:
     if not cases and not faults:
         faults = ["no line holds a case"]
     if faults:
-        accepted = 'one JSON object a line with "image", "label" (a list of names) and "modality"'
+        accepted = 'one JSON object per line with "image", "label" (a list of names) and "modality"'
         raise DataError(str(path), f"{len(faults)} fault(s)", accepted, "correct the lines that are listed", faults=faults)
     return cases
 
@@ -209,7 +209,7 @@ def _case_of(value: dict[str, Any], folder: Path, line: int) -> Case:
     known = {"image", "label", "modality", "dataset", "orientation_code", "mask", "frame", "series"}
     mask = value.get("mask")
     other = {k: v for k, v in value.items() if k not in known}
-    if isinstance(mask, dict):  # one file a label: it stays among the other keys
+    if isinstance(mask, dict):  # one file per label: it stays among the other keys
         other["mask"] = {label: str(folder / file) for label, file in mask.items()}
     if isinstance(other.get("mask_values"), str):
         other["mask_values"] = str(folder / other["mask_values"])

@@ -68,7 +68,7 @@ class DicomFile:
         return float(default) if found is None else found[0]
 
     def _fault(self, name: str, what: object) -> DataError:
-        return DataError(str(self.source), f"{name} cannot be used ({what})", "what the DICOM standard says", "mend or export it again")
+        return DataError(str(self.source), f"{name} cannot be used ({what})", "what the DICOM standard says", "correct or export it again")
 
 
 def find_files(path: Path, *, segmentations: bool = False) -> list[DicomFile]:
@@ -195,4 +195,4 @@ def _beginning(path: Path) -> bytes:
 
 
 def _broken(source: Path | ArchiveMember, reason: str) -> DataError:
-    return DataError(str(source), f"a damaged DICOM file ({reason})", "a whole DICOM file", "copy or export it again")
+    return DataError(str(source), f"a damaged DICOM file ({reason})", "a complete DICOM file", "copy or export it again")

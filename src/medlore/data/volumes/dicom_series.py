@@ -70,7 +70,7 @@ def check_one_owner(files: Sequence[DicomFile], path: Path) -> None:
 
 
 def check_kind(files: Sequence[DicomFile], path: Path) -> None:
-    """Refuse what is no stack of grey single-frame images with a place in space.
+    """Refuse what is no stack of grey single-frame images with a position in space.
 
     Raises:
         DataError: multi-frame, colour, or images without position, direction or spacing.
@@ -78,12 +78,12 @@ def check_kind(files: Sequence[DicomFile], path: Path) -> None:
     if any(file.number("NumberOfFrames", 1) > 1 for file in files):
         raise DataError(str(path), "an enhanced multi-frame image", "single-frame images", "convert it with dcm2niix")
     if any(file.number("SamplesPerPixel", 1) != 1 or file.text("PhotometricInterpretation").startswith("PALETTE") for file in files):
-        raise DataError(str(path), "a colour image", "one grey value a pixel", "choose another series")
+        raise DataError(str(path), "a colour image", "one grey value per pixel", "choose another series")
     needed = (("ImagePositionPatient", 3), ("ImageOrientationPatient", 6), ("PixelSpacing", 2), ("Rows", 1), ("Columns", 1))
     without = [file for file in files if any(file.numbers(name, count) is None for name, count in needed)]
     if without:
         came = f"{len(without)} images without position or spacing"
-        raise DataError(str(path), came, "images with a place in space", "choose another series")
+        raise DataError(str(path), came, "images with a position in space", "choose another series")
 
 
 def stack(files: Sequence[DicomFile], path: Path) -> tuple[list[DicomFile], Array, list[str]]:
@@ -152,7 +152,7 @@ def _affine_of(first: DicomFile, directions: Array, spacing: Array, positions: A
     else:
         thickness = first.number("SpacingBetweenSlices", 0) or first.number("SliceThickness", 0)
         if thickness <= 0:
-            raise DataError(str(path), "one slice without a thickness", "a slice thickness", "mend the header")
+            raise DataError(str(path), "one slice without a thickness", "a slice thickness", "correct the header")
         step, notes = np.cross(*direction) * thickness, ["one slice; its thickness was taken for the spacing"]
     affine = np.eye(4)
     affine[:3, 0], affine[:3, 1], affine[:3, 2], affine[:3, 3] = direction[0] * column_mm, direction[1] * row_mm, step, origin

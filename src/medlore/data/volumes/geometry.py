@@ -73,7 +73,7 @@ def check_affine(affine: Array, where: str) -> None:
     """
     affine = np.asarray(affine, float)
     accepted = f"voxel edges of {SMALLEST_SPACING_MM} to {LARGEST_SPACING_MM:g} mm along three different directions"
-    fix = "mend the header (e.g. with nibabel or dcm2niix); sizes cannot be guessed"
+    fix = "correct the header (e.g. with nibabel or dcm2niix); sizes cannot be guessed"
     if affine.shape != (4, 4) or not np.isfinite(affine).all():
         raise DataError(where, "an affine that is not 4x4 and finite", accepted, fix)
     edges = spacing_of(affine)
@@ -210,7 +210,7 @@ def spacing_for(
         >>> spacing_for({"ct": [3, 3, 3], "mri": [1, 1, 1]}, "mri"), spacing_for([1, 1, 3], "ct")
         ((1.0, 1.0, 1.0), (1.0, 1.0, 3.0))
     """
-    accepted, fix = "three lengths in mm, or {ct: [3, 3, 3], mri: [1, 1, 1]}", "mend the preprocessing of the pack or the settings"
+    accepted, fix = "three lengths in mm, or {ct: [3, 3, 3], mri: [1, 1, 1]}", "correct the preprocessing of the pack or the settings"
     entry: Any = spacing
     if isinstance(spacing, Mapping):
         entry = spacing.get(modality, spacing.get("other"))

@@ -67,7 +67,7 @@ def read_table(file: Path) -> dict[int, str]:
 def _table_of(content: Any, where: str) -> dict[int, str]:
     table = content.get("labels", content) if isinstance(content, Mapping) else None
     if not isinstance(table, Mapping):
-        raise DataError(where, "not a table of labels", _ACCEPTED, "mend or remove it")
+        raise DataError(where, "not a table of labels", _ACCEPTED, "correct or remove it")
     found: dict[int, str] = {}
     faults = []
     for key, entry in table.items():
@@ -79,5 +79,5 @@ def _table_of(content: Any, where: str) -> dict[int, str]:
         else:
             found[int(value)] = name
     if faults:
-        raise DataError(where, "not a table of labels", _ACCEPTED, "mend or remove it", faults=faults)
+        raise DataError(where, "not a table of labels", _ACCEPTED, "correct or remove it", faults=faults)
     return {value: name for value, name in found.items() if value > 0}

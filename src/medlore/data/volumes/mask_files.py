@@ -32,7 +32,7 @@ class MaskFile:
     Args:
         path: the file.
         layers: x y z arrays of values on one grid; several where masks overlap.
-        affine: voxel index -> RAS+ mm; None where the file has no place in space.
+        affine: voxel index -> RAS+ mm; None where the file has no position in space.
         names: label -> where it is: layer and value; None where the file names nothing.
         part: the grid may be a part of the image's: empty slices or borders were left out.
         series: UIDs of the DICOM series that the masks were drawn on.
@@ -77,7 +77,7 @@ def npy_masks(path: Path) -> MaskFile:
         raise DataError(str(path), f"not an array ({error})", "a .npy file of numbers", "write it again with numpy.save") from error
     if array.ndim not in (3, 4) or array.dtype.kind not in "biuf" or not array.size:
         came = f"an array of {array.dtype} and shape {array.shape}"
-        raise DataError(str(path), came, "numbers in x y z, or one mask a label in q x y z", "write it again with numpy.save")
+        raise DataError(str(path), came, "numbers in x y z, or one mask per label in q x y z", "write it again with numpy.save")
     return MaskFile(path, tuple(array) if array.ndim == 4 else (array,), None)
 
 
@@ -116,7 +116,7 @@ def _by_name(entries: Mapping[Any, tuple[int, int, str]], path: Path) -> dict[st
     for layer, value, name in entries.values():
         if places.setdefault((layer, value), name) != name:
             came = f"two names for value {value}: {places[layer, value]!r} and {name!r}"
-            raise DataError(str(path), came, "one name a value", "mend the table of labels")
+            raise DataError(str(path), came, "one name per value", "correct the table of labels")
         names[name] = (*names.get(name, ()), (layer, value))
     return names
 
@@ -180,7 +180,7 @@ def _frame_places(frames: list[Any], shared: Any, path: Path) -> tuple[Array, Ar
     def group(name: str, frame: Any) -> Any:
         found = frame.get(name) or shared.get(name)
         if not found:
-            raise DataError(str(path), f"frames without {name}", "frames with a place in space", "export it again")
+            raise DataError(str(path), f"frames without {name}", "frames with a position in space", "export it again")
         return found[0]
 
     directions = np.array([[float(v) for v in group("PlaneOrientationSequence", f).ImageOrientationPatient] for f in frames])

@@ -2,7 +2,7 @@
 
 Layouts that are read: a label map with values (`mask_values` or `label_values` of the case, else the file's own table, else
 `labels.json` beside it, and only then the order of `label`); named segments of Slicer (.seg.nrrd) and DICOM-SEG; a folder with
-one file a label; `mask` as a mapping label -> file; and the stack of SAT-DS, one volume a label in the order of `label`. A
+one file per label; `mask` as a mapping label -> file; and the stack of SAT-DS, one volume a label in the order of `label`. A
 label may be a union of values and labels may overlap: files that overlap become one map whose codes stand for combinations.
 """
 
@@ -76,7 +76,7 @@ def read_masks(case: Case, volume: Volume) -> LabelMap:
     """
     files = case.other.get("mask")
     if case.mask is None and not isinstance(files, Mapping):
-        fix = 'add "mask": "FILE" (a label map), a folder with one file a label, or {"label": "FILE", ...}'
+        fix = 'add "mask": "FILE" (a label map), a folder with one file per label, or {"label": "FILE", ...}'
         raise DataError(_where(case), "a case without a mask", "reference masks", fix)
     if isinstance(files, Mapping):
         found = _separate(case, volume, {label: Path(file) for label, file in files.items()})
@@ -215,7 +215,7 @@ def _values_of(case: Case, found: MaskFile) -> tuple[dict[str, tuple[int, ...]],
     if isinstance(stated, str):
         stated = read_json(stated)
     if stated is not None and not isinstance(stated, Mapping):
-        raise DataError(_where(case), f"mask_values is a {type(stated).__name__}", '{"liver": 1, "kidney": [2, 3]}', "mend the line")
+        raise DataError(_where(case), f"mask_values is a {type(stated).__name__}", '{"liver": 1, "kidney": [2, 3]}', "correct the line")
     if stated is None and found.names is not None:
         stated = {name: [value for _, value in places] for name, places in found.names.items()}
     if stated is None and (beside := table_beside(found.path)) is not None:
@@ -303,7 +303,7 @@ def _stack(case: Case, volume: Volume, found: MaskFile) -> LabelMap:
     return combine(((label, _binary(layer, f"{found.path}, mask of {label}")) for label, layer in pairs), volume.shape)
 
 
-# -- one file a label --------------------------------------------------------------------------------------------------
+# -- one file per label --------------------------------------------------------------------------------------------------
 
 
 def _separate(case: Case, volume: Volume, files: Mapping[str, Path]) -> LabelMap:
@@ -320,7 +320,7 @@ def _separate(case: Case, volume: Volume, files: Mapping[str, Path]) -> LabelMap
                 faults.append(str(error))
     if faults:
         accepted = "one mask file for every label, on the image's grid"
-        raise DataError(_where(case), f"{len(faults)} fault(s) in the masks", accepted, "mend what is listed", faults=faults)
+        raise DataError(_where(case), f"{len(faults)} fault(s) in the masks", accepted, "correct what is listed", faults=faults)
     return combine(masks, volume.shape)
 
 

@@ -56,7 +56,7 @@ class _Header:
         """True or False, or a DataError."""
         value = self.fields.get(name, default)
         if value[:1] not in ("T", "F", "t", "f", "1", "0"):
-            raise self.refuse(f"{name} = {value[:60]!r}", "True or False", "mend the header")
+            raise self.refuse(f"{name} = {value[:60]!r}", "True or False", "correct the header")
         return value[:1] in ("T", "t", "1")
 
 
@@ -117,7 +117,7 @@ def _read_header(path: Path) -> _Header:
         if end >= len(content) or (line.strip() and not equals):
             raise DataError(str(path), "not MetaImage, or no ElementDataFile", "a .mha or .mhd file", "name an image, or convert it")
         if name in fields:
-            raise DataError(str(path), f"the field {name!r} twice", "every field once", "mend the header")
+            raise DataError(str(path), f"the field {name!r} twice", "every field once", "correct the header")
         if line.strip():
             fields[name] = value.strip()
         end = newline + 1
@@ -148,7 +148,7 @@ def _voxels(header: _Header, shape: Shape, most_bytes: int | None) -> Array:
     check_promise(size, f"DimSize {shape}, {kind}", path, packed=packed, most_bytes=most_bytes)
     lead = header.numbers("HeaderSize", 1, int)[0] if "HeaderSize" in header.fields else 0
     if lead < -1 or (lead == -1 and packed):
-        raise header.refuse(f"HeaderSize = {lead}", "bytes from 0, or -1 for plain voxels that end the file", "mend the header")
+        raise header.refuse(f"HeaderSize = {lead}", "bytes from 0, or -1 for plain voxels that end the file", "correct the header")
     with path.open("rb") as stream:
         stream.seek(start)
         skip(stream, lead, path)

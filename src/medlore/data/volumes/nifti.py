@@ -205,7 +205,7 @@ def copy_image(volume: Volume, path: str | Path) -> Path:
     """The image itself on the same grid: the bytes of its file, unless they hold more than a grid and voxels.
 
     Header extensions and the fields `db_name` and `aux_file` may name the patient, or hold the label table of something else:
-    where there are any the file is written anew without them. One volume of a series, DICOM and NRRD are written too.
+    where there are any the file is written again without them. One volume of a series, DICOM and NRRD are written too.
 
     Raises:
         StepError: the file cannot be written.

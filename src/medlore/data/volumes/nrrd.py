@@ -149,7 +149,7 @@ def read_header(path: Path) -> NrrdHeader:
         elif is_field:
             name = " ".join(name.split()).casefold().replace("datafile", "data file")
             if name in fields:
-                raise DataError(str(path), f"the field {name!r} twice", "every field once", "mend the header")
+                raise DataError(str(path), f"the field {name!r} twice", "every field once", "correct the header")
             fields[name] = entry.strip()
     return NrrdHeader(path, fields, keys, blank.end() if blank else len(content))
 
@@ -158,7 +158,7 @@ def grid_of(header: NrrdHeader) -> tuple[Shape, Array, tuple[str, ...]]:
     """Shape, affine, and what was odd.
 
     Raises:
-        DataError: not three axes with a place in space.
+        DataError: not three axes with a position in space.
     """
     sizes = sizes_of(header)
     vectors = directions_of(header)
@@ -273,7 +273,7 @@ def _skips(header: NrrdHeader) -> tuple[int, int]:
     """Lines and bytes to read over."""
     lines, count = ((header.numbers(name, int) or [0])[0] for name in ("line skip", "byte skip"))
     if lines < 0 or count < -1:
-        raise header.refuse(f"line skip {lines}, byte skip {count}", "numbers from 0, or byte skip -1", "mend the header")
+        raise header.refuse(f"line skip {lines}, byte skip {count}", "numbers from 0, or byte skip -1", "correct the header")
     return lines, count
 
 

@@ -161,7 +161,7 @@ def build_cache(
         if on_case is not None:
             on_case(number, len(cases), name)
     if not done:
-        raise DataError(str(folder), "no case could be prepared", "at least one image with masks", "mend what is listed", faults=faults)
+        raise DataError(str(folder), "no case could be prepared", "at least one image with masks", "correct what is listed", faults=faults)
     return CacheReport(done, faults, built, len(done) - built)
 
 
@@ -180,7 +180,7 @@ def _check_line(case: Case) -> None:
         faults.append(f"{', '.join(both)} cannot be annotated and absent at once")
     if faults:
         accepted = f"modality, split ({', '.join(SPLITS)}), absent (names) and synthesise (true or false) as documented"
-        raise DataError(str(case.image), "; ".join(faults), accepted, "mend the line")
+        raise DataError(str(case.image), "; ".join(faults), accepted, "correct the line")
 
 
 # -- keys --------------------------------------------------------------------------------------------------------------

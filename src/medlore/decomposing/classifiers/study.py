@@ -229,7 +229,7 @@ def _teacher_body(settings: DecomposeSettings, folder: Path) -> tuple[nn.Module 
     source = found_beside(folder, source, where="teacher.source")
     if not source.startswith(PREFIX) and "/" not in source and not Path(source).exists():
         raise UnknownNameError(
-            "teacher.source", source, [*_STUDENTS, "medlore:vit-mini"], "take one of them, or give a folder, file or hub name"
+            "teacher.source", source, [*_STUDENTS, "medlore:vit-mini"], "use one of them, or give a folder, file or hub name"
         )
     backbone = load_backbone(source, classes=1, image_size=settings.image_size, seed=settings.seed)
     backbone.model.set_submodule(backbone.head_name, nn.Identity())

@@ -1,1 +1,1 @@
-"""Text-prompted segmenters: teacher, lighter student with one expert a region, experts added later, few-shot tuning."""
+"""Text-prompted segmenters: teacher, lighter student with one expert per region, experts added later, few-shot tuning."""

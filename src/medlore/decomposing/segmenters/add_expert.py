@@ -84,7 +84,7 @@ def add_expert(
 def _check_pack(bundle: SegmenterBundle, region: str) -> None:
     where = f"{bundle.source}: --add-expert"
     if bundle.weights.experts and region in bundle.weights.experts:
-        raise InputError(where, f"{region!r}, which has an expert", "a region without one", "take another region, or finetune the pack")
+        raise InputError(where, f"{region!r}, which has an expert", "a region without one", "use another region, or finetune the pack")
     if region not in REGIONS:
         raise InputError(where, repr(region), f"one of {', '.join(REGIONS)}", "take the vocabulary's spelling")
     if bundle.region is not None or not bundle.weights.experts:

@@ -56,7 +56,7 @@ class FewShotResult:
 
     Attributes:
         pack: a plain network with the tuned prompts; `medlore segment --model` takes it.
-        table: one row a label, before and after, on the test cases.
+        table: one row per label, before and after, on the test cases.
         trainable: numbers that were trained.
         plan: ranks; None for `full` and `scratch`.
     """

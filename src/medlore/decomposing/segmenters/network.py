@@ -19,7 +19,7 @@ class PromptedSegmenter(nn.Module):
 
     Args:
         segmenter: the network.
-        prompts: (n, query_width), one row a prompt.
+        prompts: (n, query_width), one row per prompt.
         learn_prompts: whether the rows are trained; else they are a frozen buffer.
         known_rows: of rows that are trained, the first so many stay as they are to the last bit.
     """

@@ -137,7 +137,7 @@ class SegmenterStudentSettings(ScheduleSettings):
 
 
 class ExpertSettings(Settings):
-    """One expert a region in every 3x3x3 convolution of the U-Net."""
+    """One expert per region in every 3x3x3 convolution of the U-Net."""
 
     rule: RankRule = setting(
         "uniform",
@@ -188,7 +188,7 @@ class SegmentationSettings(Settings):
     batches: BatchMode = setting("mixed", "`mixed`: several regions in a batch; `region`: one region per batch.")
     variants: tuple[Variant, ...] = setting(
         ("teacher", "shared", "experts"),
-        "What is trained and measured: the teacher, the student with experts (always), the student without (`shared`), one student a "
+        "What is trained and measured: the teacher, the student with experts (always), the student without (`shared`), one student per "
         "region (`single`), the student with experts of another rank rule (`experts-uniform` and so on).",
         decides=False,
     )

@@ -1,4 +1,4 @@
-"""`medlore decompose` for a segmenter: the teacher, its lighter student with one expert a region, and what they are compared with.
+"""`medlore decompose` for a segmenter: the teacher, its lighter student with one expert per region, and what they are compared with.
 
 Top to bottom: read and cache the cases; train the teacher or take a given one; train the students; measure them on the test
 cases; write the packs and the report. Every finished network is taken over by the next run with the same settings.
@@ -46,7 +46,7 @@ class SegmentationResult:
 
     Attributes:
         packs: `teacher` and `pack` -> folder, as far as they were made.
-        table: one row a network and label.
+        table: one row per network and label.
     """
 
     packs: dict[str, Path]

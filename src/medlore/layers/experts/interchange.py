@@ -62,7 +62,7 @@ def channel_pairs(model: nn.Module, expert: str, *, rank: int | None = None) -> 
 
 
 def peft_faults(model: nn.Module, expert: str) -> list[str]:
-    """Why PEFT could not run or merge an expert: one line a layer. Found by running PEFT 0.21."""
+    """Why PEFT could not run or merge an expert: one line per layer. Found by running PEFT 0.21."""
     return [f"{name}: {why}" for name, layer in expert_layers(model) if layer.ranks[expert] for why in _peft_refusals(layer)]
 
 

@@ -296,7 +296,7 @@ def checked_ranks(ranks: Mapping[str, int]) -> dict[str, int]:
             "ranks",
             f"{len(faults)} faults" if faults else "no expert",
             "expert name -> whole number from 0",
-            "mend the entries",
+            "correct the entries",
             faults=faults,
         )
     return dict(ranks)
@@ -317,7 +317,7 @@ def checked_scaling(ranks: Mapping[str, int], alpha: Scalings, scaling: Scalings
     if alpha is not None:
         values = {name: value / ranks[name] if ranks[name] else 0.0 for name, value in values.items()}
     if not all(math.isfinite(value) for value in values.values()):
-        raise InputError("alpha, scaling", f"{values}", "finite numbers", "mend them")
+        raise InputError("alpha, scaling", f"{values}", "finite numbers", "correct them")
     return values
 
 

@@ -139,7 +139,7 @@ class ExpertBatchNorm(_ReplacedNorm):
         if self.training and x.numel() // x.shape[1] < 2:
             raise InputError(
                 self.layer_name,
-                f"one value a channel for {'the shared base' if expert == BASE_ALONE else repr(self.experts[expert])}",
+                f"one value per channel for {'the shared base' if expert == BASE_ALONE else repr(self.experts[expert])}",
                 "two or more in train mode",
                 "put two samples of each expert into a batch, or install with batchnorm='freeze'",
             )

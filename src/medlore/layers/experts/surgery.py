@@ -176,7 +176,7 @@ def _check_rank_names(ranks: Ranks, roster: Roster, chosen: Mapping[str, nn.Modu
     if not any(isinstance(key, tuple) for key in ranks):
         faults += [f"{expert!r}: no rank" for expert in roster if expert not in ranks]
     if faults:
-        raise TargetError("ranks", f"{len(faults)} faults", "the experts and targets of this network", "mend the names", faults=faults)
+        raise TargetError("ranks", f"{len(faults)} faults", "the experts and targets of this network", "correct the names", faults=faults)
 
 
 def _chosen_layers(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
@@ -205,7 +205,7 @@ def _matcher(targets: Targets) -> Callable[[str, nn.Module], bool]:
         try:
             pattern = re.compile(targets)
         except re.error as error:
-            raise InputError("targets", f"{targets!r} ({error})", "a regular expression", "mend it") from None
+            raise InputError("targets", f"{targets!r} ({error})", "a regular expression", "correct it") from None
         return lambda name, _module: pattern.fullmatch(name) is not None
     if isinstance(targets, type | tuple):
         return lambda _name, module: isinstance(module, targets)

@@ -1,1 +1,1 @@
-"""Tuning methods that PEFT lacks: what each adds to a network, one file a family."""
+"""Tuning methods that PEFT lacks: what each adds to a network, one file per family."""

@@ -40,7 +40,7 @@ def install_prompts(model: nn.Module, options: PromptOptions, *, deep: bool) -> 
     elif not any(biased):
         _install_as_tokens(model, blocks, options.prompt_length, bound, deep=deep)
     else:
-        raise TargetError("--method vpt", "blocks with and without a position bias", "blocks of one kind", "take another method")
+        raise TargetError("--method vpt", "blocks with and without a position bias", "blocks of one kind", "use another method")
 
 
 # ---- Global attention: prompts are tokens of the sequence --------------------------------------------------------------------

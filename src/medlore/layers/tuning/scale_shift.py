@@ -52,7 +52,7 @@ def install_scale_shift(model: nn.Module, head: str) -> None:
     modules = dict(model.named_modules())
     places = [n for n, m in modules.items() if _width(m) and n != head and not n.startswith(f"{head}.")]
     if not blocks or not places:
-        raise TargetError("--method ssf", "a network without blocks", "a transformer", "take another method")
+        raise TargetError("--method ssf", "a network without blocks", "a transformer", "use another method")
     last = max(i for i, name in enumerate(places) if name.startswith(f"{blocks[-1]}."))
     for name in places[: last + 1]:
         module = modules[name]
@@ -69,7 +69,7 @@ def thaw_norms(model: nn.Module) -> None:
     """
     norms = [m for m in model.modules() if isinstance(m, nn.LayerNorm)]
     if not norms:
-        raise TargetError("--method layernorm", "a network without layer norms", "a transformer", "take another method")
+        raise TargetError("--method layernorm", "a network without layer norms", "a transformer", "use another method")
     for norm in norms:
         norm.requires_grad_(True)
 

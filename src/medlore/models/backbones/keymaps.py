@@ -249,14 +249,14 @@ def _class_position_first(renamed: Weights, kind: str, width: int, where: str) -
     table = renamed.get(key)
     if table is None or f"{kind}.embeddings.cls_token" not in renamed:
         raise CheckpointError(
-            where, "no `cls_token` or no `pos_embed`", "a ViT with a class token and learned positions", "take another checkpoint"
+            where, "no `cls_token` or no `pos_embed`", "a ViT with a class token and learned positions", "use another checkpoint"
         )
     count = table.shape[1]
     if math.isqrt(count) ** 2 == count:  # positions of the patches only
         renamed[key] = torch.cat([table.new_zeros(1, 1, width), table], dim=1)
         return count + 1
     if math.isqrt(count - 1) ** 2 != count - 1:
-        raise CheckpointError(where, f"{count} positions", "a square grid of patches and one class token", "take another checkpoint")
+        raise CheckpointError(where, f"{count} positions", "a square grid of patches and one class token", "use another checkpoint")
     return count
 
 

@@ -331,7 +331,7 @@ def _check_values(model: Any, where: str) -> None:
             faults.append(f"{name}: all zero")
     if faults:
         raise CheckpointError(
-            where, f"{len(faults)} broken weights", "finite, trained weights", "take another copy of the file", faults=faults
+            where, f"{len(faults)} broken weights", "finite, trained weights", "use another copy of the file", faults=faults
         )
 
 

@@ -45,7 +45,7 @@ class ShuffleNetConfig(PreTrainedConfig):
 
     def __init__(self, width: float = 1.0, norm: Norm = "batch", stem_stride: int = 2, image_size: int = 224, **others: Any) -> None:
         if width not in _WIDTHS:
-            raise InputError("ShuffleNetV2 width", repr(width), ", ".join(map(str, _WIDTHS)), "take one of them")
+            raise InputError("ShuffleNetV2 width", repr(width), ", ".join(map(str, _WIDTHS)), "use one of them")
         self.width, self.norm, self.stem_stride, self.image_size = width, norm, stem_stride, image_size
         super().__init__(**others)
 

@@ -78,5 +78,5 @@ def _triple(values: Any, where: str) -> Triple:
     if len(numbers) == 1:
         numbers *= 3
     if len(numbers) != 3:
-        raise CheckpointError(where, f"{values!r}", "three numbers, one a channel", "mend image_mean and image_std")
+        raise CheckpointError(where, f"{values!r}", "three numbers, one a channel", "correct image_mean and image_std")
     return numbers[0], numbers[1], numbers[2]

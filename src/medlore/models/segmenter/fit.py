@@ -18,7 +18,7 @@ FACTOR = re.compile(r"^(?P<target>.+)\.lora_(?P<side>[AB])_list\.(?P<expert>\d+)
 
 
 def misfits(weights: State, expected: dict[str, tuple[int, ...]]) -> list[str]:
-    """What is missing, unexpected or of the wrong shape: one line a weight."""
+    """What is missing, unexpected or of the wrong shape: one line per weight."""
     missing = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in weights]
     unexpected = [f"unexpected: {name} {tuple(tensor.shape)}" for name, tensor in weights.items() if name not in expected]
     misshapen = [
@@ -93,7 +93,7 @@ def _pair_faults(place: str, pair: dict[str, Tensor], shape: tuple[int, ...], la
 def expert_faults(
     pairs: Mapping[str, tuple[Tensor, Tensor]], scaling: Mapping[str, float], layout: Layout, base: Mapping[str, Tensor]
 ) -> list[str]:
-    """What is wrong with an expert on this base: one line a convolution."""
+    """What is wrong with an expert on this base: one line per convolution."""
     faults = []
     for target, (lora_A, lora_B) in pairs.items():
         weight = base.get(f"{target}.weight")

@@ -48,7 +48,7 @@ class PromptTable:
                 "prompt embeddings",
                 f"{len(faults)} fault(s)",
                 "one finite row for each `modality/label`",
-                "make the table anew",
+                "make the table again",
                 faults=faults,
             )
 
@@ -72,7 +72,7 @@ class PromptTable:
         modality = canonical_modality(modality)
         for label in labels:
             if f"{modality}/{label}" not in rows:
-                fix = "take one of them, or give the text encoder so that any prompt can be embedded"
+                fix = "use one of them, or give the text encoder so that any prompt can be embedded"
                 raise UnknownNameError(f"prompt embeddings ({modality})", label, self.labels(modality), fix)
         return self.embeddings[[rows[f"{modality}/{label}"] for label in labels]]
 
@@ -127,10 +127,10 @@ def _read_tensors(path: Path) -> PromptTable:
             keys = json.loads(header["prompts"])
         except (ValueError, RecursionError) as error:
             raise CheckpointError(
-                str(path), "prompts that are not JSON in its header", "a list of prompts", "make the table anew"
+                str(path), "prompts that are not JSON in its header", "a list of prompts", "make the table again"
             ) from error
         if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
-            raise CheckpointError(str(path), "prompts of another kind in its header", "a list of prompts", "make the table anew")
+            raise CheckpointError(str(path), "prompts of another kind in its header", "a list of prompts", "make the table again")
         return PromptTable(tuple(keys), state[_TENSOR].float(), header.get("text_sha256"))
     widths = {tensor.numel() for tensor in state.values()}
     if len(widths) != 1:
@@ -138,7 +138,7 @@ def _read_tensors(path: Path) -> PromptTable:
             str(path),
             f"{len(state)} tensors of {len(widths)} sizes",
             "one embedding of the same width for each prompt",
-            "make the table anew",
+            "make the table again",
         )
     return PromptTable(tuple(_key(p) for p in state), torch.stack([t.float().reshape(-1) for t in state.values()]))
 

@@ -245,7 +245,7 @@ class Vocabulary:
         error.accepted = f"{len(known)} labels of {modality}; the nearest are {near}" if known else f"no label of {modality} is known"
         if others:
             error.came = f"label {label!r} is known in {' and '.join(e.modality for e in others)} only, not in {modality}"
-        error.fix = "take one of them, or force it with --allow-unknown"
+        error.fix = "use one of them, or force it with --allow-unknown"
         return UnknownNameError.at(error, "vocabulary")  # type: ignore[return-value]
 
     def _nearest(self, label: str, modality: str) -> list[str]:
