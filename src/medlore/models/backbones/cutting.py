@@ -129,12 +129,12 @@ class _PartHead(nn.Linear):
 
     def __init__(self, width: int, classes: int, *, half: int | None) -> None:
         super().__init__(width, classes)
-        self.half = half
+        self.part = half
 
     def forward(self, features: Tensor) -> Tensor:
         """(b, d or 2 d) -> (b, classes); cached features have the width that is read."""
-        if self.half is not None and features.shape[-1] != self.in_features:
-            features = features[..., self.half * self.in_features : (self.half + 1) * self.in_features]
+        if self.part is not None and features.shape[-1] != self.in_features:
+            features = features[..., self.part * self.in_features : (self.part + 1) * self.in_features]
         return super().forward(features)
 
 
