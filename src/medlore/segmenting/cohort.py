@@ -26,6 +26,7 @@ from medlore.runs.hardware import Hardware, Work, decide_hardware
 from medlore.runs.output_lock import OutputLock
 from medlore.runs.report import Run
 from medlore.runs.workers import spread
+from medlore.segmenting.brain_mask import read_brain_mask, refuse_flags_together
 from medlore.segmenting.labels import ModelFacts, Routes, facts_of_bundle, facts_of_pack, route_labels
 from medlore.segmenting.plan import CasePlan
 from medlore.segmenting.planner import Choices, Planner
@@ -115,12 +116,14 @@ def segment_cases(settings: SegmentSettings, *, watcher: Watcher | None = None) 
                 run.write("running")
         entries.sort(key=lambda entry: entry["index"])
         run.results["counts"] = {state: sum(e["state"] == state for e in entries) for state in ("done", "skipped", "failed")}
+        run.results["flagged"] = [entry["name"] for entry in entries if entry.get("check")]
     return run.results
 
 
 def _check_flags(planner: Planner, settings: SegmentSettings, cases: Sequence[Case]) -> None:
     """What was asked for by flags holds for every case: a fault in it is wrong use, not the fault of a case."""
     facts = planner.facts
+    refuse_flags_together(settings, cases)
     modalities = dict.fromkeys(case.modality for case in cases)
     if settings.orientation_code is not None:
         check_orientation(settings.orientation_code)
@@ -214,7 +217,7 @@ def _segment_case(settings: SegmentSettings, model: SegmentingModel, case: Case,
     fingerprint = _fingerprint(settings, model, case, routes, digest)
     folder = settings.out / name
     if settings.resume and _is_finished(folder, fingerprint, settings):
-        return {"state": "skipped", "folder": name}
+        return {"state": "skipped", "folder": name, "check": _verdict_of_before(folder)}
     start = time.perf_counter()
     shape, affine = _grid_of(case, settings.affine_from)
     # from the header: what is too large is said before it is read
@@ -225,8 +228,9 @@ def _segment_case(settings: SegmentSettings, model: SegmentingModel, case: Case,
     if settings.dicom_seg and not volume.slices:  # before hours of work, not after them
         raise InputError(f"--dicom-seg: {case.image}", "an image that is not DICOM", "a DICOM series", "leave --dicom-seg out")
     watcher.plan(name, plan)
+    brain = None if settings.brain_mask is None else read_brain_mask(settings.brain_mask, volume, affine_from=settings.affine_from)
     result = model.execute(
-        plan, volume, routes, resample=settings.resample, on_window=lambda done, total: watcher.window(name, done, total)
+        plan, volume, routes, resample=settings.resample, brain=brain, on_window=lambda done, total: watcher.window(name, done, total)
     )
     result.seconds = {"read": read, **result.seconds}
     about = {
@@ -253,6 +257,7 @@ def _segment_case(settings: SegmentSettings, model: SegmentingModel, case: Case,
         "state": "done",
         "folder": name,
         "volume_ml": {e["label"]: e["volume_ml"] for e in record["labels"]},
+        "check": [] if record["check"] is None else record["check"]["says"],
         "notes": [*record["notes"], *([f"not written by the run before, so kept: {', '.join(kept)}"] if kept else [])],
         "phases": record["seconds"],
     }
@@ -329,7 +334,8 @@ def _fingerprint(settings: SegmentSettings, model: SegmentingModel, case: Case, 
     decisive = settings.decisive() | {"precision": model.precision}
     orientation = case.orientation_code or settings.orientation_code
     part = [case.frame, case.series]
-    prompts = [sha256_of(file) for file in (settings.prompt_embeddings, settings.text, settings.tokenizer) if file is not None]
+    beside = (settings.prompt_embeddings, settings.text, settings.tokenizer, settings.brain_mask)
+    prompts = [sha256_of(file) for file in beside if file is not None]
     weights = [model.bundle.sha256, *prompts]
     told = [RULES_VERSION, digest, weights, routes.modality, routes.by_region, routes.labels, orientation, part, decisive]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
@@ -344,9 +350,15 @@ def _is_finished(folder: Path, fingerprint: str, settings: SegmentSettings) -> b
         if record["state"] != "done" or record["fingerprint"] != fingerprint:
             return False
         names = output_names([entry["file"] for entry in record["labels"]], image=settings.image_copy, picture=settings.picture)
-        return all((folder / name).is_file() for name in names)
+        return all((folder / name).is_file() for name in (*names, *record["maps"]))
     except (InputError, DataError, KeyError, TypeError):
         return False
+
+
+def _verdict_of_before(folder: Path) -> list[str]:
+    """What the verdict of a finished case said."""
+    told = read_json(folder / "case.json").get("check")
+    return [] if told is None else list(told["says"])
 
 
 def _modality_told_by(source: Path) -> str:

@@ -7,11 +7,13 @@ from typing import Literal
 
 from medlore.runs.hardware import DeviceChoice, Precision
 from medlore.runs.settings import Settings, setting
+from medlore.segmenting.expectations import CheckLevel
 
 # Counts up when the same image, model and settings give other masks, so that older results are not taken over.
 RULES_VERSION = 3
 
 _CASES, _LABELS, _GEOMETRY, _NETWORK, _MASKS = "Cases", "Labels and experts", "Geometry", "Network", "Masks"
+_CHECKS = "Checks and maps"
 _HARDWARE, _PUBLISHED, _RUN = "Hardware", "Published files", "Run"
 
 
@@ -57,6 +59,15 @@ class SegmentSettings(Settings):
     image_copy: bool = setting(True, "Write image.nii.gz beside the masks.", group=_MASKS, decides=False)
     picture: bool = setting(True, "Write quality_control.png.", group=_MASKS, decides=False)
     dicom_seg: bool = setting(False, "Write segmentation.dcm too (DICOM input, extra dicom).", group=_MASKS)
+
+    check: CheckLevel = setting(
+        "quick", "How closely masks are looked at; thorough: in shifted windows and in a mirror too, three times the time.", group=_CHECKS
+    )
+    uncertainty: bool = setting(False, "Write uncertainty.nii.gz: the entropy of every voxel, in bits.", group=_CHECKS)
+    probabilities: bool = setting(False, "Write probabilities/LABEL.nii.gz: the network's probability of each label.", group=_CHECKS)
+    brain_mask: Path | None = setting(
+        None, "A mask of the brain on the image's grid; everything of the brain is looked for inside it.", group=_MASKS, decides=False
+    )
 
     device: DeviceChoice = setting("auto", "Where it runs.", group=_HARDWARE, decides=False)
     precision: Precision = setting("auto", "Half precision where the hardware has it, unless given.", group=_HARDWARE)
