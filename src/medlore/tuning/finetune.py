@@ -86,7 +86,9 @@ def finetune(
         everyone = _watchers(settings, workshop, watcher)
         choice = chosen_once(settings, splits, folder, workshop, resume=resume, watcher=everyone)
         settings, splits = (settings, splits) if choice is None else (choice.settings, choice.splits)
-        fitted = _fitted(settings, splits, folder, workshop, resume=resume, watcher=everyone, reading=choice and choice.reading)
+        fitted = _fitted(
+            settings, splits, folder, workshop, resume=resume, watcher=everyone, reading=None if choice is None else choice.reading
+        )
         result = _conclude(settings, fitted, splits, folder, workshop)
         result.report |= {} if choice is None else {"choice": choice.report}
         if run is not None and folder is not None:
@@ -215,8 +217,8 @@ def _conclude(settings: FinetuneSettings, fitted: _Fitted, splits: ImageSplits, 
     if splits.test is not None:
         found = judge(model, backbone, splits.test, settings=settings, accelerator=accelerator)
         report["test"], metrics, scores, targets = found.report, found.metrics, found.scores, found.targets
-        resamples = {"seed": settings.training.seed, "bootstrap": settings.run.bootstrap}
-        strength = {"labels": reference.probe.images, "strength": reference.probe.choice.strength}
+        resamples: dict[str, Any] = {"seed": settings.training.seed, "bootstrap": settings.run.bootstrap}
+        strength: dict[str, Any] = {"labels": reference.probe.images, "strength": reference.probe.choice.strength}
         assert reference.scores is not None  # noqa: S101 - there are test images
         report["probe"] = compared(splits.test, scores, reference.scores, **resamples, **strength)
         report["verdict"] = verdict_of(found.report, report["probe"], is_reference=prepared.is_solved)

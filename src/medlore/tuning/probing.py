@@ -60,8 +60,8 @@ class SolvedProbe:
         """Make a linear head give the probe's logits."""
         weight, bias = self.probe.as_linear()
         with torch.no_grad():
-            head.weight.copy_(torch.from_numpy(weight))  # type: ignore[operator, union-attr]
-            head.bias.copy_(torch.from_numpy(bias))  # type: ignore[operator, union-attr]
+            head.weight.copy_(torch.from_numpy(weight))  # type: ignore[operator]
+            head.bias.copy_(torch.from_numpy(bias))  # type: ignore[operator]
 
 
 def choose_reading(settings: FinetuneSettings, backbone: Backbone, images: ImageSet, store: FrozenFeatures, accelerator: Any) -> Reading:
