@@ -41,7 +41,7 @@ def _parts(entry_text: str, rules_text: str, folder: str, shots: Shots, draw: in
         draw=draw,
         seed=rules["data_seed"],
         per=entry["per"],
-        validation_shots=None if without else rules["validation_shots"],
+        validation_shots=None if without else rules["validation_shots"] or (None if shots == "all" else shots),
         validation_fraction=0.0 if without else 0.2,
         test_fraction=entry["test_fraction"],
     )
