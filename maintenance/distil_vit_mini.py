@@ -184,7 +184,7 @@ class Trainer:
         """A new run; `start` is a ViT folder of the same shape whose weights are the beginning."""
         student = Student(settings, store.tokens.shape[-1], len(pool.classes))
         if start is not None:
-            earlier = ViTModel.from_pretrained(start, add_pooling_layer=False, local_files_only=True, dtype=torch.float32)
+            earlier = ViTModel.from_pretrained(start, add_pooling_layer=False, local_files_only=True, dtype=torch.float32)  # nosec B615 # a local folder
             student.vit.load_state_dict(earlier.state_dict())
         matrices = [p for p in student.parameters() if p.ndim > 1 and p.shape[0] != 1]
         vectors = [p for p in student.parameters() if p.ndim <= 1 or p.shape[0] == 1]
@@ -376,7 +376,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given.out.mkdir(parents=True, exist_ok=True)
     pool = kept_pool(given.out / "pool.npz", given.data, settings)
     note(f"{len(pool.images)} images, {len(pool.classes)} classes: {pool.counts}")
-    teacher = AutoModel.from_pretrained(given.teacher, local_files_only=True, dtype=torch.float32)
+    teacher = AutoModel.from_pretrained(given.teacher, local_files_only=True, dtype=torch.float32)  # nosec B615 # a local folder
     store = TeacherStore.open(teacher, pool.images, settings.teacher_size, given.store or given.out / "teacher")
     trainer = Trainer.start(settings, pool, store, given.start)
     if (given.out / STATE).is_file():

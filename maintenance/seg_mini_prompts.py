@@ -91,7 +91,7 @@ def _window(network: Segmenter, heads: Sequence[CachedCase], rules: PatchRules, 
 def fit(pack: str, folder: Path, out: Path, *, passes: int, rate: float, again: Sequence[str], every: int = 1) -> dict[str, float]:
     """Train the rows of the new labels, and those of `again` anew; write the whole table. Returns the loss of the last pass, by label."""
     bundle = load_segmenter(pack)
-    assert bundle.prompts is not None  # noqa: S101 - a shipped pack has them
+    assert bundle.prompts is not None  # noqa: S101  # nosec B101 # a shipped pack has them
     network = bundle.network("brain" if bundle.weights.experts else None).eval().requires_grad_(requires_grad=False)
     labels = [*STARTS, *again]
     rows = torch.nn.Parameter(torch.stack([_start(bundle, label) for label in labels]))
