@@ -200,7 +200,8 @@ class DistilTask(Task):
             raise InputError("distinct", str(self.distinct), f"at most the {len(pool.images)} images of the pool", "ask for fewer")
         self.student = Student(settings, store.tokens.shape[-1], len(pool.classes))
         if start is not None:
-            earlier = ViTModel.from_pretrained(start, add_pooling_layer=False, local_files_only=True, dtype=torch.float32)
+            local: dict[str, Any] = {"local_files_only": True, "dtype": torch.float32}
+            earlier = ViTModel.from_pretrained(start, add_pooling_layer=False, **local)  # nosec B615 # a local folder
             self.student.vit.load_state_dict(earlier.state_dict())
         self.scale = Scale.measured(store.rows(np.sort(shuffled(len(pool.images), settings.seed, 0)[:256])))
         super().__init__("distillation", self.student, accelerator, seed=settings.seed)
@@ -340,7 +341,7 @@ def _run(given: argparse.Namespace) -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     pool = kept_pool(given.out / "pool.npz", given.data, settings)
     note(f"{len(pool.images)} images, {len(pool.classes)} classes: {pool.counts}")
-    teacher = AutoModel.from_pretrained(given.teacher, local_files_only=True, dtype=torch.float32)
+    teacher = AutoModel.from_pretrained(given.teacher, local_files_only=True, dtype=torch.float32)  # nosec B615 # a local folder
     store = TeacherStore.open(teacher, pool.images, settings.teacher_size, given.store or given.out / "teacher")
     task = DistilTask(settings, pool, store, make_accelerator("cpu", "fp32"), out=given.out, start=given.start)
     distil(task, halt_at=given.halt_at)

@@ -192,7 +192,12 @@ def test_a_cell_names_its_broken_images_before_it_trains(place: Path, tmp_path: 
 
 
 def test_tuning_never_sees_the_test_images(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    study = read_study(write_study(place, TEXT.replace("augment: false", "augment: false, start: random, features: own") + "tuning: {rate_factors: [1, 0.001, 10]}\n"))
+    study = read_study(
+        write_study(
+            place,
+            TEXT.replace("augment: false", "augment: false, start: random, features: own") + "tuning: {rate_factors: [1, 0.001, 10]}\n",
+        )
+    )
     cell = next(cell for cell in cells_of(study) if cell.method == "sr-lora")
     seen, judged = [], []
     real, real_judge = worker.finetune, worker.judge
@@ -218,7 +223,11 @@ def test_tuning_never_sees_the_test_images(place: Path, monkeypatch: pytest.Monk
 
 def test_the_chosen_network_is_judged_as_a_tuning_run_would(place: Path) -> None:
     """The network that the trials chose is the one a run of its own at that rate would have given."""
-    study = read_study(write_study(place, TEXT.replace("augment: false", "augment: false, start: random, features: own") + "tuning: {rate_factors: [1, 300]}\n"))
+    study = read_study(
+        write_study(
+            place, TEXT.replace("augment: false", "augment: false, start: random, features: own") + "tuning: {rate_factors: [1, 300]}\n"
+        )
+    )
     cell = next(cell for cell in cells_of(study) if cell.method == "sr-lora")
     record = work_on(cell, str(place), 0)
     parts = worker.parts_of(cell.entry, cell.rules, str(place), shots=cell.shots, draw=cell.draw)

@@ -19,7 +19,7 @@ from medlore.segmenting.expectations import CheckLevel
 from medlore.segmenting.sweep import axis_order, open_rows, sweep_axis
 
 # Python, torch, NumPy and what they keep once a network has run, and what draws the pictures, before any weight
-_INTERPRETER_BYTES = 420 << 20
+_INTERPRETER_BYTES = 430 << 20
 _WINDOW_CHANNELS = 6  # a window of three channels, and its copy in the network's layout
 _DEVICE_BYTES = 500 << 20  # a CUDA context and the work space of its libraries
 _FILE_BYTES = 4  # a voxel of the image as it was read; float64 takes eight
