@@ -141,7 +141,9 @@ def test_of_several_processes_the_first_holds_the_folder(tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_a_run_as_stopped(tmp_path: Path, kind: signal.Signals) -> None:
+def test_a_signal_ends_a_run_as_stopped(tmp_path: Path, kind: signal.Signals, request: pytest.FixtureRequest) -> None:
+    given = signal.signal(kind, signal.SIG_DFL)  # tests that run under nohup ignore SIGHUP
+    request.addfinalizer(lambda: signal.signal(kind, given))
     before = signal.getsignal(kind)
 
     def asked_twice() -> None:

@@ -168,7 +168,7 @@ def _fitted(
     accelerator, everyone = workshop.accelerator, watcher
     places = [folder / name if folder is not None and settings.run.checkpoints else None for name in CHECKPOINTS]
     if resume and places[0] is not None and not places[0].is_file():
-        everyone.note(f"no checkpoint in {folder}: starting anew")
+        everyone.note(f"no checkpoint in {folder}: starting from the beginning")
     prepared = prepare(settings, splits.train, splits.validation, workshop, reading=reading)
     history = fit(settings, prepared, places[0], accelerator, resume=resume, watcher=everyone)
     fitted = _Fitted(prepared, history)

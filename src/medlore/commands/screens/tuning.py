@@ -79,9 +79,10 @@ def print_verdict(text: str, out: Path | None = None) -> None:
 def print_report(report: Mapping[str, Any], *, title: str, per_class: bool = True, probe: Mapping[str, Any] | None = None) -> None:
     """Metrics with their intervals beside the majority answer and the logistic regression, then a row per class."""
     console = Console(highlight=False)
-    table = Table("metric", "value", "95 % interval", "majority answer", title=title)
-    if probe is not None:
-        table.add_column("logistic regression")
+    table = Table(title=title)
+    table.add_column("metric", no_wrap=True)
+    for heading in ("value", "95 % interval", "majority answer", *(() if probe is None else ("logistic regression",))):
+        table.add_column(heading)
     for name in _SHOWN[report["task"]]:
         entry = report["metrics"][name]
         cells = [_number(entry["value"]), _interval(entry), _number(report["majority"][name])]
