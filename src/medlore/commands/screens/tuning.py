@@ -81,7 +81,7 @@ def print_report(report: Mapping[str, Any], *, title: str, per_class: bool = Tru
     console = Console(highlight=False)
     table = Table(title=title)
     table.add_column("metric", no_wrap=True)
-    for heading in ("value", "95 % interval", "majority answer", *(() if probe is None else ("logistic regression",))):
+    for heading in ("value", "95 % interval", "majority answer", *(() if probe is None else ("probe",))):
         table.add_column(heading)
     for name in _SHOWN[report["task"]]:
         entry = report["metrics"][name]
