@@ -62,10 +62,12 @@ def case_sections(folder: Path) -> list[Section]:
     notes += [str(note) for note in record.get("notes", ())]
     if record.get("overlap_rule"):
         notes.append(f"In the label map: {record['overlap_rule']}. The viewer shows every mask completely, with the smallest on top.")
-    slices_and_notes: list[Piece] = [slices, *([Notes(notes)] if notes else [])]
+    says = _says(record)
+    doubts: list[Piece] = [Notes(says, warning=True)] if says else []
+    slices_and_notes: list[Piece] = [*doubts, slices, *([Notes(notes)] if notes else [])]
     sections = [Section("Slices", slices_and_notes)]
     if sources:
-        sections.append(Section("Volumes", (_volumes(sources, slices),)))
+        sections.append(Section("Volumes", (_volumes(sources, slices, _check(record)),)))
     if made := _origin(record):
         sections.append(Section("How the masks were made", made))
     return sections
@@ -175,13 +177,37 @@ def _mask(source: MaskSource, label_map: Volume | None, image: Volume) -> Array:
     return np.asarray(volume.array != 0 if source.file is not None else volume.array == source.value)
 
 
-def _volumes(sources: list[MaskSource], slices: Slices) -> Table:
+def _check(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The verdict in the record of a case; nothing where it has none."""
+    record_of_check = record.get("check")
+    return record_of_check if isinstance(record_of_check, Mapping) else {}
+
+
+def _says(record: Mapping[str, Any]) -> list[str]:
+    said = _check(record).get("says")
+    return [str(line) for line in said] if isinstance(said, list) else []
+
+
+def _expected(check: Mapping[str, Any], label: str) -> tuple[str | None, str | None]:
+    """The expected range of a label, and what its flags say."""
+    measured, flags = check.get("measured"), check.get("flags")
+    own = measured.get(label) if isinstance(measured, Mapping) else None
+    span = own.get("expected_ml") if isinstance(own, Mapping) else None
+    ranged = isinstance(span, list) and len(span) == 2 and all(isinstance(v, int | float) for v in span)
+    said = [str(f.get("says")) for f in flags if isinstance(f, Mapping) and f.get("label") == label] if isinstance(flags, list) else []
+    return f"{span[0]:g} to {span[1]:g}" if ranged and span is not None else None, "; ".join(said) or None
+
+
+def _volumes(sources: list[MaskSource], slices: Slices, check: Mapping[str, Any]) -> Table:
     there = [name for name in ("value", "expert", "voxels") if any(name in source.record for source in sources)]
     rows = []
     for source, label in zip(sources, slices.labels, strict=True):
         ml = source.record.get("volume_ml", label.volume_ml)
         rows.append([label.name, *(source.record.get(name) for name in there), float(ml) if ml is not None else None])
-    return Table(("label", *there, "volume in ml"), rows)
+    if not check:
+        return Table(("label", *there, "volume in ml"), rows)
+    rows = [[*row, *_expected(check, source.label)] for row, source in zip(rows, sources, strict=True)]
+    return Table(("label", *there, "volume in ml", "expected ml", "check"), rows)
 
 
 def _origin(record: Mapping[str, Any]) -> list[Piece]:

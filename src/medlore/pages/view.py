@@ -104,11 +104,17 @@ def _case_table(cases: list[Mapping[str, Any]]) -> list[Piece]:
     for case in cases:
         volumes = case.get("volume_ml")
         found = sum(1 for ml in volumes.values() if ml) if isinstance(volumes, Mapping) else None
-        rows.append([str(case.get("name")), str(case.get("state")), found, case.get("seconds"), "; ".join(map(str, case.get("notes", ())))])
+        rows.append(
+            [str(case.get("name")), str(case.get("state")), found, case.get("seconds"), _joined(case, "check"), _joined(case, "notes")]
+        )
         if case.get("error"):
             faults.append(f"{case.get('name')}: {case['error']}")
-    table = Table(("case", "state", "labels found", "seconds", "notes"), rows)
+    table = Table(("case", "state", "labels found", "seconds", "check", "notes"), rows)
     return [table, *([Notes(faults, warning=True)] if faults else [])]
+
+
+def _joined(case: Mapping[str, Any], name: str) -> str:
+    return "; ".join(str(line).removeprefix("check: ") for line in case.get(name) or ())
 
 
 _BY_VERB: dict[str, Callable[[Mapping[str, Any], Path], Page]] = {"demo": demo_page, "segment": _segment_run, "study": study_page}

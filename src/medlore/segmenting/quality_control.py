@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 _CT_WINDOW_HU = (-160.0, 240.0)
 _NAMED = 24
+_DOUBT = "#ff9d5c"  # what the check flagged
+_LINES = 4  # of the verdict that fit over the picture
 _PLANE_OF = {"R": "sagittal", "L": "sagittal", "A": "coronal", "P": "coronal", "S": "axial", "I": "axial"}
 _OPPOSITE = {"R": "L", "L": "R", "A": "P", "P": "A", "S": "I", "I": "S"}
 _UPRIGHT = "ISPALR"  # of the two directions in a plane, the one that comes first here stands upright
@@ -44,7 +46,8 @@ def write_quality_control(path: str | Path, result: Segmentation, title: str) ->
         plot.set_ylim(-0.5, grey.shape[view.up] - 0.5)
         _letters(plot, view)
     _legend(figure, result, set(cuts))
-    figure.suptitle(title, color="white", fontsize=11)
+    doubts = [] if result.verdict is None else result.verdict.lines()
+    figure.suptitle("\n".join([title, *_shortened(doubts)]), color=_DOUBT if doubts else "white", fontsize=11 if not doubts else 9)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110, facecolor="black", format="png")
     return Path(path)
@@ -140,6 +143,10 @@ def _letters(plot: Any, view: _View) -> None:
     plot.text(0.5, 0.99, top, va="top", ha="center", **style)
 
 
+def _shortened(lines: list[str]) -> list[str]:
+    return lines if len(lines) <= _LINES else [*lines[: _LINES - 1], f"and {len(lines) - _LINES + 1} more"]
+
+
 def _legend(figure: Any, result: Segmentation, found: set[str]) -> None:
     from matplotlib.lines import Line2D
 
@@ -150,4 +157,7 @@ def _legend(figure: Any, result: Segmentation, found: set[str]) -> None:
     hidden = len(result.routes.labels) - _NAMED
     if hidden > 0:
         names[-1] += f"  (and {hidden} more)"
-    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 5), fontsize=9, frameon=False, labelcolor="white")
+    flagged = set() if result.verdict is None else {flag.label for flag in result.verdict.flags}
+    colours = [_DOUBT if label in flagged else "white" for label in result.routes.labels[:_NAMED]]
+    names = [f"{name}  (check)" if label in flagged else name for name, label in zip(names, result.routes.labels, strict=False)]
+    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 5), fontsize=9, frameon=False, labelcolor=colours)
