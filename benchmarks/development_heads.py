@@ -31,7 +31,7 @@ from medlore.data.volumes.synthesis import FIRST_OUTSIDE, SynthesisRules, draw_c
 from medlore.demo.segmentation import template_file, tissue_truth
 from medlore.files import read_json, write_json
 from medlore.metrics.masks import dice
-from medlore.segmenting.first_pass import grown, halves_apart
+from medlore.segmenting.first_pass import grown, two_halves
 from medlore.segmenting.segmenter import LoadedSegmenter, load_segmenter
 
 HEADING = "## Development heads"
@@ -173,7 +173,7 @@ def finder_table(model: LoadedSegmenter, folder: Path) -> str:
         found = model.segment(volume, list(names), modality="mri")
         brain, left, right = (np.isin(codes, codes_of[name]) for name in names)
         spacing = spacing_of(volume.affine)
-        kept, halves = grown(found[names[0]], MARGIN_MM, spacing), halves_apart(found[names[1]], found[names[2]], spacing)
+        kept, halves = grown(found[names[0]], MARGIN_MM, spacing), two_halves(volume, *(found[name] for name in names))
         wrong = (halves["left"] & right).sum() + (halves["right"] & left).sum() if halves else (left | right).sum()
         outside = (kept & (codes >= FIRST_OUTSIDE)).sum() * float(np.prod(spacing)) / 1000
         covered = (kept & brain).sum() / brain.sum()

@@ -1,7 +1,7 @@
 """The command line: one command, verbs in `medlore.commands`, one file a verb.
 
 Result to stdout (``--json``: one JSON object, nothing else), progress to stderr. Exit status 0 done, 1 a case or step
-failed, 2 wrong use or wrong input, 130 stopped with Ctrl-C. Nothing heavy is imported before a verb runs.
+failed, 2 wrong use or wrong input, 130 stopped with Ctrl-C, 143 by SIGTERM, 129 by SIGHUP. Nothing heavy is imported before a verb runs.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 
 from medlore.errors import InputError, MedloreError, StepError, UnknownNameError
+from medlore.runs.stopping import ends_when_asked
 
 # The verbs in the order in which people meet them; each is `medlore.commands.<verb>` with a Typer app named `app`.
 VERBS = ("demo", "doctor", "info", "ranks", "finetune", "predict", "decompose", "export", "evaluate", "segment", "study", "view")
@@ -62,6 +63,7 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[2]
 
 _STOPPED = 130
 _STOPPED_MESSAGE = "stopped by the user; finished files are whole, nothing is half-written"
+_ASKED_MESSAGE = "stopped by a signal; finished files are whole, nothing is half-written"
 
 app = typer.Typer(cls=_Verbs, no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
 
@@ -83,6 +85,18 @@ def _medlore(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit status; the installed `medlore` script calls this."""
+    with ends_when_asked() as heard:
+        try:
+            status = _answered(arguments)
+        except (KeyboardInterrupt, typer.Abort):
+            status = _STOPPED
+    if heard:
+        return _report(_ASKED_MESSAGE, heard[0].exit_status)
+    return _report(_STOPPED_MESSAGE, _STOPPED) if status == _STOPPED else status
+
+
+def _answered(arguments: Sequence[str] | None) -> int:
+    """The exit status of a command line whose faults were reported."""
     command = typer.main.get_command(app)
     try:
         _refuse_empty(sys.argv[1:] if arguments is None else arguments)
@@ -92,8 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _UsageError as error:
         error.show()  # type: ignore[attr-defined]
         return 2
-    except (KeyboardInterrupt, typer.Abort):
-        return _report(_STOPPED_MESSAGE, _STOPPED)
+    except typer.Abort:
+        raise
     except OSError as error:
         if os.environ.get("MEDLORE_TRACEBACK"):
             raise
@@ -104,9 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         what = f"a fault of MedLoRE itself: {type(error).__name__}: {error}"
         return _report(f"{what}. To do: run again with MEDLORE_TRACEBACK=1 and report what it prints", 1)
-    if status == _STOPPED:  # Typer has caught the Ctrl-C itself
-        return _report(_STOPPED_MESSAGE, _STOPPED)
-    return status if isinstance(status, int) else 0
+    return status if isinstance(status, int) else 0  # 130 where Typer has caught the Ctrl-C itself
 
 
 def _of_system(error: OSError) -> MedloreError:

@@ -120,6 +120,16 @@ class StepError(MedloreError):
     """The input was right, but a step could not be finished (disk full, loss not finite, case failed)."""
 
 
+def reason_of(error: BaseException) -> str:
+    r"""What a library said, in one line that fits a message of ours.
+
+    Examples:
+        >>> reason_of(ValueError("no header\nat all"))
+        'ValueError: no header'
+    """
+    return f"{type(error).__name__}: {error}".split("\n", maxsplit=1)[0][:300]
+
+
 def nearest_names(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     """The `count` known names that look most like `name`, best first.
 

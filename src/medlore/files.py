@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import itertools
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from medlore.errors import DataError, InputError, MedloreError, StepError
 
 WRITTEN = ".written.json"  # in a folder that was made here: what it was made of
+_RECORDS = {".json", ".safetensors"}
+_PART = ".part-"
+_PART_NAME = re.compile(r"\.part-([0-9a-f]{12}|[a-z0-9_]{8})(\.|$)")
+_LONGEST_SUFFIX = 100
+_DEPTH = 3  # levels below a folder of outputs in which something is written
 
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its name when the block ends well, and vanishes when it does not.
 
-    Suffixes are kept (`.nii.gz`, `.safetensors`), since writers choose their format by them.
+    Suffixes are kept (`.nii.gz`, `.safetensors`), since writers choose their format by them. What a killed process left half-written
+    is taken over: the temporary name follows from the file's own.
 
     Raises:
         InputError: `path` is a folder, a device or a pipe: a device would be replaced by the file.
@@ -36,21 +44,22 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         kind = "a folder" if final.is_dir() else "a device or a pipe"
         raise InputError(str(final), f"is {kind}", "a file to be made, or one to be replaced", "name another file")
     _make_folder(final.parent)
-    suffix = "".join(final.suffixes[-2:])
     try:
-        handle, name = tempfile.mkstemp(prefix=".part-", suffix=suffix, dir=final.parent)
+        temporary, handle = _claim_file(final)
     except OSError as error:
         raise _write_failed(final, error) from error
-    os.close(handle)
-    temporary = Path(name)
+    placed = False
     try:
         yield temporary
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(final)
+        placed = True
     except OSError as error:
         raise _write_failed(final, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if not placed:  # else the name may be somebody else's by now
+            temporary.unlink(missing_ok=True)
+        _let_go(handle)
 
 
 @contextlib.contextmanager
@@ -68,7 +77,7 @@ def atomic_folder(path: str | Path, *, kept: list[str] | None = None) -> Iterato
         kept: gets the names of what came along.
 
     Raises:
-        InputError: `path` is a file, or a folder with other things in it.
+        InputError: `path` is a file, a folder with other things in it, or is being written by another process.
         StepError: the parent folder cannot be written, or the disk is full.
     """
     final = Path(path)
@@ -78,13 +87,14 @@ def atomic_folder(path: str | Path, *, kept: list[str] | None = None) -> Iterato
     _make_folder(final.parent)
     retired = final.with_name(f".old-{final.name}")
     try:
-        _put_back(retired, final)
-        temporary = Path(tempfile.mkdtemp(prefix=".part-", dir=final.parent))
+        temporary, handle = _claim_folder(final)
     except OSError as error:
         raise _write_failed(final, error) from error
+    placed = False
     try:
+        _put_back(retired, final)
         yield temporary
-        _refuse_a_strangers_folder(final, temporary)
+        refuse_strangers(final, {item.name for item in temporary.iterdir()})
         made = _contents(temporary)
         came_along = _take_over(final, temporary) if final.exists() else []
         write_json(temporary / WRITTEN, {"schema": "medlore/written/1", "files": made})
@@ -92,27 +102,104 @@ def atomic_folder(path: str | Path, *, kept: list[str] | None = None) -> Iterato
         if final.exists():
             final.replace(retired)
         temporary.replace(final)
+        placed = True
         if kept is not None:
             kept += came_along
     except OSError as error:
         raise _write_failed(final, error) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if not placed:
+            shutil.rmtree(temporary, ignore_errors=True)
         _put_back(retired, final)
+        _let_go(handle)
 
 
 def clear_remains(folder: str | Path) -> None:
-    """Finish what a killed process began in a folder: half-made files and folders go, a folder without its successor comes back.
+    """Finish what killed processes began in a folder: half-made files and folders go, a folder without its successor comes back.
 
-    Nobody else may be writing there.
+    The folder and three levels below it are looked at. What a process that lives is writing stays.
     """
-    for left in Path(folder).glob(".part-*"):
-        if left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
-            left.unlink(missing_ok=True)
-    for retired in Path(folder).glob(".old-*"):
-        _put_back(retired, retired.with_name(retired.name.removeprefix(".old-")))
+    root = Path(folder)
+    for place, folders, files in os.walk(root):
+        here = Path(place)
+        for name in [name for name in (*folders, *files) if _is_part(name, strictly=here != root)]:
+            _clear_part(here / name)
+        for name in [name for name in folders if name.startswith(".old-")]:
+            if any(item.suffix in _RECORDS for item in (here / name).iterdir()):  # a folder of somebody else's may have such a name
+                _put_back(here / name, here / name.removeprefix(".old-"))
+        deep = len(here.relative_to(root).parts) >= _DEPTH
+        folders[:] = [] if deep else [name for name in folders if not name.startswith(".")]
+
+
+def _is_part(name: str, *, strictly: bool) -> bool:
+    return bool(_PART_NAME.match(name)) if strictly else name.startswith(_PART)
+
+
+def _clear_part(left: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder = left.is_dir() and not left.is_symlink()
+        handle = os.open(left, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails where its process lives
+            shutil.rmtree(left, ignore_errors=True) if folder else left.unlink(missing_ok=True)
+        finally:
+            os.close(handle)
+
+
+def _part_of(final: Path) -> Path:
+    """The temporary name of a file or folder: always the same one, so that who writes it next takes over what was left."""
+    mark = hashlib.sha256(os.fsencode(final.name)).hexdigest()[:12]
+    suffix = "".join(final.suffixes[-2:])
+    return final.with_name(f"{_PART}{mark}{suffix if len(os.fsencode(suffix)) < _LONGEST_SUFFIX else final.suffix[:_LONGEST_SUFFIX]}")
+
+
+def _claim_file(final: Path) -> tuple[Path, int]:
+    part = _part_of(final)
+    handle = _claimed(part, lambda: os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600))
+    if handle is not None:
+        os.ftruncate(handle, 0)
+        return part, handle
+    other, name = tempfile.mkstemp(prefix=_PART, suffix="".join(part.suffixes[-2:]), dir=final.parent)  # both write; each file is whole
+    with contextlib.suppress(OSError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return Path(name), other
+
+
+def _claim_folder(final: Path) -> tuple[Path, int]:
+    part = _part_of(final)
+
+    def opened() -> int:
+        part.mkdir(mode=0o700, exist_ok=True)
+        return os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+
+    handle = _claimed(part, opened)
+    if handle is None:
+        raise InputError(str(final), "another process is writing it", "a folder of its own", "wait, or name another")
+    for left in part.iterdir():
+        shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+    return part, handle
+
+
+def _claimed(part: Path, opened: Callable[[], int]) -> int | None:
+    """A handle that nobody else locks while this process lives; None where another one holds it."""
+    while True:
+        handle = opened()
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(handle), part.lstat()):
+                return handle
+        except BlockingIOError:
+            os.close(handle)
+            return None
+        except FileNotFoundError:  # its process has just finished, and renamed it
+            pass
+        os.close(handle)
+
+
+def _let_go(handle: int) -> None:
+    with contextlib.suppress(OSError):
+        fcntl.flock(handle, fcntl.LOCK_UN)  # also where a child process holds a copy
+    os.close(handle)
 
 
 def _put_back(retired: Path, final: Path) -> None:
@@ -159,10 +246,20 @@ def _take_over(final: Path, made: Path) -> list[str]:
     return brought
 
 
-def _refuse_a_strangers_folder(final: Path, made: Path) -> None:
+def refuse_strangers(final: Path, names: set[str]) -> None:
+    """Refuse to replace a folder that shares no record with what is to be written.
+
+    Args:
+        final: the folder, if it is there.
+        names: what will be in the new one.
+
+    Raises:
+        InputError: it is somebody's, or a file.
+    """
+    if final.exists() and not final.is_dir():
+        raise InputError(str(final), "is a file", "a folder to be made", "name another folder")
     there = {item.name for item in final.iterdir()} - {WRITTEN} if final.is_dir() else set()
-    names = {item.name for item in made.iterdir()}
-    records = {name for name in names if name.endswith((".json", ".safetensors"))}
+    records = {name for name in names if name.endswith(tuple(_RECORDS))}
     if there and there.isdisjoint(records or names):
         came = f"holds other things ({', '.join(sorted(there)[:3])}{', ...' if len(there) > 3 else ''}), which would be lost"
         raise InputError(str(final), came, "a new or empty folder, or an earlier result of the same kind", "name another folder")
@@ -180,8 +277,8 @@ def write_json(path: str | Path, value: Any) -> Path:
     return write_text(path, json_text(value) + "\n")
 
 
-def json_text(value: Any) -> str:
-    """Strict, indented JSON of plain Python, NumPy and pathlib values.
+def json_text(value: Any, *, indent: int | None = 2) -> str:
+    """Strict JSON of plain Python, NumPy and pathlib values; in one line with `indent` None.
 
     Examples:
         >>> print(json_text({"auc": float("nan")}))
@@ -189,7 +286,7 @@ def json_text(value: Any) -> str:
           "auc": null
         }
     """
-    text = json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(_plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
     return text.encode("utf-8", "backslashreplace").decode()  # a name that is no UTF-8 as JSON's own escape, so that it comes back
 
 
@@ -238,12 +335,12 @@ def existing_file(path: str | Path, *, where: str = "") -> Path:
     return path
 
 
-def sha256_of(path: str | Path) -> str:
-    """Hex SHA-256 of a file, or of the names and contents of all files of a folder."""
+def sha256_of(path: str | Path, *, leave_out: Callable[[Path], bool] = lambda _: False) -> str:
+    """Hex SHA-256 of a file, or of the names and contents of all files of a folder but those to `leave_out`."""
     path = Path(path)
     digest = hashlib.sha256()
     if path.is_dir():
-        for item in sorted(p for p in path.rglob("*") if p.is_file()):
+        for item in sorted(p for p in path.rglob("*") if p.is_file() and not leave_out(p)):
             digest.update(os.fsencode(item.relative_to(path).as_posix()) + b"\0" + sha256_of(item).encode())
         return digest.hexdigest()
     with path.open("rb") as stream:

@@ -25,6 +25,8 @@ from benchmarks.shipped_segmenter import (
 
 from medlore.assets import asset_path
 from medlore.data.volumes.cases import Case, read_cases
+from medlore.data.volumes.preparation import read_volume
+from medlore.demo.segmentation import template_file
 from medlore.segmenting.segmenter import LoadedSegmenter, load_segmenter
 
 LARGEST_BYTES = 12e6
@@ -91,6 +93,27 @@ def test_it_finds_the_hippocampi_of_patients_that_it_has_not_seen(model: LoadedS
         rows += hippocampus_rows(model, one_case(tmp_path / f"{number}.jsonl", line))
     for label in HIPPOCAMPUS:
         assert mean(rows, label) > (0.85 if label == "hippocampus" else 0.8)
+
+
+def test_left_and_right_are_the_two_parts_of_both(model: LoadedSegmenter) -> None:
+    """On the template, which is stripped: nothing is cut, and the halves of the first pass divide what is found."""
+    volume = read_volume(template_file())
+    found = model.segment(volume, ["hippocampus", "left hippocampus", "right hippocampus"], modality="mri")
+    left, right, both = (found[label] for label in ("left hippocampus", "right hippocampus", "hippocampus"))
+    assert not (left & right).any()
+    assert np.array_equal(left | right, both)
+    x = [float((volume.affine @ [*np.argwhere(mask).mean(0), 1])[0]) for mask in (left, right)]
+    assert x[0] < -15 < 15 < x[1]  # mm from the midline of the template, right is positive
+    assert 0.7 < left.sum() / right.sum() < 1.4
+
+
+def test_a_crop_is_answered_as_ever_and_says_that_sides_are_untold(model: LoadedSegmenter, shared_data: Path, tmp_path: Path) -> None:
+    line = next(line for line in runpy.run_path(str(SCRIPT))["hippocampus_cases"](shared_data) if line["split"] == "test")
+    volume = read_volume(one_case(tmp_path / "crop.jsonl", line).image)
+    found = model.segment(volume, ["left hippocampus", "hippocampus"], modality="mri")
+    assert np.array_equal(found["left hippocampus"], found["hippocampus"])
+    assert any("left and right cannot be told apart" in note for note in found.notes)
+    assert not model.segment(volume, ["hippocampus"], modality="mri").notes
 
 
 def test_a_stray_part_is_one_that_touches_no_truth() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -160,3 +162,15 @@ def test_sat_pro_runs_on_a_tiny_volume() -> None:
         logits = model(x, torch.randn(2, 768))
     assert logits.shape == (1, 2, 64, 32, 32)
     assert bool(logits.isfinite().all())
+
+
+def test_a_network_without_values_draws_none() -> None:
+    """Drawing on the meta device imports hundreds of modules of torch: seconds before the first case."""
+    program = (
+        "import sys, torch\n"
+        "from medlore.models.segmenter.network import LORKD_NANO, Segmenter\n"
+        "before = set(sys.modules)\n"
+        "with torch.device('meta'): Segmenter(LORKD_NANO)\n"
+        "print(len(set(sys.modules) - before))"
+    )
+    assert int(subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout) < 50

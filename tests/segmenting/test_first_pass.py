@@ -13,7 +13,7 @@ import pytest
 from medlore.data.volumes.nifti import Volume
 from medlore.data.volumes.preparation import PackedMasks
 from medlore.models.segmenter.manifest import preprocessing_faults
-from medlore.segmenting.first_pass import FirstPassRules, first_pass_rules, grown, halves_apart, in_their_halves, look_first, side_of
+from medlore.segmenting.first_pass import FirstPassRules, first_pass_rules, grown, in_their_halves, look_first, side_of, two_halves
 
 Array = np.ndarray[Any, Any]
 RULES: dict[str, Any] = {"pack": "medlore:brain-finder", "brain": "brain", "halves": {"left": "l", "right": "r"}, "margin_mm": 4.0}
@@ -68,21 +68,21 @@ def test_a_margin_is_a_distance_in_millimetres() -> None:
 
 
 def test_every_voxel_belongs_to_one_half_the_nearer_one_where_none_was_found() -> None:
-    _, masks = scene()
-    halves = halves_apart(masks["l"], masks["r"], np.array([3.0] * 3))
+    volume, masks = scene()
+    halves = two_halves(volume, masks["brain"], masks["l"], masks["r"])
     assert not (halves["left"] & halves["right"]).any()
     assert (halves["left"] | halves["right"]).all()
     assert (halves["left"] >= masks["l"]).all()
     assert halves["left"][:26].all()
     assert halves["right"][35:].all()
-    assert halves_apart(masks["l"] & False, masks["r"] & False, np.ones(3)) == {}
+    assert two_halves(volume, masks["brain"], masks["l"] & False, masks["r"]) == {}
 
 
 def test_a_label_with_a_side_is_cut_to_its_half_and_the_others_stay() -> None:
-    _, masks = scene()
+    volume, masks = scene()
     packed = PackedMasks(SHAPE, 1)
     packed.set_planes(0, 0, (slice(0, SHAPE[1]), slice(0, SHAPE[2])), masks["brain"])
-    halves = halves_apart(masks["l"], masks["r"], np.array([3.0] * 3))
+    halves = two_halves(volume, masks["brain"], masks["l"], masks["r"])
     held = in_their_halves(dict.fromkeys(("left x", "right x", "x"), (packed, 0)), halves, lambda half: half)
     left, right, both = (held[label][0].whole(held[label][1]) for label in ("left x", "right x", "x"))
     assert np.array_equal(both, masks["brain"])

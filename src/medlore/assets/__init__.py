@@ -8,6 +8,13 @@ from pathlib import Path
 from medlore.errors import UnknownNameError
 
 PREFIX = "medlore:"
+# What adapters of earlier versions keep of a shipped backbone: hashes of the same weights beside other words in the model card.
+EARLIER_HASHES = {
+    "medlore:vit-mini": (
+        "0b83abc43c5f00be60ec37b4472e5e0972be860a027a2e0d5353ccc71a5d0b8e",
+        "cf42ec9415257851d42add58155f9eb65736a7d4ab6628824a34e817e3196e94",
+    )
+}
 
 
 def asset_path(name: str) -> Path:

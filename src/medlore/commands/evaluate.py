@@ -14,6 +14,7 @@ class EvaluateOutput(Output):
     """Where the numbers go."""
 
     out: Path | None = setting(None, "Folder for report.json and predictions.csv.")
+    overwrite: bool = setting(False, "Replace a finished run of other settings in --out.")
 
 
 def evaluate(given: Given) -> None:
@@ -31,8 +32,11 @@ def evaluate(given: Given) -> None:
     settings, output = given.read(EvaluateSettings, EvaluateOutput, foreign="applies only to masks (--pred, --truth)")
     from medlore.commands.screens.answers import print_json
     from medlore.commands.screens.tuning import print_report
+    from medlore.runs.report import refuse_finished
     from medlore.tuning.evaluate import evaluate as measure
 
+    if output.out is not None:
+        refuse_finished(output.out, overwrite=output.overwrite, settings=settings)
     result = measure(settings, output.out)
     if output.as_json:
         print_json(result.report)
@@ -43,12 +47,15 @@ def evaluate(given: Given) -> None:
 def _evaluate_masks(given: Given) -> None:
     settings, output = given.read(MaskEvaluationSettings, EvaluateOutput, foreign="applies only to images (RUN --data SET)")
     from medlore.commands.screens.masks import print_masks
+    from medlore.runs.report import refuse_finished
     from medlore.segmenting.evaluate import evaluate_masks
 
+    out = output.out if output.out is not None else settings.pred / "evaluation"
+    refuse_finished(out, overwrite=output.overwrite, settings=settings)
     evaluate_masks(
         settings.pred,
         settings.truth,
-        out=output.out,
+        out=out,
         tolerance_mm=settings.tolerance_mm,
         show=lambda results: print_masks(results, as_json=output.as_json),
     )

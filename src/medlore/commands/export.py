@@ -35,17 +35,22 @@ def export(given: Given) -> None:
     call, output = given.read(ExportCall, Output)
     from medlore.commands.screens import export as screen
     from medlore.decomposing.classifiers.export import export_classifier, is_classifier_pack, required
+    from medlore.runs.output_lock import OutputLock
     from medlore.segmenting.export import export as run
 
     how = {name: getattr(call, name) for name in ("text", "tokenizer", "prompt_embeddings", "lora_alpha")}
     if is_classifier_pack(call.source):
         flags = {given.flags[name]: value for name, value in how.items()}
         _refuse(flags, "given for the pack of a classifier", "--expert and --format")
-        found = export_classifier(call.source, required(call.expert, "--expert"), call.format or "safetensors", call.out)
+        expert = required(call.expert, "--expert")
+        with OutputLock.beside(call.out):
+            found = export_classifier(call.source, expert, call.format or "safetensors", call.out)
         screen.print_classifier_export(found, as_json=output.as_json)
         return
     _refuse({"--format": call.format}, "given for a segmenter", "no format: a segmenter is written as a pack of safetensors files")
-    screen.print_export(run(call.source, call.out, expert=call.expert, **how), as_json=output.as_json)
+    with OutputLock.beside(call.out):
+        summary = run(call.source, call.out, expert=call.expert, **how)
+    screen.print_export(summary, as_json=output.as_json)
 
 
 def _refuse(flags: Mapping[str, object], came: str, accepted: str) -> None:

@@ -55,7 +55,7 @@ def finetune(given: Given) -> None:
     with contextlib.ExitStack() as stack:
         out = output.out
         if out is not None:
-            refuse_finished(out, overwrite=output.overwrite or output.resume)
+            refuse_finished(out, overwrite=output.overwrite, settings=settings if output.resume else None)
         elif settings.dataset.data is not None and not output.resume:
             out = stack.enter_context(next_run(f"{settings.dataset.data.resolve().stem}-{settings.method}"))
             print_where(out)

@@ -29,13 +29,15 @@ def predict(given: Given) -> None:
     """Score unlabelled images with a tuned model and write one CSV row per image."""
     settings, call = given.read(PredictSettings, PredictCall)
     from medlore.commands.screens.answers import print_json, print_line, print_notes
+    from medlore.runs.output_lock import OutputLock
     from medlore.tuning.predict import predict as score
     from medlore.tuning.predict import write_medfmc
 
-    predicted = score(call.tuned, call.images, call.out, settings)
-    written = {"predictions": call.out, "images": len(predicted.images), "left_out": predicted.faults}
-    if settings.medfmc is not None:
-        written["submission"] = write_medfmc(predicted, call.out.parent, settings.medfmc)
+    with OutputLock.beside(call.out):
+        predicted = score(call.tuned, call.images, call.out, settings)
+        written = {"predictions": call.out, "images": len(predicted.images), "left_out": predicted.faults}
+        if settings.medfmc is not None:
+            written["submission"] = write_medfmc(predicted, call.out.parent, settings.medfmc)
     if call.as_json:
         print_json(written)
     else:

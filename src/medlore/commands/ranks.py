@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from medlore.commands.flags import Given, Output, command
@@ -62,10 +63,14 @@ def ranks(given: Given) -> None:
     from medlore.commands.screens.answers import print_json
     from medlore.commands.screens.ranks import print_plan, progress_bar
     from medlore.inspecting.ranks import make_plan, summary
+    from medlore.runs.output_lock import OutputLock
 
     options = settings.flat()
     check = not options.pop("any_weights")
-    with progress_bar() as advance:
+    with contextlib.ExitStack() as stack:
+        for place in {path.absolute() for path in (output.out, output.plot, output.peft) if path is not None}:
+            stack.enter_context(OutputLock.beside(place))
+        advance = stack.enter_context(progress_bar())
         plan, written = make_plan(
             options.pop("source"), out=output.out, plot=output.plot, peft=output.peft, progress=advance, check=check, **options
         )

@@ -20,7 +20,7 @@ from medlore.data.volumes.mask_files import MaskFile
 from medlore.data.volumes.nifti import Volume
 from medlore.data.volumes.nifti_affine import AffineChoice
 from medlore.data.volumes.voxel_bytes import unpacked
-from medlore.errors import DataError, InputError, MedloreError
+from medlore.errors import DataError, InputError, MedloreError, reason_of
 from medlore.files import sha256_of
 
 _HEAD = 352  # bytes by which a format is recognised
@@ -340,8 +340,7 @@ def refusing(path: Path, name: str) -> Iterator[None]:
     except (MedloreError, MemoryError):
         raise
     except Exception as error:  # of nibabel, NumPy, pydicom, zipfile, ...: they share no parent
-        reason = f"{type(error).__name__}: {error}".split("\n", maxsplit=1)[0][:300]
-        raise DataError(str(path), f"cannot be read as {name} ({reason})", "a valid file", "copy or export it again") from error
+        raise DataError(str(path), f"cannot be read as {name} ({reason_of(error)})", "a valid file", "copy or export it again") from error
 
 
 def _first_bytes(path: Path) -> bytes:

@@ -42,7 +42,7 @@ class TrainedOnce:
 
     def state_of(self, name: str, identity: str) -> str:
         """`trained`, `begun` or `to be trained`: what the next run finds."""
-        if self._record(name).get("identity") == identity:
+        if self._place(name, identity) is not None:
             return "trained"
         return "begun" if self._checkpoint(name, identity).exists() else "to be trained"
 
@@ -62,19 +62,32 @@ class TrainedOnce:
             StepError: the training diverged.
             CheckpointError: a finished network or a checkpoint that is damaged or does not fit.
         """
-        held = self._record(name)
-        if held.get("identity") == identity:
-            self._take_over(name, network)
-            return {key: value for key, value in held.items() if key != "identity"}
+        if (place := self._place(name, identity)) is not None:
+            self._take_over(place, network)
+            return {key: value for key, value in self._record(place).items() if key != "identity"}
         checkpoint = self._checkpoint(name, identity)
         history = train(checkpoint)
         if self.accelerator.is_main_process:
+            self._keep_finished(name)
             with atomic_path(self._weights(name)) as temporary:
                 torch.save(network.state_dict(), temporary)
             write_json(self.folder / name / _HISTORY, {"identity": identity, **history})
             checkpoint.path.unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
         return history
+
+    def _place(self, name: str, identity: str) -> str | None:
+        """Where a finished network of this identity lies: under its name, or put aside for one of other settings."""
+        places = (name, f"{name}-{identity[:8]}")
+        return next((place for place in places if self._record(place).get("identity") == identity), None)
+
+    def _keep_finished(self, name: str) -> None:
+        """Put a finished network of other settings aside, whole at every moment, so that going back to them does not train it again."""
+        held = self._record(name)
+        if held.get("identity"):
+            aside = f"{name}-{held['identity'][:8]}"
+            write_json(self.folder / aside / _HISTORY, held)
+            self._weights(name).replace(self._weights(aside))
 
     def _take_over(self, name: str, network: nn.Module) -> None:
         path = self._weights(name)

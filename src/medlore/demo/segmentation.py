@@ -83,7 +83,7 @@ def segment_template(
         DataError: the pack knows none of the prompts.
     """
     from medlore.segmenting.cohort import load_model
-    from medlore.segmenting.outputs import write_outputs
+    from medlore.segmenting.outputs import fault_of, write_outputs
     from medlore.segmenting.settings import SegmentSettings
 
     started = time.perf_counter()
@@ -95,6 +95,8 @@ def segment_template(
     result = model.segment(volume, labels, "mri")
     about = {"image": image.name, "model": {"name": model.bundle.name, "sha256": model.bundle.sha256}, "precision": model.precision}
     record = write_outputs(out / FOLDER, result, about=about)
+    if (fault := fault_of(record, out / FOLDER)) is not None:
+        raise fault
     rows = _rows(record["labels"], result, volume.array)
     seconds = round(time.perf_counter() - started, 1)
     say(f"  {len(rows)} labels, {result.windows} windows  ({seconds:.0f} s)")

@@ -18,14 +18,17 @@ from typing import Any, Self
 
 from medlore.errors import InputError, StepError
 from medlore.files import read_json, sha256_of, write_json
+from medlore.runs.output_lock import OutputLock, is_first_process, refuse_held
 from medlore.runs.settings import Settings
+from medlore.runs.stopping import Stopped
 
 REPORT_SCHEMA = "medlore/report/1"
+_SCHEMA_START, _SCHEMA_WITHIN = b'"medlore/report/', 200  # it stands in the first line
 _REPORTED_PACKAGES = ("medlore", "torch", "transformers", "peft", "accelerate", "numpy", "safetensors", "nibabel", "scikit-learn")
 
 
 class Run:
-    """One run of a recipe; as a context manager it writes `OUT/report.json` however the run ends.
+    """One run of a recipe; as a context manager it holds the lock of OUT, and writes `OUT/report.json` however the run ends.
 
     Args:
         verb: the command, e.g. `finetune`.
@@ -34,8 +37,13 @@ class Run:
         seed: seed of the run, if it draws at random.
         device: device on which it runs, if any.
 
-    The report holds: schema, verb, command, state (`done`, `failed`, `interrupted`), versions, git, machine, settings, seed,
-    device, inputs (path -> sha256), outputs (name -> path below OUT), results, seconds, peak_memory_bytes.
+    The report holds: schema, verb, command, state, versions, git, machine, settings, seed, device, inputs (path -> sha256),
+    outputs (name -> path below OUT), results, seconds, peak_memory_bytes. The state is `running` from the start on, and then
+    `done`, `failed`, `interrupted` (Ctrl-C) or `stopped` (SIGTERM, SIGHUP); a run that was killed stays `running`.
+
+    Raises:
+        InputError: on entering: another run is writing there, or OUT holds a finished run of another verb.
+        StepError: the folder cannot be written.
     """
 
     def __init__(
@@ -54,6 +62,8 @@ class Run:
             "device": device,
         }
         self._start = time.perf_counter()
+        self._machine: dict[str, Any] = {}
+        self._lock: OutputLock | None = None
 
     def add_input(self, path: str | Path) -> None:
         """Record an input file or folder with its hash."""
@@ -65,6 +75,7 @@ class Run:
 
     def write(self, state: str) -> Path:
         """Write `report.json` as it stands."""
+        self._machine = self._machine or describe_machine()  # once a run: git is asked
         report = {
             **self._head,
             "state": state,
@@ -73,17 +84,68 @@ class Run:
             "results": self.results,
             "seconds": round(time.perf_counter() - self._start, 3),
             "peak_memory_bytes": peak_memory_bytes(),
-            **describe_machine(),
+            **self._machine,
         }
         return write_json(self.out / "report.json", report)
 
     def __enter__(self) -> Self:
+        if is_first_process():
+            self._lock = OutputLock(self.out)
+            self._lock.__enter__()
+        try:
+            self._refuse_others()
+            if is_first_process():
+                self.write("running")
+        except BaseException:
+            self._unlock()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is not None:
-            self.results["error"] = f"{kind.__name__ if kind else ''}: {error}"
-        self.write("done" if error is None else "interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+        try:
+            if error is not None:
+                self.results["error"] = f"{kind.__name__ if kind else ''}: {error}"
+            if is_first_process():
+                self.write(_state_after(error))
+        finally:
+            self._unlock()
+
+    def _refuse_others(self) -> None:
+        """Neither the report of another verb nor a file of somebody's that has its name is replaced."""
+        path, found = self.out / "report.json", _finished(self.out)
+        if found is not None and found.get("verb") != self._head["verb"]:
+            came = f"holds a finished run of {found.get('verb')}, whose report would be replaced"
+            raise InputError(f"--out {self.out}", came, "a new folder, or one of the same verb", "name another folder")
+        if path.is_file() and path.stat().st_size and not _is_of_a_run(path):
+            came = "holds a report.json that no run wrote, which would be replaced"
+            raise InputError(f"--out {self.out}", came, "a folder for the outputs alone", "name another folder")
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.__exit__()
+            self._lock = None
+
+
+def _is_of_a_run(path: Path) -> bool:
+    with path.open("rb") as stream:
+        return _SCHEMA_START in stream.read(_SCHEMA_WITHIN)
+
+
+def _state_after(error: BaseException | None) -> str:
+    if error is None:
+        return "done"
+    if isinstance(error, Stopped):
+        return "stopped"
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+
+
+def _finished(out: Path) -> dict[str, Any] | None:
+    """The report of a finished run in a folder."""
+    try:
+        found = read_json(out / "report.json")
+    except InputError:  # none, or cut off: nothing finished
+        return None
+    return found if isinstance(found, dict) and found.get("state") == "done" else None
 
 
 def refuse_finished(out: str | Path, *, overwrite: bool, settings: Settings | None = None) -> None:
@@ -95,17 +157,14 @@ def refuse_finished(out: str | Path, *, overwrite: bool, settings: Settings | No
         settings: of the new run, where the same ones may run again: they give the same results.
 
     Raises:
-        InputError: OUT/report.json says that a run is finished.
+        InputError: OUT/report.json says that a run is finished, or another one is writing there.
     """
-    report = Path(out) / "report.json"
-    if overwrite or not report.is_file():
+    if overwrite or not Path(out).is_dir():
         return
-    try:
-        found = read_json(report)
-    except InputError:  # cut off: nothing finished
-        return
-    same = settings is not None and isinstance(found, dict) and found.get("settings") == settings.model_dump(mode="json")
-    if isinstance(found, dict) and found.get("state") == "done" and not same:
+    refuse_held(Path(out))
+    found = _finished(Path(out))
+    same = settings is not None and found is not None and found.get("settings") == settings.model_dump(mode="json")
+    if found is not None and not same:
         came = f"{out} holds a finished run of {found.get('verb')}, which would be replaced"
         raise InputError("--out", came, "a new folder", "name another folder, or give --overwrite")
 

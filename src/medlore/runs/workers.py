@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from medlore.errors import StepError
 from medlore.extras import require
+from medlore.runs.stopping import own_signals
 
 Entry = dict[str, Any]
 Job = tuple[Any, ...]
@@ -109,7 +110,8 @@ def _with_ray(
         address = os.environ.get("RAY_ADDRESS")
         size = {} if address else {"num_cpus": max(workers, 1), "include_dashboard": False}
         try:
-            ray.init(address=address, logging_level="error", log_to_driver=False, **size)
+            with own_signals():  # Ray ends the process at SIGTERM, with no report
+                ray.init(address=address, logging_level="error", log_to_driver=False, **size)
         except Exception as error:  # Ray raises bare exceptions when its processes do not come up in time
             accepted, fix = "a machine or cluster on which Ray starts", "try again on a less busy machine, or take --engine local"
             raise StepError("--engine ray", f"Ray did not start ({error})", accepted, fix) from error

@@ -17,25 +17,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from medlore.data.formats import ReadOptions, content_hash, existing_image, find_images, modality_of, read_grid
-from medlore.data.volumes.cases import Case, folder_names, read_cases
+from medlore.data.volumes import dicom
+from medlore.data.volumes.cases import Case, folder_names, only_known_faults, read_cases
 from medlore.data.volumes.geometry import check_orientation
 from medlore.errors import DataError, InputError, MedloreError
-from medlore.files import read_json, sha256_of
+from medlore.files import read_json, refuse_strangers, sha256_of
 from medlore.models.segmenter.vocabulary import canonical_modality, default_vocabulary
 from medlore.runs.hardware import Hardware, Work, decide_hardware
-from medlore.runs.output_lock import OutputLock
+from medlore.runs.journal import append_line
 from medlore.runs.report import Run
 from medlore.runs.workers import spread
+from medlore.segmenting.case_folders import folder_for
 from medlore.segmenting.labels import ModelFacts, Routes, facts_of_bundle, facts_of_pack, route_labels
 from medlore.segmenting.plan import CasePlan
 from medlore.segmenting.planner import Choices, Planner
 from medlore.segmenting.settings import RULES_VERSION, SegmentSettings
 
 if TYPE_CHECKING:
+    from medlore.data.volumes.nifti import Volume
     from medlore.data.volumes.nifti_affine import AffineChoice
     from medlore.segmenting.model import SegmentingModel
 
 State = Literal["done", "skipped", "failed"]
+JOURNAL = "report.cases.jsonl"  # the entries of a run that goes on, or was killed
 
 
 class CohortWatcher(Protocol):
@@ -77,7 +81,7 @@ def collect_cases(settings: SegmentSettings) -> list[Case]:
     source = settings.cases if settings.cases is not None else settings.image
     if source is None or not source.exists():
         raise InputError(str(source), "no such file or folder", "a jsonl, an image, or a folder of them", "check the spelling")
-    if source.suffix.casefold() in (".jsonl", ".json"):
+    if source == settings.cases and source.is_file() and source.suffix.casefold() in (".jsonl", ".json"):
         cases = read_cases(source)
         return [replace(c, labels=settings.labels or c.labels, modality=settings.modality or c.modality) for c in cases]
     images = (find_images(source) or [source]) if source.is_dir() else [source]
@@ -105,16 +109,19 @@ def segment_cases(settings: SegmentSettings, *, watcher: CohortWatcher | None = 
     alone = settings.engine == "local" and settings.workers == 1
     model: SegmentingModel | None = loaded if alone else None  # each worker loads its own; this process keeps none
     del loaded
-    with OutputLock(settings.out), Run("segment", settings.out, settings=settings, device=hardware.device) as run:
+    journal = settings.out / JOURNAL
+    with Run("segment", settings.out, settings=settings, device=hardware.device) as run:
         run.results = {"model": model_record, "hardware": hardware.record(), "cases": [], "notes": notes}
         entries: list[dict[str, Any]] = run.results["cases"]
+        journal.unlink(missing_ok=True)  # of a run that was killed
         with closing(_entries(settings, hardware, model, cases, names, watcher)) as finished:  # Ctrl-C stops the workers here and now
             for entry in finished:
                 entries.append(entry)
+                append_line(journal, entry)  # the report is written whole at the end alone: a case costs the same in any cohort
                 watcher.case(len(entries), len(cases), entry)
-                run.write("running")
         entries.sort(key=lambda entry: entry["index"])
         run.results["counts"] = {state: sum(e["state"] == state for e in entries) for state in ("done", "skipped", "failed")}
+    journal.unlink(missing_ok=True)  # all of it is in the report
     return run.results
 
 
@@ -153,9 +160,10 @@ def plan_cases(settings: SegmentSettings) -> dict[str, Any]:
     plans: list[dict[str, Any]] = []
     for case, name in zip(cases, folder_names(cases), strict=True):
         try:
-            shape, affine = _grid_of(case, settings.affine_from)
-            routes = _routes(settings, facts, case)
-            plan = planner.plan(shape, affine, routes, where=str(case.image), **_asked_of(settings, case))
+            with only_known_faults(case.image):
+                shape, affine = _grid_of(case, settings.affine_from)
+                routes = _routes(settings, facts, case)
+                plan = planner.plan(shape, affine, routes, where=str(case.image), **_asked_of(settings, case))
             plans.append({"name": name, "image": str(case.image), "plan": plan.record(), "in_words": plan.in_words()})
         except MedloreError as error:
             plans.append({"name": name, "image": str(case.image), "error": str(error)})
@@ -194,27 +202,26 @@ def segment_case(settings: SegmentSettings, model: SegmentingModel, case: Case, 
     start = time.perf_counter()
     entry: dict[str, Any] = {"name": name, "image": str(case.image), "line": case.line or None}
     try:
-        entry |= _segment_case(settings, model, case, name, watcher)
+        with only_known_faults(case.image):  # a fault of ours, or of a library, must not end the night's run
+            entry |= _segment_case(settings, model, case, name, watcher)
     except MedloreError as error:
         entry |= {"state": "failed", "error": str(error)}
-    except MemoryError:
-        entry |= {"state": "failed", "error": "out of memory; give a smaller --memory, so that labels go in smaller groups"}
-    except Exception as error:  # a fault of ours, or of a library, must not end the night's run
-        entry |= {"state": "failed", "error": f"{type(error).__name__}: {error}"}
     return entry | {"seconds": round(time.perf_counter() - start, 3)}
 
 
 def _segment_case(settings: SegmentSettings, model: SegmentingModel, case: Case, name: str, watcher: CohortWatcher) -> dict[str, Any]:
     from medlore.data.volumes.preparation import read_volume
-    from medlore.segmenting.outputs import write_outputs
+    from medlore.segmenting.outputs import fault_of, write_outputs
 
     routes = _routes(settings, model.facts, case)
     existing_image(case.image)
     digest = content_hash(case.image)
+    name, moved = folder_for(settings.out, name, case, digest)
     fingerprint = _fingerprint(settings, model, case, routes, digest)
     folder = settings.out / name
+    notes = [] if moved is None else [moved]
     if settings.resume and _is_finished(folder, fingerprint, settings):
-        return {"state": "skipped", "folder": name}
+        return {"state": "skipped", "folder": name, "notes": notes}
     start = time.perf_counter()
     shape, affine = _grid_of(case, settings.affine_from)
     # from the header: what is too large is said before it is read
@@ -222,8 +229,7 @@ def _segment_case(settings: SegmentSettings, model: SegmentingModel, case: Case,
     most = model.planner.hardware.memory_bytes
     volume = read_volume(case.image, affine_from=settings.affine_from, frame=case.frame, series=case.series, most_bytes=most)
     read = time.perf_counter() - start
-    if settings.dicom_seg and not volume.slices:  # before hours of work, not after them
-        raise InputError(f"--dicom-seg: {case.image}", "an image that is not DICOM", "a DICOM series", "leave --dicom-seg out")
+    _check_what_fails_late(settings, folder, volume, routes)
     watcher.plan(name, plan)
     result = model.execute(
         plan, volume, routes, resample=settings.resample, on_window=lambda done, total: watcher.window(name, done, total)
@@ -249,13 +255,30 @@ def _segment_case(settings: SegmentSettings, model: SegmentingModel, case: Case,
         dicom_seg=settings.dicom_seg,
         kept=kept,
     )
+    notes += [*record["notes"], *([f"not written by the run before, so kept: {', '.join(kept)}"] if kept else [])]
+    fault = fault_of(record, folder)
     return {
-        "state": "done",
+        **({"state": "done"} if fault is None else {"state": "failed", "error": str(fault)}),
         "folder": name,
         "volume_ml": {e["label"]: e["volume_ml"] for e in record["labels"]},
-        "notes": [*record["notes"], *([f"not written by the run before, so kept: {', '.join(kept)}"] if kept else [])],
+        "notes": notes,
         "phases": record["seconds"],
     }
+
+
+def _check_what_fails_late(settings: SegmentSettings, folder: Path, volume: Volume, routes: Routes) -> None:
+    """What would fail when the network has run is said before it runs: the folder, the disk, the attributes of a DICOM-SEG."""
+    from medlore.segmenting.outputs import RECORDS, check_room
+
+    refuse_strangers(folder, set(RECORDS))
+    check_room(settings.out, volume, len(routes.labels), image=settings.image_copy)
+    if not settings.dicom_seg:
+        return
+    if not volume.slices:
+        raise InputError(f"--dicom-seg: {volume.path}", "an image that is not DICOM", "a DICOM series", "leave --dicom-seg out")
+    if settings.grid != "original":
+        raise InputError("--dicom-seg", "given with --grid processed", "masks on the grid of the series", "leave one of them out")
+    dicom.check_dicom_seg(volume)
 
 
 def _entries(

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from medlore.data.formats import ReadOptions, content_hash, read_grid
-from medlore.data.volumes.cases import Case, folder_names, read_cases
+from medlore.data.volumes.cases import Case, folder_names, only_known_faults, read_cases
 from medlore.data.volumes.geometry import spacing_of
 from medlore.data.volumes.masks import check_mask_grid, read_masks
 from medlore.data.volumes.preparation import read_volume
@@ -27,6 +27,7 @@ from medlore.files import read_json
 from medlore.metrics.masks import EMPTY_RULE, dice, surface_dice
 from medlore.models.segmenter.vocabulary import canonical_modality, default_vocabulary
 from medlore.runs.report import Run
+from medlore.segmenting.case_folders import folder_found, speaks_of
 from medlore.segmenting.evaluation_tables import summarise, write_tables
 from medlore.segmenting.outputs import file_names
 
@@ -122,7 +123,8 @@ def _measure_all(pred: Path, cases: Sequence[Case], tolerance_mm: float) -> tupl
             faults.append(f"line {case.line}: no mask")
             continue
         try:
-            rows += measure_case(pred / name, case, tolerance_mm)
+            with only_known_faults(case.image):
+                rows += measure_case(folder_found(pred, name, case), case, tolerance_mm)
         except MedloreError as error:
             place = f"line {case.line}: "
             faults.append(place + str(error).removeprefix(place))
@@ -140,28 +142,15 @@ def _record_of(folder: Path) -> Any | None:
 
 
 def _check_speaks_of(case: Case, record: Any | None, folder: Path) -> None:
-    """Refuse the prediction of another image: two patients' files may have one name.
-
-    The content decides where `case.json` has its hash, else the path, of which a relative one may be the end of the other.
-    """
-    if not isinstance(record, Mapping) or not isinstance(record.get("image"), str):
+    """Refuse the prediction of another image: two patients' files may have one name."""
+    if not isinstance(record, Mapping):
         return
-    recorded, digest = Path(record["image"]), record.get("image_sha256")
-    if isinstance(digest, str) and case.image.is_file():
-        same = content_hash(case.image) == digest
-    else:
-        same = recorded.resolve() == case.image.resolve() or _is_end_of(recorded, case.image) or _is_end_of(case.image, recorded)
-    made = record.get("case")
-    part = made if isinstance(made, Mapping) else {}
-    same = same and (part.get("frame") or 0) == (case.frame or 0)
-    if not same:
-        came = f"a prediction of {recorded}" + (f", volume {part['frame']}" if part.get("frame") else "")
+    if not speaks_of(record, case, content_hash(case.image) if case.image.is_file() else None):
+        made = record.get("case")
+        frame = made.get("frame") if isinstance(made, Mapping) else None
+        came = f"a prediction of {record['image']}" + (f", volume {frame}" if frame else "")
         accepted, fix = f"one of {case.image}, of which the list speaks", "segment the cases of this list, or name the folder of its masks"
         raise DataError(str(folder / "case.json"), came, accepted, fix)
-
-
-def _is_end_of(end: Path, path: Path) -> bool:
-    return not end.is_absolute() and path.parts[-len(end.parts) :] == end.parts
 
 
 def _predicted_files(folder: Path, labels: Sequence[str], record: Any | None) -> dict[str, str]:

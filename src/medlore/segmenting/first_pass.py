@@ -2,9 +2,9 @@
 
 A pack may name one (`preprocessing.first_pass`): a shipped pack that finds `brain` and both `halves`. Before the windows of the pack
 itself, what lies further than `margin_mm` from the brain is set to 0, as a skull stripping does, so a skull, a face or a neck cannot be
-taken for tissue. A label `left X` is X in the left half, `right X` in the right. An image with less than `stripped_ml` of voxels that are
-not 0 was stripped before and is not cut again. One that is shorter than `least_mm` along an axis, or in which less than `least_ml` of brain
-is found, is a crop: it stays as it is, and a note then names the labels that have a side.
+taken for tissue. A label `left X` is X on the left side of the plane between the halves, `right X` on the right. An image with less than
+`stripped_ml` of voxels that are not 0 was stripped before and is not cut again. One that is shorter than `least_mm` along an axis, or in
+which less than `least_ml` of brain is found, is a crop: it stays as it is, and a note then names the labels that have a side.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from scipy import ndimage
 from medlore.data.volumes.geometry import Array, bounding_box, spacing_of
 from medlore.data.volumes.nifti import Volume
 from medlore.data.volumes.preparation import PackedMasks
+from medlore.segmenting.midplane import midplane
 
 _SIDE = re.compile(r"(left|right) ")
-_COARSE_MM = 4.0  # at which distance sides are looked up where neither half was found
 Held = dict[str, tuple[PackedMasks, int]]
 Ask = Callable[[Volume, Sequence[str]], Mapping[str, Array]]
 
@@ -84,7 +84,7 @@ def look_first(volume: Volume, rules: FirstPassRules, labels: Sequence[str], ask
     if brain_ml < rules.least_ml:
         came = f"the first pass found {brain_ml:.0f} ml of brain, and was not followed"
         return FirstPass(_with_sides_unknown(volume, sided, came), brain_ml=brain_ml)
-    halves = halves_apart(found[rules.halves["left"]], found[rules.halves["right"]], spacing)
+    halves = two_halves(volume, brain, found[rules.halves["left"]], found[rules.halves["right"]])
     if float(np.count_nonzero(volume.array)) * float(np.prod(spacing)) / 1000 < rules.stripped_ml:
         return FirstPass(volume, halves, brain_ml)
     kept = np.where(grown(brain, rules.margin_mm, spacing), volume.array, np.zeros((), volume.array.dtype))
@@ -128,19 +128,13 @@ def grown(mask: Array, by_mm: float, spacing: Array) -> Array:
     return whole
 
 
-def halves_apart(left: Array, right: Array, spacing: Array) -> dict[str, Array]:
-    """Every voxel in one of two halves: in the one that was found there, else in the nearer one."""
-    step = [max(round(_COARSE_MM / float(mm)), 1) for mm in spacing]
-    thinned = tuple(slice(None, None, s) for s in step)
-    seeds = np.where(left & ~right, 1, np.where(right & ~left, 2, 0)).astype(np.int8)
-    if not seeds[thinned].any():
+def two_halves(volume: Volume, brain: Array, left: Array, right: Array) -> dict[str, Array]:
+    """Every voxel on one of two sides of the plane between the halves; nothing where a half was not found."""
+    plane = midplane(volume.array, brain, left, right, volume.affine)
+    if plane is None:
         return {}
-    sampling = [float(mm) * s for mm, s in zip(spacing, step, strict=True)]
-    nearest = ndimage.distance_transform_edt(seeds[thinned] == 0, sampling=sampling, return_distances=False, return_indices=True)
-    coarse = seeds[thinned][tuple(nearest)]
-    index = [np.minimum(np.arange(n) // s, m - 1) for n, s, m in zip(left.shape, step, coarse.shape, strict=True)]
-    filled = np.where(seeds > 0, seeds, coarse[np.ix_(*index)])
-    return {"left": filled == 1, "right": filled == 2}
+    on_the_left = plane.left_of((volume.shape[0], volume.shape[1], volume.shape[2]), volume.affine)
+    return {"left": on_the_left, "right": ~on_the_left}
 
 
 def _cut(packed: PackedMasks, index: int, half: Array | None) -> tuple[PackedMasks, int]:

@@ -16,16 +16,20 @@
 from __future__ import annotations
 
 import re
+import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from medlore.data.formats import write_volume
+from medlore.data.volumes.cases import only_known_faults
+from medlore.data.volumes.dicom import write_dicom_seg
 from medlore.data.volumes.geometry import Array
-from medlore.data.volumes.nifti import copy_image, label_table
+from medlore.data.volumes.nifti import Volume, copy_image, label_table
+from medlore.errors import MedloreError, StepError
 from medlore.extras import is_installed
 from medlore.files import atomic_folder, write_json, write_text
 from medlore.pages.colours import label_colour
@@ -33,6 +37,10 @@ from medlore.runs.report import peak_memory_bytes
 from medlore.segmenting.model import Segmentation
 from medlore.segmenting.quality_control import write_quality_control
 
+RECORDS = ("case.json", "labels.json")
+# what a voxel takes on disk, at least: a mask is mostly zeros, a map of many labels less so, grey values hardly
+_MASK_PACKS, _MAP_PACKS, _IMAGE_PACKS, _SPARE_BYTES = 500, 200, 4, 1 << 20
+_LONGEST_STEM = 60  # characters of a label in a file's name; each takes up to four of 255 bytes
 CASE_SCHEMA = "medlore/case/1"
 OverlapRule = Literal["small-over-large", "given"]
 _RULE_WORDS = {
@@ -65,7 +73,8 @@ def write_outputs(
         kept: gets the names of files that the earlier run did not write.
 
     Raises:
-        StepError: the folder cannot be written, or a file's geometry differs from the input's when it is read back.
+        StepError: the folder cannot be written, or the geometry of a mask differs from the input's when it is read back. Image,
+            picture and DICOM-SEG may fail: the record then has the state `incomplete` and names them under `not_written`.
     """
     start = time.perf_counter()
     folder = Path(folder)
@@ -75,20 +84,79 @@ def write_outputs(
         values = {index + 1: label for index, label in enumerate(result.routes.labels)}
         grid = {"affine": result.affine}
         write_volume(temporary / "prediction.nii.gz", label_map(result, overlap_rule), result.volume, labels=values, **grid)
-        if image:
-            _write_image(temporary / "image.nii.gz", result)
         write_json(temporary / "labels.json", {**label_table(values), "overlap_rule": _RULE_WORDS[overlap_rule]})
         write_text(temporary / "labels_itksnap.txt", itksnap_labels(result.routes.labels))
+        beside = _Beside(temporary)
+        if image:
+            beside.write("image.nii.gz", lambda path: _write_image(path, result))
         if picture and is_installed("matplotlib"):
-            write_quality_control(temporary / "quality_control.png", result, folder.name)
-        if dicom_seg:
-            from medlore.data.volumes.dicom import write_dicom_seg
-
-            write_dicom_seg(temporary / "segmentation.dcm", result.volume, _OneByOne(result))
+            beside.write("quality_control.png", lambda path: write_quality_control(path, result, folder.name))
+        notes = []
+        if dicom_seg and (masks := _OneByOne(result)):
+            beside.write("segmentation.dcm", lambda path: write_dicom_seg(path, result.volume, masks))
+        elif dicom_seg:
+            notes.append("no label has a voxel, so there is no segmentation.dcm")
         result.seconds["write"] = time.perf_counter() - start
         record = {**case_record(result, files), "overlap_rule": _RULE_WORDS[overlap_rule], **about}
+        record["notes"] += notes
+        record |= {"state": "incomplete" if beside.faults else "done", "not_written": beside.faults}
         write_json(temporary / "case.json", record)
     return record
+
+
+def fault_of(record: Mapping[str, Any], folder: Path) -> StepError | None:
+    """What the record of a case says is missing beside its masks."""
+    if not record["not_written"]:
+        return None
+    names = ", ".join(record["not_written"])
+    faults = [f"{name}: {reason}" for name, reason in record["not_written"].items()]
+    accepted, fix = "all files that were asked for", f"use the masks, which are whole, and correct what is listed or leave {names} out"
+    return StepError(str(folder), f"the masks are written, but not {names}", accepted, fix, faults=faults)
+
+
+class _Beside:
+    """Files beside the masks: one that cannot be written costs no mask, and is named.
+
+    Args:
+        folder: of the case, while it is made.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.faults: dict[str, str] = {}
+        self._folder = folder
+
+    def write(self, name: str, write: Callable[[Path], object]) -> None:
+        try:
+            with only_known_faults(self._folder / name):
+                write(self._folder / name)
+        except MedloreError as error:
+            self.faults[name] = error.came
+            stem, _, suffix = name.partition(".")
+            for part in self._folder.glob(f"{stem}*.{suffix}"):  # half of several files would mislead
+                part.unlink()
+
+
+def check_room(out: Path, volume: Volume, labels: int, *, image: bool) -> None:
+    """Refuse to begin where the disk cannot take what comes out.
+
+    Args:
+        out: folder of the run.
+        volume: the image.
+        labels: masks that are asked for.
+        image: whether it is copied.
+
+    Raises:
+        StepError: too little is free.
+    """
+    voxels = int(np.prod(volume.shape))
+    needed = _SPARE_BYTES + labels * voxels // _MASK_PACKS + voxels // _MAP_PACKS
+    if image:
+        file = volume.path
+        needed += file.stat().st_size if file.is_file() else volume.array.nbytes // _IMAGE_PACKS
+    free = shutil.disk_usage(out).free
+    if free < needed:
+        came = f"{free / 2**20:.0f} MiB are free, and the results of {volume.path.name} need about {needed / 2**20:.0f} MiB"
+        raise StepError(str(out), came, "a disk with room", "free space, name another folder, or give --no-image-copy")
 
 
 def label_map(result: Segmentation, rule: OverlapRule = "small-over-large") -> Array:
@@ -121,7 +189,6 @@ def case_record(result: Segmentation, files: Mapping[str, str]) -> dict[str, Any
     ]
     return {
         "schema": CASE_SCHEMA,
-        "state": "done",
         "modality": result.routes.modality,
         "labels": labels,
         "experts": {region: list(names) for region, names in result.routes.by_region.items()},
@@ -147,7 +214,7 @@ def file_names(labels: Sequence[str]) -> dict[str, str]:
     names: dict[str, str] = {}
     taken = {"prediction", "image"}
     for label in labels:
-        plain = stem = re.sub(r"[^\w .,+()-]", "_", label).strip(" .") or "label"
+        plain = stem = re.sub(r"[^\w .,+()-]", "_", label).strip(" .")[:_LONGEST_STEM].rstrip(" .") or "label"
         number = 1
         while stem.casefold() in taken:
             number += 1

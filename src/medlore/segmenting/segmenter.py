@@ -17,7 +17,7 @@ from medlore.models.segmenter.vocabulary import canonical_modality
 from medlore.runs.hardware import DeviceChoice, Precision, Work, decide_hardware
 from medlore.segmenting.labels import EVERYTHING, route_labels
 from medlore.segmenting.model import Segmentation, SegmentingModel
-from medlore.segmenting.outputs import OverlapRule, label_map, write_outputs
+from medlore.segmenting.outputs import OverlapRule, fault_of, label_map, write_outputs
 from medlore.segmenting.plan import Grid
 from medlore.segmenting.planner import Choices
 
@@ -69,9 +69,11 @@ class Masks:
             picture: write `quality_control.png`.
 
         Raises:
-            StepError: the folder cannot be written.
+            StepError: the folder cannot be written; or the masks are there and a file beside them is not.
         """
-        write_outputs(folder, self.segmentation, about=self._about, overlap_rule=self._rule, image=image, picture=picture)
+        record = write_outputs(folder, self.segmentation, about=self._about, overlap_rule=self._rule, image=image, picture=picture)
+        if (fault := fault_of(record, Path(folder))) is not None:
+            raise fault
         return Path(folder)
 
 

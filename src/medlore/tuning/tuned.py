@@ -139,10 +139,10 @@ def _network(folder: Path, card: TunedCard, model: str | Path | None) -> nn.Modu
     if card.form == "model":
         return load_backbone(folder, classes=count, keep_head=True).model
     backbone = load_backbone(model or card.source, classes=count, image_size=card.image_size, heads=card.heads)
-    if card.sha256 is not None and backbone.sha256 is not None and backbone.sha256 != card.sha256:
+    if card.sha256 is not None and not backbone.has_hash(card.sha256):
         raise CheckpointError(
             str(folder),
-            f"tuned on {card.source} with hash {card.sha256[:12]}, but {backbone.source} has {backbone.sha256[:12]}",
+            f"tuned on {card.source} with hash {card.sha256[:12]}, but {backbone.source} has {str(backbone.sha256)[:12]}",
             "the same backbone that it was tuned on",
             "name that backbone with --model, or tune again on this one",
         )

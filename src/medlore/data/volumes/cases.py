@@ -10,18 +10,22 @@ keys are kept. Paths may be relative to the file.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from medlore.data.formats import stem_of
-from medlore.errors import DataError
+from medlore.errors import DataError, MedloreError, StepError, reason_of
 from medlore.files import existing_file, write_text
 
+RESERVED = ("report.json", "report.cases.jsonl", "page.html", "evaluation")  # what else lies in a folder of results
+_LONGEST = 230  # bytes of a folder's name
 _TEXT_FIELDS = ("dataset", "orientation_code", "series")
 
 
@@ -108,21 +112,63 @@ def write_cases(path: str | Path, cases: Iterable[Case]) -> Path:
 
 
 def folder_names(cases: Sequence[Case]) -> list[str]:
-    """A folder name for each case: the image's name, with its folder's name or a number where two share it.
+    """A folder name for each case: the image's name, with its folder's name or a number where two share it, none longer than 240 bytes.
 
     Examples:
         >>> folder_names([Case(Path("a/ct.nii"), (), "ct"), Case(Path("b/ct.nii"), (), "ct"), Case(Path("b/mr.nii"), (), "mri")])
         ['a_ct', 'b_ct', 'mr']
     """
-    count = Counter(case.name.casefold() for case in cases)
-    wanted = [c.name if count[c.name.casefold()] == 1 else f"{c.image.resolve().parent.name}_{c.name}" for c in cases]
-    used: set[str] = set()
+    short = [_shortened(case.name) for case in cases]
+    count = Counter(name.casefold() for name in short)
+    pairs = zip(cases, short, strict=True)
+    wanted = [name if count[name.casefold()] == 1 else _shortened(f"{_folder_of(case.image)}_{name}") for case, name in pairs]
+    used = set(RESERVED)
     names = []
     for name in wanted:
         numbered = (name if number == 1 else f"{name}_{number}" for number in itertools.count(1))
         names.append(next(candidate for candidate in numbered if candidate.casefold() not in used))
         used.add(names[-1].casefold())
     return names
+
+
+def _folder_of(image: Path) -> str:
+    try:
+        return image.resolve().parent.name
+    except (OSError, ValueError, RuntimeError):  # no name that the system takes: the case fails when its turn comes
+        return image.parent.name
+
+
+def _shortened(name: str) -> str:
+    """A name that leaves room for a number and for what is put before it while the folder is made, unique by its hash."""
+    if len(_bytes(name)) <= _LONGEST:
+        return name
+    mark, kept = hashlib.sha256(_bytes(name)).hexdigest()[:8], name
+    while len(_bytes(kept)) > _LONGEST - 9:
+        kept = kept[:-1]
+    return f"{kept}-{mark}"
+
+
+def _bytes(name: str) -> bytes:
+    return name.encode("utf-8", "surrogatepass")
+
+
+@contextmanager
+def only_known_faults(image: Path) -> Iterator[None]:
+    """Whatever goes wrong with a case inside, also in a library, is a `MedloreError` that names its image: others can go on."""
+    try:
+        yield
+    except MedloreError:
+        raise
+    except MemoryError as error:
+        accepted, fix = "a case that fits the memory", "give a smaller --memory, so that labels go in smaller groups, or fewer --workers"
+        raise StepError(str(image), "out of memory", accepted, fix) from error
+    except OSError as error:
+        place = str(error.filename or image)
+        raise DataError(place, error.strerror or str(error), "files that can be read", "check the name and its permissions") from error
+    except Exception as error:
+        raise DataError(
+            str(image), f"cannot be used ({reason_of(error)})", "a sound image, and masks of it", "look at the file, or convert it"
+        ) from error
 
 
 def _line_faults(line: str) -> list[str]:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import copy
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from medlore.data.codestreams import check_codestream
 from medlore.data.volumes.dicom_files import DicomFile, find_files, read_header
 from medlore.data.volumes.dicom_series import check_kind, check_one_owner, choose_series, stack, values_of
-from medlore.data.volumes.geometry import Array, Shape, check_affine
+from medlore.data.volumes.geometry import Array, Shape, check_affine, spacing_of
 from medlore.data.volumes.nifti import Volume, header_for
 from medlore.data.volumes.voxel_bytes import check_frame, check_memory
-from medlore.errors import DataError, InputError
+from medlore.errors import DataError, InputError, MedloreError, reason_of
 from medlore.extras import require
 from medlore.files import atomic_path
 
 _MODALITIES = {"CT": "ct", "MR": "mri", "PT": "pet", "US": "us"}
+_MAY_BE_EMPTY = (
+    "AccessionNumber", "PatientBirthDate", "PatientID", "PatientName", "PatientSex", "ReferringPhysicianName", "StudyDate", "StudyID",
+    "StudyTime",
+)  # fmt: skip
 _TOGETHER = ("RescaleSlope", "RescaleIntercept")
 
 
@@ -147,9 +154,30 @@ def write_dicom_seg(path: str | Path, volume: Volume, masks: Mapping[str, Array]
     number = 1
     while left:
         chosen, pixels, left = _layer(left, masks, volume.shape)
-        _write_layer(path if number == 1 else path.with_stem(f"{path.stem}_{number}"), volume, chosen, pixels, 899 + number)
+        made = _layer_object(volume, chosen, pixels, 899 + number)
+        with atomic_path(path if number == 1 else path.with_stem(f"{path.stem}_{number}")) as temporary:
+            made.save_as(temporary)
         number += 1
     return path
+
+
+def check_dicom_seg(volume: Volume) -> None:
+    """Make a DICOM-SEG of one voxel in memory, so that what its slices lack is said before a network runs for hours.
+
+    Raises:
+        MissingExtraError: highdicom is not installed.
+        DataError: the headers of the slices do not allow one.
+    """
+    x, y, z = volume.shape
+    pixels: Array = np.zeros((z, y, x), np.uint8)
+    pixels[0, 0, 0] = 1
+    try:
+        _layer_object(volume, ["voxel"], pixels, 900).save_as(io.BytesIO())
+    except MedloreError:
+        raise
+    except Exception as error:  # highdicom and pydicom share no parent of their errors
+        accepted, fix = "the attributes that the standard asks for", "leave --dicom-seg out, or export the series with its attributes"
+        raise DataError(str(volume.path), f"no DICOM-SEG can refer to its slices ({reason_of(error)})", accepted, fix) from error
 
 
 def _layer(labels: Sequence[str], masks: Mapping[str, Array], shape: Sequence[int]) -> tuple[list[str], Array, list[str]]:
@@ -167,7 +195,7 @@ def _layer(labels: Sequence[str], masks: Mapping[str, Array], shape: Sequence[in
     return chosen, pixels, left
 
 
-def _write_layer(path: Path, volume: Volume, labels: Sequence[str], pixels: Array, series_number: int) -> None:
+def _layer_object(volume: Volume, labels: Sequence[str], pixels: Array, series_number: int) -> Any:
     highdicom = require("highdicom", "--dicom-seg")
     from highdicom.sr.coding import CodedConcept
 
@@ -187,8 +215,8 @@ def _write_layer(path: Path, volume: Volume, labels: Sequence[str], pixels: Arra
         )
         for number, label in enumerate(labels, start=1)
     ]
-    segmentation = highdicom.seg.Segmentation(
-        source_images=list(volume.slices),
+    return highdicom.seg.Segmentation(
+        source_images=_sources(volume),
         pixel_array=pixels,
         segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
         segment_descriptions=segments,
@@ -203,5 +231,18 @@ def _write_layer(path: Path, volume: Volume, labels: Sequence[str], pixels: Arra
         series_description="MedLoRE segmentation (research, not for diagnosis)",
         omit_empty_frames=True,
     )
-    with atomic_path(path) as temporary:
-        segmentation.save_as(temporary)
+
+
+def _sources(volume: Volume) -> list[Any]:
+    """Headers of the slices with all that a DICOM-SEG takes over: what is absent and may be empty by the standard (type 2) is empty."""
+    spacing = float(spacing_of(volume.affine)[2])
+    found = []
+    for header in volume.slices:
+        whole = copy.copy(header)
+        for name in _MAY_BE_EMPTY:
+            if name not in whole:
+                setattr(whole, name, None if name.endswith(("Date", "Time")) else "")
+        if whole.get("SliceThickness") in (None, ""):
+            whole.SliceThickness = round(spacing, 6)
+        found.append(whole)
+    return found

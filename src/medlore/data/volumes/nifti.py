@@ -211,11 +211,21 @@ def copy_image(volume: Volume, path: str | Path) -> Path:
         StepError: the file cannot be written.
     """
     same = tuple(volume.header.get_data_shape()) == volume.shape == volume.file_shape
-    if same and volume.path.name.endswith(".nii.gz") and not _says_more(volume.path):
+    if same and _is_packed_nifti(volume.path) and not _says_more(volume.path):
         with atomic_path(path) as temporary:
             shutil.copyfile(volume.path, temporary)
         return Path(path)
     return write_nifti(path, volume.array, volume)
+
+
+def _is_packed_nifti(path: Path) -> bool:
+    """Whether a file is NIfTI in gzip, whatever it is called."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        packed = stream.read(2) == b"\x1f\x8b"
+    with unpacked(path) as stream:
+        return packed and is_nifti(stream.read(4))
 
 
 def label_table(labels: Mapping[int, str]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import numpy as np
 from scipy import ndimage
 
 from medlore.data.formats import files_of
-from medlore.data.volumes.cases import Case, folder_names
+from medlore.data.volumes.cases import Case, folder_names, only_known_faults
 from medlore.data.volumes.geometry import Array, Crop, GridPath, Shape, bounding_box, reorientation_to, resampling_to, spacing_for
 from medlore.data.volumes.intensity import Modality, rule_of
 from medlore.data.volumes.label_tables import BESIDE
@@ -146,13 +146,14 @@ def build_cache(
     built = 0
     for number, (case, name) in enumerate(zip(cases, folder_names(cases), strict=True), start=1):
         try:
-            _check_line(case)
-            key = _key(case, preprocessing)
-            found = _read_entry(folder, key, case, name)
-            if found is None:
-                _build_entry(folder, key, case, preprocessing)
-                built += 1
+            with only_known_faults(case.image):
+                _check_line(case)
+                key = _key(case, preprocessing)
                 found = _read_entry(folder, key, case, name)
+                if found is None:
+                    _build_entry(folder, key, case, preprocessing)
+                    built += 1
+                    found = _read_entry(folder, key, case, name)
             if found is not None:
                 done.append(found)
         except MedloreError as error:

@@ -27,6 +27,7 @@ Predictor = Callable[[Tensor], Tensor | Rows]
 """Windows (b c x y z) -> logits (b q x y z), or a function (b, x0, x1) -> logits (q rows y z), so that they never exist whole."""
 
 _BLOCK = 1 << 20  # logits that are worked on at a time: small enough for the caches, large enough to keep two cores busy
+_BLOCK_LABELS = 16  # more labels make a block larger, not its planes fewer: they are blended one by one
 
 
 class Slab(NamedTuple):
@@ -143,7 +144,7 @@ class _Band:
     def add(self, windows: Sequence[Start], logits: Tensor | Rows) -> None:
         """Blend the predictions of a batch of windows; the part of a window that sticks out of the volume is dropped."""
         nx, ny, nz = self._extent
-        step = max(1, _BLOCK // (len(self.sums) * ny * nz))
+        step = max(1, _BLOCK // (min(len(self.sums), _BLOCK_LABELS) * ny * nz))
         for index, (x, y, z) in enumerate(windows):
             target = self.sums[:, :, y : y + ny, z : z + nz]
             weights = self._window_weights((x, y, z))

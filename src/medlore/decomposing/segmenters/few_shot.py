@@ -44,6 +44,7 @@ from medlore.models.segmenter.vocabulary import REGIONS, WHOLE_BODY, canonical_m
 from medlore.ranks.allocate import plan_ranks
 from medlore.ranks.plan import RankPlan
 from medlore.runs.hardware import seed_everything
+from medlore.runs.output_lock import refuse_held
 from medlore.runs.report import Run
 
 _NEW = "new"  # the one expert while it is trained
@@ -83,6 +84,7 @@ def tune_segmenter(
         StepError: the training diverged.
     """
     out = Path(out)
+    refuse_held(out)
     bundle = _load(settings)
     context = open_context(_as_study(settings, bundle), folder=Path.cwd(), out=out, narrate=narrate, say=say)
     region = _the_region(context.cohort)

@@ -32,6 +32,7 @@ from medlore.models.segmenter.experts import segmenter_with_experts
 from medlore.models.segmenter.network import Segmenter
 from medlore.ranks.experts import given_digest
 from medlore.runs.hardware import seed_everything
+from medlore.runs.output_lock import refuse_held
 from medlore.runs.report import Run
 from medlore.runs.settings import beside, found_beside
 from medlore.runs.settings_file import read_settings
@@ -93,10 +94,11 @@ def decompose_segmenter(
     if only not in (None, "teacher"):
         raise InputError("--only", f"{only!r}", "teacher", "leave it out for the whole study")
     settings = read_study(study, steps=steps, **flags)
+    verb, folder = ("decompose", Path(out)) if only is None else (f"decompose-{only}", Path(out) / "teacher-run")
+    refuse_held(folder)
     context = open_context(settings, folder=Path(study).resolve().parent, out=Path(out), narrate=narrate, say=say)
     if not context.writes:
         return _run(context, only)
-    verb, folder = ("decompose", Path(out)) if only is None else (f"decompose-{only}", Path(out) / "teacher-run")
     with Run(verb, folder, settings=settings, seed=settings.seed, device=str(context.accelerator.device)) as run:
         run.add_input(study)
         done = _run(context, only)

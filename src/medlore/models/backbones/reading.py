@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from medlore.assets import PREFIX, asset_path
 from medlore.errors import CheckpointError, InputError, UnknownNameError
-from medlore.files import sha256_of
 from medlore.models.backbones.bounds import refuse_more_than_the_files_hold, values_beside
 from medlore.models.backbones.families import FAMILIES, Family, Triple, family_of
+from medlore.models.backbones.identity import backbone_hash, is_hash_of
 from medlore.models.backbones.keymaps import convert_state_dict, read_weights
 from medlore.models.backbones.statistics import Interpolation, Statistics, read_statistics
 from medlore.ranks.model_folders import own_code, refuse_own_code, timm_weights
@@ -38,10 +38,11 @@ class Backbone:
         std: per channel, of images in [0, 1].
         interpolation: how images are resized.
         source: where the weights came from, as it was asked for.
-        sha256: hash of the weights file or folder; None for a name that was resolved on the hub.
+        sha256: hash of the weights file, or of a folder without its documents; None for a name that was resolved on the hub.
         head_name: module name of the classification head.
         statistics_from: `checkpoint`, `settings`, or the family whose published statistics were taken in its place.
         notes: what was changed on the way in, e.g. resized position embeddings.
+        path: the weights file or folder; None for a name that was resolved on the hub.
     """
 
     model: nn.Module
@@ -55,6 +56,11 @@ class Backbone:
     head_name: str
     statistics_from: str = "checkpoint"
     notes: tuple[str, ...] = field(default=())
+    path: Path | None = None
+
+    def has_hash(self, digest: str) -> bool:
+        """Whether a hash that a tuned network keeps of its backbone is that of this one; True where there is no file to compare."""
+        return self.path is None or is_hash_of(digest, self.path, self.source)
 
     def head(self) -> nn.Module:
         """The classification head."""
@@ -152,7 +158,8 @@ def read_backbone(
         std=statistics.std,
         interpolation=statistics.interpolation,
         source=str(source),
-        sha256=sha256_of(path) if path.exists() else None,
+        sha256=backbone_hash(path) if path.exists() else None,
+        path=path if path.exists() else None,
         head_name=_head_name(model),
         statistics_from=statistics.origin,
         notes=(*notes, *statistics.notes()),
