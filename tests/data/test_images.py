@@ -102,7 +102,7 @@ def test_groups_from_a_pattern(pets: Path) -> None:
     assert found.groups == ("0", "1", "2", "0", "1")
     with pytest.raises(InputError, match="no group"):
         read_images(pets, group_pattern="x")
-    with pytest.raises(InputError, match="no regular expression"):
+    with pytest.raises(InputError, match="not a valid regular expression"):
         read_images(pets, group_pattern="(")
 
 

@@ -42,7 +42,7 @@ def test_bombs_are_refused_before_they_are_read(tmp_path: Path, monkeypatch: pyt
 def test_a_member_that_lies_about_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = archive(tmp_path / "a.zip", a=b"0" * 2000)
     monkeypatch.setattr(trees, "LARGEST_MEMBER", 1000)
-    with pytest.raises(DataError, match="one member unpacks to more"):
+    with pytest.raises(DataError, match="one member expands to more"):
         read_member(ArchiveMember(path, "a"))
 
 

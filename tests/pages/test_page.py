@@ -181,7 +181,7 @@ def test_masks_of_another_grid_are_refused() -> None:
 
 def test_oblique_grids_are_named() -> None:
     turn = nib.affines.from_matvec(nib.eulerangles.euler2mat(0.3, 0, 0), [0, 0, 0])
-    assert "obliquely" in slices_of(head(), turn, [], colours=[RED]).notes[0]
+    assert "oblique" in slices_of(head(), turn, [], colours=[RED]).notes[0]
 
 
 # -- the browser -------------------------------------------------------------------------------------------------------
