@@ -143,9 +143,9 @@ def _write_cases(place: Path) -> None:
         array[3:-3, 3:-3, 2:-2] = np.random.default_rng(number).normal(50, 60, (14, 16, 8))
         affine = np.diag([-1.0, -1, 3, 1])
         nib.save(nib.Nifti1Image(array, affine), place / f"ct{number}.nii.gz")
-        nib.save(nib.Nifti1Image((array > 50).astype(np.uint8), affine), place / f"mask{number}.nii.gz")
+        nib.save(nib.Nifti1Image((array > 50).astype(np.uint8) + (array > 100), affine), place / f"mask{number}.nii.gz")
         about: dict[str, Any] = {"image": f"ct{number}.nii.gz", "label": ["liver", "spleen"], "modality": "ct"}
-        lines.append({**about, "mask": f"mask{number}.nii.gz", "mask_values": {"liver": [1], "spleen": [0]}})
+        lines.append({**about, "mask": f"mask{number}.nii.gz", "mask_values": {"liver": [1], "spleen": [2]}})
     (place / "cases.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 

@@ -25,9 +25,10 @@ from medlore.errors import InputError
 from medlore.runs.output_lock import OutputLock
 
 _IN_A_ROW = 3
+_EVENTS = "events.out.tfevents"  # TensorBoard's own logs: one file a process by its time, also of one that was killed
 _VOLATILE = {
     "seconds", "peak_memory_bytes", "command", "phases", "process", "training_seconds", "tuning_seconds", "machine", "git", "files",
-    "read", "write", "hardware", "memory_bytes", "written", "created",
+    "read", "write", "hardware", "memory_bytes", "waited",
 }  # fmt: skip
 
 
@@ -91,7 +92,8 @@ def words_of(name: str, place: Path, out: Path, server: Server) -> list[str]:
 
 def left_by(out: Path) -> dict[str, Any]:
     """Everything in a folder, hidden files too, without what differs between two runs that are equal."""
-    return {file.relative_to(out).as_posix(): _content(file, out) for file in sorted(out.rglob("*")) if not file.is_dir()}
+    files = [file for file in sorted(out.rglob("*")) if not file.is_dir() and not file.name.startswith(_EVENTS)]
+    return {file.relative_to(out).as_posix(): _content(file, out) for file in files}
 
 
 def _content(file: Path, out: Path) -> Any:
@@ -111,7 +113,7 @@ def _content(file: Path, out: Path) -> Any:
 
 def _steady(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _steady(each) for key, each in value.items() if key not in _VOLATILE}
+        return {key: _steady(each) for key, each in value.items() if key not in _VOLATILE and "seconds" not in key}
     if isinstance(value, list):
         found = [_steady(each) for each in value]
         return sorted(found, key=json.dumps) if found and all(isinstance(e, dict) and "fingerprint" in e for e in found) else found
@@ -125,8 +127,20 @@ def same(unbroken: dict[str, Any], found: dict[str, Any], *, resumed: bool) -> l
     for name in unbroken.keys() & found.keys():
         one, two = (_without_states(each[name]) if resumed and name == "report.json" else each[name] for each in (unbroken, found))
         if one != two:
-            faults.append(f"differs: {name}: {str(one)[:300]} | {str(two)[:300]}")
+            faults += [f"differs: {name}{where}" for where in _differences(one, two)]
     return sorted(faults)
+
+
+def _differences(one: Any, two: Any) -> Iterator[str]:
+    """Places in which two contents differ, with what stands there."""
+    if isinstance(one, dict) and isinstance(two, dict) and one.keys() == two.keys():
+        for key in one:
+            yield from (f" {key}{where}" for where in _differences(one[key], two[key]))
+    elif isinstance(one, list) and isinstance(two, list) and len(one) == len(two):
+        for number, pair in enumerate(zip(one, two, strict=True)):
+            yield from (f" {number}{where}" for where in _differences(*pair))
+    elif one != two:
+        yield f": {str(one)[:200]} | {str(two)[:200]}"
 
 
 def _without_states(report: dict[str, Any]) -> dict[str, Any]:

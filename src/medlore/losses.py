@@ -19,7 +19,7 @@ def task_loss(logits: Tensor, targets: Tensor, kind: TaskKind) -> Tensor:
 
     Args:
         logits: (b, c).
-        targets: (b,) class indices for `single`, (b, c) zeros and ones for `multi`.
+        targets: (b,) class indices for `single`, (b, c) for `multi`: 1, 0, or NaN where a label is not known and takes no part.
         kind: which of the two.
 
     Returns:
@@ -27,7 +27,10 @@ def task_loss(logits: Tensor, targets: Tensor, kind: TaskKind) -> Tensor:
     """
     if kind == "single":
         return F.cross_entropy(logits, targets)
-    return F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype))
+    known = (~targets.isnan()).to(logits.dtype)
+    # The mean over all labels, of which the unknown ones are 0, times all over known: to the bit the plain mean where all are known.
+    mean = F.binary_cross_entropy_with_logits(logits, targets.nan_to_num().to(logits.dtype), weight=known)
+    return mean * (known.numel() / known.sum(dtype=torch.float32).clamp_min(1))
 
 
 def logit_distillation(student: Tensor, teacher: Tensor, kind: TaskKind, temperature: float) -> Tensor:

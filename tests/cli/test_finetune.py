@@ -65,6 +65,25 @@ def test_a_finished_run_is_not_replaced_without_a_word(place: Path, tmp_path: Pa
     assert (tmp_path / "run" / "report.json").read_text() != first
 
 
+def test_resume_with_other_settings_does_not_replace_a_finished_run(
+    run: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert main(words(place, "--out", str(run), "--method", "linear-probe", "--resume", "--json")) == 2
+    assert "holds a finished run of finetune, which would be replaced" in capsys.readouterr().err
+    evaluate = ["evaluate", str(run), "--data", str(place / "data"), "--out"]
+    assert main([*evaluate, str(run)]) == 2  # neither does another verb
+    assert "holds a finished run of finetune" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    scores = tmp_path / "scores"
+    assert [main([*evaluate, str(scores), *more]) for more in ([], [], ["--split", "train"], ["--split", "train", "--overwrite"])] == [
+        0,
+        0,
+        2,
+        0,
+    ]
+
+
 def test_json_is_one_object_and_nothing_else(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words(place, "--out", str(tmp_path / "run"), "--method", "linear-probe", "--json")) == 0
     printed = capsys.readouterr()

@@ -556,3 +556,37 @@ def test_dry_run_writes_and_trains_nothing(backbone: Path, tmp_path: Path) -> No
     assert facts["steps"] == 8
     assert facts["data"]["test"]["images"] == 20
     assert list(tmp_path.iterdir()) == [data]
+
+
+@pytest.mark.parametrize("policy", ["negative", "ignore"])
+def test_missing_labels_go_through_tuning_evaluation_and_study(backbone: Path, tmp_path: Path, policy: str) -> None:
+    from medlore.studies.parts import parts_of
+    from medlore.studies.settings import DataEntry
+
+    images, unknown = two_labels(), np.random.default_rng(3).random((40, 2)) < 0.3
+    rows = ["file,split,bright,columns"]
+    for i, item in enumerate(images.items):
+        Image.fromarray(item.source).save(tmp_path / f"{i}.png")  # type: ignore[arg-type]
+        cells = ["" if gap else str(label) for gap, label in zip(unknown[i], item.labels, strict=True)]
+        rows.append(f"{i}.png,{'train' if i < 28 else 'test'},{','.join(cells)}")
+    (tmp_path / "t.csv").write_text("\n".join(rows))
+    how: dict[str, Any] = {"data": tmp_path / "t.csv", "missing_labels": policy}
+    settings = FinetuneSettings(**how, model=str(backbone), method="linear-probe", epochs=2, bootstrap=20, validation_fraction=0.3)
+    with pytest.raises(DataError, match="--missing-labels"):
+        finetune(settings.changed(missing_labels="fault"), tmp_path / "refused")
+    result = finetune(settings, tmp_path / "run")
+    labelled = [entry["labelled"] for entry in result.report["test"]["per_class"]]
+    gaps = unknown[28:].sum(axis=0)
+    assert labelled == ([12, 12] if policy == "negative" else (12 - gaps).tolist())
+    assert all(np.isfinite(epoch["train_loss"]) and np.isfinite(epoch["validation_loss"]) for epoch in result.history.epochs)
+    assert any("labels are missing" in note for note in result.report["notes"])
+    written = rows_of(tmp_path / "run" / "predictions.csv")
+    if policy == "ignore":
+        assert [row["unknown"] for row in written] == ["|".join(np.array(images.classes)[gap]) for gap in unknown[28:]]
+    assert "unknown" in written[0] or policy == "negative"
+    again = evaluate(EvaluateSettings(tuned=tmp_path / "run", bootstrap=20, **how))
+    assert again.report["per_class"] == result.report["test"]["per_class"]
+    entry = DataEntry(name="x", data="t.csv", missing_labels=policy).model_dump(mode="json")
+    parts = parts_of(entry, {"validation_shots": None, "data_seed": 0}, tmp_path, shots=3, draw=1)
+    assert parts.test is not None
+    assert parts.test.missing_labels == (0 if policy == "negative" else gaps.sum())

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from medlore.errors import DataError, InputError
-from medlore.metrics.ranking import rank_class
+from medlore.metrics.ranking import rank_known
 
 Task = Literal["single", "multi"]
 LEVEL = 0.95
@@ -35,7 +35,8 @@ def classification_report(
     """Measure scores against labels.
 
     Args:
-        targets: (b,) class indices (`single`), or (b, c) zeros and ones (`multi`).
+        targets: (b,) class indices (`single`), or (b, c) zeros and ones (`multi`), NaN where a label is not known: it takes no part
+            in any metric.
         scores: (b, c), higher means more likely: probabilities or logits for the rankings; for a multi-label accuracy
             they are compared with `threshold`, so give probabilities there. Ties of the top class go to the first.
         classes: c class names.
@@ -49,7 +50,8 @@ def classification_report(
     Returns:
         A dictionary ready for JSON: `items`, `task`, `metrics` (name to value, low, high), `majority` (the same metrics
         of a constant answer: the most frequent class, or every label's more frequent state), `undefined` (classes without
-        `auc` or `average_precision`), `per_class` (one entry a class), `bootstrap` (how the intervals were made).
+        `auc` or `average_precision`), `per_class` (one entry a class; `labelled` counts the items
+        whose label is known), `bootstrap` (how the intervals were made).
 
         Metrics: `macro_auc`, `mean_average_precision`, `accuracy` (multi-label: share of right labels), and
         `balanced_accuracy` (single: mean recall of the classes that occur), or `exact_match`, `class_precision`,
@@ -67,22 +69,22 @@ def classification_report(
         >>> round(report["metrics"]["accuracy"]["value"], 3), report["majority"]["class"]
         (0.667, 'a')
     """
-    hits, guesses = _checked(targets, scores, classes, task)
+    hits, known, guesses = _checked(targets, scores, classes, task)
     count = len(hits)
     if bootstrap < 0:
         raise InputError("bootstrap", f"got {bootstrap}", "a whole number from 0", "give 0 to leave the intervals out")
-    parts = [_measure(hits, guesses, weights, task, threshold) for weights in _resamples(count, groups, bootstrap, seed)]
+    parts = [_measure(hits, known, guesses, weights, task, threshold) for weights in _resamples(count, groups, bootstrap, seed)]
     table = {name: np.concatenate([part[name] for part in parts], axis=-1) for name in parts[0]}
     return {
         "task": task,
         "items": count,
         "metrics": {name: _entry(values) for name, values in table.items() if values.ndim == 1},
-        "majority": _majority(hits, classes, task),
+        "majority": _majority(hits, known, classes, task),
         "undefined": {
             "auc": [name for name, value in zip(classes, table["_auc"][:, 0], strict=True) if np.isnan(value)],
             "average_precision": [name for name, value in zip(classes, table["_ap"][:, 0], strict=True) if np.isnan(value)],
         },
-        "per_class": _per_class(hits, classes, table),
+        "per_class": _per_class(hits, known, classes, table),
         "bootstrap": {
             "resamples": bootstrap,
             "unit": "item" if groups is None or all(g is None for g in groups) else "group",
@@ -92,8 +94,10 @@ def classification_report(
     }
 
 
-def _checked(targets: ArrayLike, scores: ArrayLike, classes: Sequence[str], task: Task) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
-    """Labels (b, c) as booleans and scores (b, c)."""
+def _checked(
+    targets: ArrayLike, scores: ArrayLike, classes: Sequence[str], task: Task
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.float64]]:
+    """Which labels are present and which are known, (b, c) booleans, and scores (b, c)."""
     labels, guesses = np.asarray(targets), np.asarray(scores, dtype=np.float64)
     if task not in ("single", "multi"):
         raise InputError("task", repr(task), "'single' or 'multi'", "use one of them")
@@ -108,11 +112,12 @@ def _checked(targets: ArrayLike, scores: ArrayLike, classes: Sequence[str], task
     if len(bad):
         raise DataError("scores", f"{len(bad)} rows are not finite (first: {bad[0]})", "finite numbers", "look at the model's output")
     top = len(classes) - 1 if task == "single" else 1
-    if not ((labels >= 0) & (labels <= top) & (labels == np.round(labels))).all():
+    known = ~np.isnan(labels) if task == "multi" else np.ones(labels.shape, dtype=bool)
+    if not (~known | ((labels >= 0) & (labels <= top) & (labels == np.round(labels)))).all():
         raise DataError("targets", "labels out of range", f"whole numbers from 0 to {top}", "correct the labels or the class list")
     if task == "single":
-        return labels.astype(np.int64)[:, None] == np.arange(len(classes)), guesses
-    return labels.astype(bool), guesses
+        return labels.astype(np.int64)[:, None] == np.arange(len(classes)), np.ones(guesses.shape, dtype=bool), guesses
+    return labels == 1, known, guesses
 
 
 def _resamples(count: int, groups: Sequence[str | None] | None, bootstrap: int, seed: int) -> Iterator[NDArray[np.float32]]:
@@ -133,13 +138,18 @@ def _resamples(count: int, groups: Sequence[str | None] | None, bootstrap: int, 
 
 
 def _measure(
-    hits: NDArray[np.bool_], scores: NDArray[np.float64], weights: NDArray[np.float32], task: Task, threshold: float
+    hits: NDArray[np.bool_],
+    known: NDArray[np.bool_],
+    scores: NDArray[np.float64],
+    weights: NDArray[np.float32],
+    task: Task,
+    threshold: float,
 ) -> dict[str, NDArray[np.float64]]:
     """Every metric for every column of `weights`; names with an underscore hold one row per class."""
-    ranked = [rank_class(hits[:, c], scores[:, c], weights) for c in range(hits.shape[1])]
+    ranked = [rank_known(hits[:, c], known[:, c], scores[:, c], weights) for c in range(hits.shape[1])]
     auc, precision = np.stack([r.auc for r in ranked]), np.stack([r.precision for r in ranked])
     values = {"macro_auc": _mean_of_defined(auc), "mean_average_precision": _mean_of_defined(precision)}
-    values |= _single(hits, scores, weights) if task == "single" else _multi(hits, scores >= threshold, weights)
+    values |= _single(hits, scores, weights) if task == "single" else _multi(hits, known, scores >= threshold, weights)
     return values | {"_auc": auc, "_ap": precision}
 
 
@@ -156,20 +166,24 @@ def _single(hits: NDArray[np.bool_], scores: NDArray[np.float64], weights: NDArr
     }
 
 
-def _multi(hits: NDArray[np.bool_], given: NDArray[np.bool_], weights: NDArray[np.float32]) -> dict[str, NDArray[np.float64]]:
+def _multi(
+    hits: NDArray[np.bool_], known: NDArray[np.bool_], given: NDArray[np.bool_], weights: NDArray[np.float32]
+) -> dict[str, NDArray[np.float64]]:
     drawn = weights.T.astype(np.float64)
+    right, given = (hits == given) & known, given & known
     true, answered, present = drawn @ (hits & given), drawn @ given, drawn @ hits  # r c
     # As in mmcls, a class that is never answered counts with precision 0, one that never occurs with recall 0.
     class_precision = (true / np.maximum(answered, 1e-12)).mean(axis=1)
     class_recall = (true / np.maximum(present, 1e-12)).mean(axis=1)
     overall_precision = true.sum(axis=1) / np.maximum(answered.sum(axis=1), 1e-12)
     overall_recall = true.sum(axis=1) / np.maximum(present.sum(axis=1), 1e-12)
-    total = drawn.sum(axis=1)
     with np.errstate(invalid="ignore"):
         recall = (true / present).T
+        accuracy = drawn @ right.mean(axis=1) / (drawn @ known.mean(axis=1))
+        exact_match = drawn @ ((right | ~known).all(axis=1) & known.any(axis=1)) / (drawn @ known.any(axis=1))
     return {
-        "accuracy": drawn @ (hits == given).mean(axis=1) / total,
-        "exact_match": drawn @ (hits == given).all(axis=1) / total,
+        "accuracy": accuracy,
+        "exact_match": exact_match,
         "class_precision": class_precision,
         "class_recall": class_recall,
         "class_f1": _harmonic(class_precision, class_recall),
@@ -203,10 +217,13 @@ def _number(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
 
 
-def _per_class(hits: NDArray[np.bool_], classes: Sequence[str], table: dict[str, NDArray[np.float64]]) -> list[dict[str, Any]]:
+def _per_class(
+    hits: NDArray[np.bool_], known: NDArray[np.bool_], classes: Sequence[str], table: dict[str, NDArray[np.float64]]
+) -> list[dict[str, Any]]:
     return [
         {
             "class": name,
+            "labelled": int(known[:, c].sum()),
             "positives": int(hits[:, c].sum()),
             "auc": _entry(table["_auc"][c]),
             "average_precision": _entry(table["_ap"][c]),
@@ -216,13 +233,13 @@ def _per_class(hits: NDArray[np.bool_], classes: Sequence[str], table: dict[str,
     ]
 
 
-def _majority(hits: NDArray[np.bool_], classes: Sequence[str], task: Task) -> dict[str, Any]:
+def _majority(hits: NDArray[np.bool_], known: NDArray[np.bool_], classes: Sequence[str], task: Task) -> dict[str, Any]:
     """What a constant answer reaches: it ranks nothing, so its AUC is one half and its precision the prevalence."""
-    share = hits.mean(axis=0)
+    share = hits.sum(axis=0) / np.maximum(known.sum(axis=0), 1)
     answer = (np.arange(len(classes)) == share.argmax()) if task == "single" else share > 0.5
     constant = np.broadcast_to(answer.astype(np.float64), hits.shape)
     ones = np.ones((len(hits), 1), dtype=np.float32)
-    values = _measure(hits, np.asarray(constant), ones, task, 0.5)
+    values = _measure(hits, known, np.asarray(constant), ones, task, 0.5)
     named = (
         {"class": classes[int(share.argmax())]} if task == "single" else {"labels": [n for n, a in zip(classes, answer, strict=True) if a]}
     )

@@ -80,15 +80,25 @@ def _sums(rows: NDArray[np.integer], items: NDArray[np.integer], count: int, wei
     return np.asarray(pick @ weights, dtype=np.float64)
 
 
+def rank_known(
+    positive: NDArray[np.bool_], known: NDArray[np.bool_], scores: NDArray[np.floating], weights: NDArray[np.float32]
+) -> Ranking:
+    """`rank_class` over the items whose label is known (b,); the others take no part."""
+    if known.all():
+        return rank_class(positive, scores, weights)
+    return rank_class(positive[known], scores[known], weights[known])
+
+
 def macro_auc(targets: ArrayLike, scores: ArrayLike) -> float:
     """Mean AUC over the classes that have both positives and negatives; NaN where none has.
 
     Args:
-        targets: (b, c) zeros and ones.
+        targets: (b, c) zeros and ones, NaN where a label is not known.
         scores: (b, c), higher means more likely.
     """
-    hits, guesses = np.asarray(targets).astype(bool), np.asarray(scores, dtype=np.float64)
+    labels, guesses = np.asarray(targets, dtype=np.float64), np.asarray(scores, dtype=np.float64)
+    hits, known = labels == 1, ~np.isnan(labels)
     ones = np.ones((len(hits), 1), dtype=np.float32)
-    values = np.array([rank_class(hits[:, c], guesses[:, c], ones).auc[0] for c in range(hits.shape[1])])
+    values = np.array([rank_known(hits[:, c], known[:, c], guesses[:, c], ones).auc[0] for c in range(hits.shape[1])])
     defined = values[~np.isnan(values)]
     return float(defined.mean()) if len(defined) else float("nan")

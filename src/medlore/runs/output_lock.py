@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from medlore.errors import InputError, StepError
-from medlore.files import clear_remains
+from medlore.files import clear_remains, made_folder
 
 
 class OutputLock:
@@ -43,7 +43,7 @@ class OutputLock:
     def __enter__(self) -> None:
         self._made = [folder for folder in (self._out, *self._out.parents) if not folder.exists()]
         try:
-            self._out.mkdir(parents=True, exist_ok=True)
+            made_folder(self._out)
             while not self._taken():
                 pass
         except OSError as error:

@@ -58,7 +58,7 @@ def _parts(entry_text: str, rules_text: str, folder: str, shots: Shots, draw: in
 
 def _read(entry: Mapping[str, Any], split: SplitRules, folder: Path) -> ImageSplits:
     places = {name: None if entry[name] is None else folder / entry[name] for name in ("data", "images", "test_data")}
-    how = {name: entry[name] for name in ("format", "task", "classes", "group_pattern")}
+    how = {name: entry[name] for name in ("format", "task", "classes", "group_pattern", "missing_labels")}
     data, test_data = places["data"], places["test_data"]
     assert data is not None  # noqa: S101 - the entry demands it
     return read_splits(data, split, test_data=test_data, official=entry["official_draw"], images=places["images"], **how)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import pydantic
 
+from medlore.data.images.missing_labels import HELP, MissingLabels
 from medlore.data.images.reading import Format
 from medlore.data.images.words import Flip
 from medlore.layers.tuning.methods import METHODS
@@ -33,6 +34,7 @@ class DataEntry(Settings):
     task: Literal["single", "multi"] | None = setting(None, "single or multi, if a table could be both.")
     classes: tuple[str, ...] | None = setting(None, "Class names in label order.")
     group_pattern: str | None = setting(None, "Regular expression for file names whose group captures the patient ID.")
+    missing_labels: MissingLabels = setting("fault", HELP)
     group: str | None = setting(None, "Group of the set in the mean of group means (natural, specialized, ... in VTAB-1k).", decides=False)
     per: Literal["image", "group"] = setting("image", "Whether one shot is an image or a group (patient).")
     official_draw: bool = setting(False, "Use the published draws of MedFMC or VTAB-1k.")

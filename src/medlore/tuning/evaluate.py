@@ -74,6 +74,7 @@ def _images(settings: EvaluateSettings, tuned: Tuned) -> ImageSet:
         "task": settings.task or tuned.card.task,
         "classes": tuned.card.classes,
         "group_pattern": settings.group_pattern,
+        "missing_labels": settings.missing_labels,
     }
     if settings.split is not None:
         return read_images(settings.data, split=settings.split, **how)

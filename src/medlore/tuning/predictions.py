@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medlore.data.images.imageset import ImageSet
+from medlore.data.images.imageset import ImageItem, ImageSet
+from medlore.data.images.missing_labels import MISSING
 from medlore.files import write_text
 
 THRESHOLD = 0.5  # from which score on a label counts as given, in multi-label sets
@@ -19,6 +20,8 @@ THRESHOLD = 0.5  # from which score on a label counts as given, in multi-label s
 def write_predictions(path: str | Path, images: ImageSet, scores: NDArray[np.float32]) -> Path:
     """Write `image, label, predicted, CLASS_1, ..., CLASS_C` as CSV; several labels are joined by `|`.
 
+    A set with labels that are not known has a column `unknown` behind `label`, which names them.
+
     Args:
         path: the file.
         images: b images; the column `label` is empty for unlabelled ones.
@@ -26,17 +29,21 @@ def write_predictions(path: str | Path, images: ImageSet, scores: NDArray[np.flo
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["image", "label", "predicted", *images.classes])
+    gaps = images.missing_labels > 0
+    writer.writerow(["image", "label", *(["unknown"] if gaps else []), "predicted", *images.classes])
     for item, row in zip(images.items, scores, strict=True):
-        writer.writerow([item.key, labels_text(images, item.labels), answer_text(images, row), *(f"{s:.8f}" for s in row)])
+        told = [labels_text(images, item), *([_unknown_text(images, item)] if gaps else [])]
+        writer.writerow([item.key, *told, answer_text(images, row), *(f"{s:.8f}" for s in row)])
     return write_text(path, text.getvalue())
 
 
-def labels_text(images: ImageSet, labels: tuple[int, ...]) -> str:
-    """Class names of the labels of one image."""
-    if images.task == "single":
-        return images.classes[labels[0]] if labels else ""
-    return "|".join(name for name, present in zip(images.classes, labels, strict=False) if present)
+def labels_text(images: ImageSet, item: ImageItem) -> str:
+    """Names of the classes that one image is known to have."""
+    return "|".join(images.classes[c] for c in images.present(item))
+
+
+def _unknown_text(images: ImageSet, item: ImageItem) -> str:
+    return "|".join(name for name, label in zip(images.classes, item.labels, strict=True) if label == MISSING)
 
 
 def answer_text(images: ImageSet, scores: NDArray[Any]) -> str:

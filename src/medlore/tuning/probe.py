@@ -78,7 +78,7 @@ def fit_probe(
 
     Args:
         features: (n, d).
-        targets: (n,) class numbers, or (n, c) of 0 and 1 for several labels.
+        targets: (n,) class numbers, or (n, c) of 0 and 1 for several labels, NaN where one is not known and takes no part.
         classes: c.
         task: `single` or `multi`.
         strength: C, above 0.
@@ -152,7 +152,9 @@ def log_likelihood(logits: Array, targets: NDArray[np.integer], task: Task) -> f
     if task == "single":
         return float(special.log_softmax(logits, axis=1)[np.arange(len(targets)), targets].sum())
     signs = 2.0 * np.asarray(targets, np.float64) - 1.0
-    return float(-np.logaddexp(0.0, -signs * logits).mean(axis=1).sum())
+    known = ~np.isnan(signs)
+    each = np.where(known, -np.logaddexp(0.0, -np.nan_to_num(signs) * logits), 0.0)
+    return float((each.sum(axis=1) / np.maximum(known.sum(axis=1), 1)).sum())
 
 
 def fold_rows(
@@ -193,6 +195,7 @@ def _possible_folds(targets: NDArray[np.integer], classes: int, task: Task, grou
 def _minimise(coordinates: Array, wanted: Array, strength: float, task: Task) -> tuple[Array, Array]:
     """Weights (c, k) and biases (c,) at the minimum of log losses and penalty, by L-BFGS."""
     classes, size = wanted.shape[1], coordinates.shape[1]
+    known, wanted = ~np.isnan(wanted), np.nan_to_num(wanted)
 
     def value_and_gradient(flat: Array) -> tuple[float, Array]:
         weight, bias = flat[: classes * size].reshape(classes, size), flat[classes * size :]
@@ -201,8 +204,8 @@ def _minimise(coordinates: Array, wanted: Array, strength: float, task: Task) ->
             loss = float((special.logsumexp(logits, axis=1) - (wanted * logits).sum(axis=1)).sum())
             slope = special.softmax(logits, axis=1) - wanted
         else:
-            loss = float((np.logaddexp(0.0, logits) - wanted * logits).sum())
-            slope = special.expit(logits) - wanted
+            loss = float((known * (np.logaddexp(0.0, logits) - wanted * logits)).sum())
+            slope = known * (special.expit(logits) - wanted)
         loss += float((weight**2).sum()) / (2 * strength)
         return loss, np.concatenate([(slope.T @ coordinates + weight / strength).ravel(), slope.sum(axis=0)])
 
@@ -242,7 +245,7 @@ def _numbered(groups: Sequence[object]) -> NDArray[np.int64]:
 
 def _rarest_label(targets: NDArray[np.integer]) -> NDArray[np.integer]:
     """The rarest label that an image has (its column), or the number of labels where it has none: what its fold is balanced by."""
-    frequency = targets.sum(axis=0)
+    frequency = np.nansum(targets, axis=0)
     ranked = np.where(targets > 0, frequency, targets.shape[0] + 1)
-    chosen: NDArray[np.integer] = np.where(targets.any(axis=1), ranked.argmin(axis=1), targets.shape[1])
+    chosen: NDArray[np.integer] = np.where((targets > 0).any(axis=1), ranked.argmin(axis=1), targets.shape[1])
     return chosen

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from medlore.data.images.imageset import Task
+from medlore.data.images.missing_labels import HELP, MissingLabels
 from medlore.data.images.reading import Format
 from medlore.runs.hardware import DeviceChoice, Precision
 from medlore.runs.settings import Settings, setting
@@ -24,6 +25,7 @@ class EvaluateSettings(Settings):
     images: Path | None = setting(None, "Folder of the images, if they are not beside the list.", group="Images")
     task: Task | None = setting(None, "single or multi, if a table could be both.", group="Images")
     group_pattern: str | None = setting(None, "Regular expression for file names whose group captures the patient ID.", group="Images")
+    missing_labels: MissingLabels = setting("fault", HELP, group="Images")
     model: str | None = setting(None, _MOVED, group="Model", path=True)
     device: DeviceChoice = setting("auto", "Device to run on.", group="Model", decides=False)
     precision: Precision = setting("auto", "Numeric precision; auto: float32 on CPU, bfloat16 (else float16) on CUDA.", group="Model")

@@ -13,6 +13,7 @@ import pydantic
 
 from medlore.assets import PREFIX
 from medlore.data.images.imageset import Task
+from medlore.data.images.missing_labels import HELP, MissingLabels
 from medlore.data.images.reading import Format
 from medlore.data.images.splits import SplitRules
 from medlore.data.images.words import Flip
@@ -83,6 +84,7 @@ class DatasetSettings(Subject):
     task: Task | None = setting(None, "single or multi, if a table could be both.")
     classes: tuple[str, ...] | None = setting(None, "Class names in label order.")
     group_pattern: str | None = setting(None, "Regular expression for file names whose group captures the patient ID.")
+    missing_labels: MissingLabels = setting("fault", HELP)
 
     _paths = pydantic.field_validator("data", "images", "test_data", mode="before")(_named_text)
 

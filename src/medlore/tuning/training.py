@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from medlore.layers.surgery import load_trainable_state, set_training, trainable_state
 from medlore.layers.tuning.interface import Tuning
+from medlore.losses import task_loss
 from medlore.training import schedule as schedules
 from medlore.training import task as tasks
 from medlore.training.checkpoint import Checkpoint
@@ -106,10 +107,8 @@ Judge = Callable[[NDArray[Any], NDArray[np.float32]], float]
 
 
 def loss_of(logits: Tensor, targets: Tensor, task: Task) -> Tensor:
-    """Cross-entropy, or the mean binary cross-entropy over labels."""
-    if task == "single":
-        return nn.functional.cross_entropy(logits.float(), targets)
-    return nn.functional.binary_cross_entropy_with_logits(logits.float(), targets)
+    """`task_loss` in 32 bits: cross-entropy, or the mean binary cross-entropy over the labels that are known."""
+    return task_loss(logits.float(), targets, task)
 
 
 def probabilities(logits: Tensor, task: Task) -> Tensor:

@@ -106,7 +106,7 @@ class _Drawer:
         self.random = [np.random.default_rng(child) for child in seeds.spawn(len(pool.classes) + 1)]
         self.members: list[dict[str, list[int]]] = [defaultdict(list) for _ in pool.classes]  # class -> unit -> images
         for i in sorted(range(len(pool)), key=lambda i: pool.items[i].key):
-            for c in _classes_of(pool, pool.items[i]):
+            for c in pool.present(pool.items[i]):
                 self.members[c][self.unit[i]].append(i)
 
     def order(self, c: int) -> list[str]:
@@ -194,10 +194,6 @@ class _Drawer:
 def _group_of(item: ImageItem) -> str:
     """The group, or the image itself as a group of one."""
     return f"image {item.key}" if item.group is None else f"group {item.group}"
-
-
-def _classes_of(pool: ImageSet, item: ImageItem) -> list[int]:
-    return [item.labels[0]] if pool.task == "single" else [c for c, present in enumerate(item.labels) if present]
 
 
 def _about(train: ImageSet, validation: ImageSet, shots: int) -> list[str]:

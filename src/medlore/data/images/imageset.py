@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from medlore.data.images.missing_labels import ADVICE, MISSING, MissingLabels, missing_entries, settled
 from medlore.data.images.trees import ArchiveMember
 from medlore.errors import DataError
 
@@ -28,7 +29,7 @@ class ImageItem:
         key: the name of the image in its set, unique there; for files the relative path with forward slashes.
         source: a file, a member of a zip archive, or an array (h, w) or (h, w, c). An array that is not uint8 is
             windowed when it is read, like a 16-bit file.
-        labels: multi-label: one 0 or 1 per class. Single-label: the class index alone. Unlabelled: empty.
+        labels: multi-label: one 0, 1 or `MISSING` (not known) per class. Single-label: the class index alone. Unlabelled: empty.
         group: the patient, study or slide that the image belongs to; None where it is not known.
     """
 
@@ -87,7 +88,7 @@ class ImageSet:
         return bool(self.items) and all(item.labels for item in self.items)
 
     def targets(self) -> NDArray[Any]:
-        """Labels as an array: (b,) int64 class indices, or (b, c) float32 zeros and ones.
+        """Labels as an array: (b,) int64 class indices, or (b, c) float32 of 1 (present), 0 (absent) and NaN (not known).
 
         Raises:
             DataError: some images have no labels.
@@ -99,7 +100,17 @@ class ImageSet:
             )
         if self.task == "single":
             return np.array([item.labels[0] for item in self.items], dtype=np.int64)
-        return np.array([item.labels for item in self.items], dtype=np.float32).reshape(len(self), len(self.classes))
+        rows = np.array([item.labels for item in self.items], dtype=np.float32).reshape(len(self), len(self.classes))
+        return np.where(rows == MISSING, np.float32(np.nan), rows)
+
+    def present(self, item: ImageItem) -> list[int]:
+        """The classes that an image of this set is known to have."""
+        return list(item.labels) if self.task == "single" else [c for c, label in enumerate(item.labels) if label == 1]
+
+    @property
+    def missing_labels(self) -> int:
+        """How many labels of a multi-label set are not known."""
+        return sum(item.labels.count(MISSING) for item in self.items) if self.task == "multi" else 0
 
     def subset(self, indices: Iterable[int], *, name: str | None = None) -> ImageSet:
         """The images at `indices`, in that order."""
@@ -109,10 +120,7 @@ class ImageSet:
         """Images per class, over the labelled ones."""
         counted = np.zeros(len(self.classes), dtype=np.int64)
         for item in self.items:
-            if item.labels and self.task == "single":
-                counted[item.labels[0]] += 1
-            elif item.labels:
-                counted += np.asarray(item.labels)
+            counted[self.present(item)] += 1
         return dict(zip(self.classes, counted.tolist(), strict=True))
 
 
@@ -125,24 +133,26 @@ def from_arrays(
     groups: Sequence[str] | None = None,
     keys: Sequence[str] | None = None,
     source: str = "arrays",
+    missing_labels: MissingLabels = "fault",
 ) -> ImageSet:
     """An image set from arrays in memory.
 
     Args:
         images: (b, h, w) or (b, h, w, c), or a sequence of (h, w) or (h, w, c) arrays; c is 1, 3 or 4.
-        labels: (b,) or (b, 1) class indices, (b, c) zeros and ones, or None for an unlabelled set.
+        labels: (b,) or (b, 1) class indices, (b, c) zeros and ones with NaN or -1 where a label is missing, or None for an unlabelled set.
         classes: class names, in label order.
         name: a short name.
         groups: patient or study of each image.
         keys: names of the images; `0`, `1`, ... when absent.
         source: where the arrays came from, for messages.
+        missing_labels: what becomes of missing labels: a fault, "absent" (`negative`), or "not known" (`ignore`).
 
     Raises:
         DataError: lengths, shapes or labels do not fit; every fault is named.
     """
     arrays = [np.asarray(image) for image in images]
     count = len(arrays)
-    rows = _label_rows(labels, count=count, classes=classes, source=source)
+    rows = _label_rows(labels, count=count, classes=classes, source=source, missing=missing_labels)
     names = [str(i) for i in range(count)] if keys is None else [str(key) for key in keys]
     belongs = [None] * count if groups is None else [str(group) for group in groups]
     faults = [f"image {names[i]}: shape {a.shape}" for i, a in enumerate(arrays) if not _is_image_shape(a.shape)]
@@ -170,20 +180,30 @@ def _is_multi(labels: Any, classes: Sequence[str]) -> bool:
     return array.ndim == 2 and array.shape[1] == len(classes)
 
 
-def _label_rows(labels: Any, *, count: int, classes: Sequence[str], source: str) -> list[tuple[int, ...]]:
+def _label_rows(labels: Any, *, count: int, classes: Sequence[str], source: str, missing: MissingLabels) -> list[tuple[int, ...]]:
     if labels is None:
         return [()] * count
     array = np.asarray(labels)
+    if array.dtype.kind not in "biuf":
+        raise DataError(source, f"labels of type {array.dtype}", "numbers", "number the classes and give their names as `classes`")
     accepted = f"({count},) class indices below {len(classes)}, or ({count}, {len(classes)}) zeros and ones"
     multi = _is_multi(labels, classes)
     flat = array if multi else array.reshape(len(array), -1) if array.size else array.reshape(count, 0)
     if len(array) != count or (not multi and flat.shape[1] != 1):
         raise DataError(source, f"labels of shape {array.shape} for {count} images", accepted, "give one label row per image")
+    gaps = missing_entries(flat) if multi else np.zeros(flat.shape, dtype=bool)
     top = 1 if multi else len(classes) - 1
-    wrong = np.flatnonzero(((flat < 0) | (flat > top) | (flat != np.round(flat))).any(axis=1))
+    wrong = np.flatnonzero((~gaps & ~((flat >= 0) & (flat <= top) & (flat == np.round(flat)))).any(axis=1))
     if len(wrong):
         faults = [f"image {i}: label {array[i].tolist()}" for i in wrong.tolist()]
         raise DataError(
             source, f"{len(wrong)} images with labels out of range", accepted, "correct the labels or the class list", faults=faults
         )
-    return [tuple(int(v) for v in row) for row in flat]
+    if gaps.any() and missing == "fault":
+        faults = [f"image {i}: no label for {', '.join(str(classes[c]) for c in np.flatnonzero(gaps[i]))}" for i in _rows_of(gaps)]
+        raise DataError(source, f"{int(gaps.sum())} labels are missing (-1 or NaN)", accepted, ADVICE, faults=faults)
+    return [tuple(int(v) for v in row) for row in np.where(gaps, settled(missing), flat)]
+
+
+def _rows_of(gaps: NDArray[np.bool_]) -> list[int]:
+    return [int(i) for i in np.flatnonzero(gaps.any(axis=1))]

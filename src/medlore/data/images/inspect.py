@@ -40,7 +40,8 @@ def describe_images(
 
     Returns:
         A dictionary ready for JSON: `path`, `format`, `name`, `task`, `images`, `labelled`, `classes` (name to count),
-        `without_label` (images without labels, or with none present), `groups` (patients or studies, None where unknown),
+        `without_label` (images without labels, or with none present), `missing_labels` (labels of a multi-label set that are empty, -1 or
+        NaN), `groups` (patients or studies, None where unknown),
         `most_shots` (the most that a draw can take), `splits` (name to count), `decoded` (images looked at),
         `sizes` (height and width: smallest, median, largest),
         `faults` (images that cannot be read), `duplicates` (keys with the same pixels), `leaks` (what two splits share), `lists` (of
@@ -52,7 +53,7 @@ def describe_images(
     path = Path(path)
     place = None if images is None else Path(images)
     kind = format_of(path, format)
-    whole = read_images(path, format=kind, images=place)
+    whole = read_images(path, format=kind, images=place, missing_labels="ignore")
     found = {
         "path": str(path),
         "format": kind,
@@ -78,7 +79,7 @@ def describe_images(
 
 def _content(images: ImageSet) -> dict[str, Any]:
     counts = images.counts()
-    bare = sum(not any(item.labels) for item in images.items) if images.task == "multi" else sum(not item.labels for item in images.items)
+    bare = sum(not images.present(item) for item in images.items)
     groups = {group for group in images.groups if group is not None}
     return {
         "name": images.name,
@@ -87,6 +88,7 @@ def _content(images: ImageSet) -> dict[str, Any]:
         "labelled": images.labelled,
         "classes": counts,
         "without_label": bare,
+        "missing_labels": images.missing_labels,
         "groups": len(groups) or None,
         "most_shots": min(counts.values(), default=0),
     }
@@ -99,7 +101,7 @@ def _splits(path: Path, kind: Format, place: Path | None) -> dict[str, ImageSet]
         return found
     for split in ("train", "val", "test"):
         try:
-            found[split] = read_images(path, format=kind, split=split, images=place)
+            found[split] = read_images(path, format=kind, split=split, images=place, missing_labels="ignore")
         except (UnknownNameError, DataError):
             continue
     return found

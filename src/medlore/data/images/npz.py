@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medlore.data.images.imageset import ImageSet, Task, from_arrays
+from medlore.data.images.missing_labels import ADVICE, MissingLabels, missing_entries
 from medlore.errors import DataError, UnknownNameError
 from medlore.files import existing_file
 
@@ -20,7 +21,14 @@ SPLIT_NAMES = {"training": "train", "valid": "val", "validation": "val", "dev": 
 NIH_FILE = re.compile(r"^(\d{8})_\d{3}\.png$")  # ChestX-ray14: patient, follow-up
 
 
-def read_npz(path: str | Path, *, split: str | None = None, task: Task | None = None, classes: Sequence[str] | None = None) -> ImageSet:
+def read_npz(
+    path: str | Path,
+    *,
+    split: str | None = None,
+    task: Task | None = None,
+    classes: Sequence[str] | None = None,
+    missing_labels: MissingLabels = "fault",
+) -> ImageSet:
     """Read `{train,val,test}_images` and `_labels` (MedMNIST), or `images` and `labels`.
 
     Optional arrays: `classes` (names), `ids` (keys), `groups` or `patients` (patient per image), each also with the
@@ -34,6 +42,7 @@ def read_npz(path: str | Path, *, split: str | None = None, task: Task | None = 
         split: `train`, `val` or `test`; None reads all of them, keys then start with the split.
         task: how to read a (b, c) label array; multi-label by default.
         classes: class names; default those in the file, else the label numbers.
+        missing_labels: what becomes of a label of a (b, c) array that is NaN or -1.
 
     Raises:
         DataError: not an npz file, arrays missing or not fitting, or object arrays (pickle is never read).
@@ -45,8 +54,9 @@ def read_npz(path: str | Path, *, split: str | None = None, task: Task | None = 
         raise DataError(str(path), f"arrays {sorted(arrays)}", "`images` and `labels`, or `train_images` and so on", "rename the arrays")
     if split is not None:
         parts = [_part_of(split, parts, path)]
+    _check_label_numbers(arrays, path)
     names = _class_names(arrays, parts, classes, task)
-    sets = [_read_part(arrays, part, path, names, task, prefix=len(parts) > 1) for part in parts]
+    sets = [_read_part(arrays, part, path, names, task, prefix=len(parts) > 1, missing=missing_labels) for part in parts]
     items = tuple(item for part in sets for item in part.items)
     return ImageSet(path.stem, sets[0].classes, task or sets[0].task, items, str(path))
 
@@ -75,6 +85,23 @@ def _part_of(split: str, parts: list[str], path: Path) -> str:
     return wanted
 
 
+def _check_label_numbers(arrays: Mapping[str, NDArray[Any]], path: Path) -> None:
+    """Labels are numbers, and class indices are numbers that are there."""
+    faults = []
+    for name in ("labels", *(f"{split}_labels" for split in SPLITS)):
+        array = arrays.get(name)
+        if array is None:
+            continue
+        if array.dtype.kind not in "biuf":
+            faults.append(f"{name}: of type {array.dtype}")
+        elif (array.ndim < 2 or array.shape[1] == 1) and not np.isfinite(array).all():
+            faults += [f"{name}, row {i}: {array[i]}" for i in np.flatnonzero(~np.isfinite(array.reshape(len(array), -1)).all(axis=1))]
+    if faults:
+        raise DataError(
+            str(path), f"{len(faults)} faults in the labels", "numbers", "number the classes; `classes` names them", faults=faults
+        )
+
+
 def _class_names(arrays: Mapping[str, NDArray[Any]], parts: list[str], classes: Sequence[str] | None, task: Task | None) -> tuple[str, ...]:
     if classes is not None:
         return tuple(classes)
@@ -90,7 +117,14 @@ def _class_names(arrays: Mapping[str, NDArray[Any]], parts: list[str], classes: 
 
 
 def _read_part(
-    arrays: Mapping[str, NDArray[Any]], part: str, path: Path, classes: tuple[str, ...], task: Task | None, *, prefix: bool
+    arrays: Mapping[str, NDArray[Any]],
+    part: str,
+    path: Path,
+    classes: tuple[str, ...],
+    task: Task | None,
+    *,
+    prefix: bool,
+    missing: MissingLabels,
 ) -> ImageSet:
     images, labels = arrays[f"{part}images"], arrays.get(f"{part}labels")
     _check_finite(images, f"{path}:{part}images")
@@ -99,10 +133,11 @@ def _read_part(
     groups = next((arrays[f"{part}{n}"] for n in ("groups", "patients") if f"{part}{n}" in arrays), None)
     known = [str(g) for g in groups] if groups is not None else _nih_patients(keys)
     if labels is not None and task == "single" and labels.ndim == 2 and labels.shape[1] > 1:
-        labels = _from_one_hot(labels, path, part)
+        labels = _from_one_hot(labels, path, part, missing)
     if prefix:
         keys = [f"{part[:-1]}/{key}" for key in keys]
-    return from_arrays(images, labels, classes=classes, name=path.stem, groups=known, keys=keys, source=f"{path}:{part}images")
+    source = f"{path}:{part}images"
+    return from_arrays(images, labels, classes=classes, name=path.stem, groups=known, keys=keys, source=source, missing_labels=missing)
 
 
 def _check_finite(images: NDArray[Any], where: str) -> None:
@@ -119,17 +154,19 @@ def _check_finite(images: NDArray[Any], where: str) -> None:
         )
 
 
-def _from_one_hot(labels: NDArray[Any], path: Path, part: str) -> NDArray[Any]:
-    wrong = np.flatnonzero((labels != 0).sum(axis=1) != 1)
+def _from_one_hot(labels: NDArray[Any], path: Path, part: str, missing: MissingLabels) -> NDArray[Any]:
+    gaps = missing_entries(labels)
+    marked = ~gaps & (labels != 0)
+    wrong = np.flatnonzero(marked.sum(axis=1) != 1 if missing != "fault" else (marked.sum(axis=1) != 1) | gaps.any(axis=1))
     if len(wrong):
         raise DataError(
             f"{path}:{part}labels",
             f"{len(wrong)} rows that do not hold exactly one 1",
             "one-hot rows for task='single'",
-            "read it with task='multi'",
+            ADVICE if gaps.any() else "read it with task='multi'",
             faults=[f"row {i}: {labels[i].tolist()}" for i in wrong.tolist()],
         )
-    index: NDArray[Any] = labels.argmax(axis=1)
+    index: NDArray[Any] = marked.argmax(axis=1)
     return index
 
 

@@ -7,10 +7,11 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from medlore.data.images.imageset import ImageItem, ImageSet, Task, from_arrays
 from medlore.data.images.imagetree import read_folder
+from medlore.data.images.missing_labels import MissingLabels
 from medlore.data.images.npz import read_npz
 from medlore.data.images.published import kind_of, read_published
 from medlore.data.images.tables import read_table, table_of
@@ -31,6 +32,7 @@ def read_images(
     task: Task | None = None,
     classes: Sequence[str] | None = None,
     group_pattern: str | None = None,
+    missing_labels: MissingLabels = "fault",
 ) -> ImageSet:
     """Read a 2D image set of any known format.
 
@@ -43,6 +45,8 @@ def read_images(
         task: `single` or `multi`, where the file could be read both ways.
         classes: class names in label order; for CSV tables also the columns to read.
         group_pattern: a regular expression searched in each key; its first bracket is the patient or study.
+        missing_labels: what becomes of labels of a multi-label table that are empty, -1 or NaN: each is a `fault`, the class is absent
+            (`negative`), or it is not known (`ignore`) and left out of losses, metrics and counts.
 
     Raises:
         InputError: there is no such path, or an argument is wrong.
@@ -51,7 +55,8 @@ def read_images(
     path, place = Path(path), None if images is None else Path(images)
     if place is not None and not place.exists():
         raise InputError(f"images {place}", "no such folder", "the folder or zip of the images", "check the spelling")
-    found = _read(path, format_of(path, format), split, place, task, classes)
+    how: dict[str, Any] = {"split": split, "classes": classes, "task": task, "missing_labels": missing_labels}
+    found = _read(path, format_of(path, format), place, how)
     return found if group_pattern is None else _grouped(found, group_pattern)
 
 
@@ -86,25 +91,25 @@ def format_of(path: Path, format: Format = "auto") -> Format:  # noqa: A002
     return kind_of(tree) or ("csv" if table_of(tree) else "folder")
 
 
-def _read(path: Path, kind: Format, split: str | None, images: Path | None, task: Task | None, classes: Sequence[str] | None) -> ImageSet:
+def _read(path: Path, kind: Format, images: Path | None, how: dict[str, Any]) -> ImageSet:
     if kind == "npz":
-        return read_npz(path, split=split, task=task, classes=classes)
+        return read_npz(path, **how)
     if kind == "csv":
-        return _read_csv(path, split, images, task, classes)
+        return _read_csv(path, images, how)
     if kind == "folder":
-        return read_folder(tree_of(path), split=split, classes=classes)
-    return read_published(path, kind, split=split, images=images, classes=classes)  # type: ignore[arg-type]
+        return read_folder(tree_of(path), split=how["split"], classes=how["classes"])
+    return read_published(path, kind, split=how["split"], images=images, classes=how["classes"])  # type: ignore[arg-type]
 
 
-def _read_csv(path: Path, split: str | None, images: Path | None, task: Task | None, classes: Sequence[str] | None) -> ImageSet:
+def _read_csv(path: Path, images: Path | None, how: dict[str, Any]) -> ImageSet:
     place = None if images is None else tree_of(images)
     if path.is_file() and path.suffix.lower() != ".zip":
-        return read_table(FolderTree(path.parent), path.name, images=place, split=split, task=task, classes=classes)
+        return read_table(FolderTree(path.parent), path.name, images=place, **how)
     tree = tree_of(path)
     name = table_of(tree, sure=True)
     if name is None:
         raise DataError(str(path), "no CSV, or several", "one CSV, or one named labels.csv", "name the table itself")
-    return read_table(tree, name, images=place, split=split, task=task, classes=classes)
+    return read_table(tree, name, images=place, **how)
 
 
 def _grouped(images: ImageSet, pattern: str) -> ImageSet:

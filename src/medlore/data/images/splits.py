@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,7 +71,7 @@ def read_splits(
         rules: shots, fractions and seed.
         test_data: a set of its own for the test; None takes the test part of `data`, else holds a share out.
         official: read the published draw number `rules.draw` of MedFMC or VTAB-1k in place of drawing.
-        how: further arguments of `read_images` (`format`, `images`, `task`, `classes`, `group_pattern`, `split`).
+        how: further arguments of `read_images` (`format`, `images`, `task`, `classes`, `group_pattern`, `missing_labels`, `split`).
 
     Images of the test set never train or select, whatever parts were named: they are taken out, and the notes say how many.
 
@@ -86,7 +86,18 @@ def read_splits(
     own_parts = split is None and part_of(data, "train", how) is not None
     pool = read_images(data, split="train" if own_parts else split, **how)
     validation = part_of(data, "val", how) if own_parts and rules.shots is None else None
-    return split_images(pool, rules, validation=validation, test=test)
+    made = split_images(pool, rules, validation=validation, test=test)
+    return replace(made, notes=(*_about_reading(pool, validation, test), *made.notes))
+
+
+def _about_reading(*parts: ImageSet | None) -> list[str]:
+    """What was noticed when the parts were read; of each at most three notes."""
+    found: list[str] = []
+    for part in parts:
+        notes = () if part is None else part.notes
+        found += [f"{part.name}: {note}" for note in notes[:3]] if part is not None else []
+        found += [f"and {len(notes) - 3} notes more of this kind"] if len(notes) > 3 else []
+    return list(dict.fromkeys(found))
 
 
 def _official(data: str | Path, rules: SplitRules, test: ImageSet | None, how: dict[str, Any]) -> ImageSplits:
@@ -188,18 +199,15 @@ class _Spare:
 
     def __init__(self, pool: ImageSet) -> None:
         self._pool = pool
-        self._left: Counter[int] = Counter(c for item in pool.items for c in self._classes(item))
+        self._left: Counter[int] = Counter(c for item in pool.items for c in pool.present(item))
 
     def take(self, unit: Sequence[int]) -> bool:
         """Take the images of one unit, unless a class would have none left then."""
-        wanted = Counter(c for i in unit for c in self._classes(self._pool.items[i]))
+        wanted = Counter(c for i in unit for c in self._pool.present(self._pool.items[i]))
         if any(self._left[c] <= count for c, count in wanted.items()):
             return False
         self._left -= wanted
         return True
-
-    def _classes(self, item: ImageItem) -> list[int]:
-        return list(item.labels) if self._pool.task == "single" else [c for c, present in enumerate(item.labels) if present]
 
 
 def _absent(word: str, part: ImageSet, rest: ImageSet) -> list[str]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from medlore.data.images.imageset import ImageItem, ImageSet, Task
 from medlore.data.images.imagetree import SPLIT_NAMES
+from medlore.data.images.missing_labels import ADVICE, MissingLabels, says_nothing, settled
 from medlore.data.images.trees import Tree
 from medlore.errors import DataError, UnknownNameError
 
@@ -32,6 +33,7 @@ class _Columns:
     label: str | None
     many: str | None
     classes: tuple[str, ...]
+    passed_over: tuple[str, ...] = ()
 
     def in_words(self) -> str:
         named = {"image": self.file, "part": self.split, "group": self.group, "label": self.label or self.many}
@@ -53,12 +55,14 @@ def read_table(
     split: str | None = None,
     task: Task | None = None,
     classes: Sequence[str] | None = None,
+    missing_labels: MissingLabels = "fault",
 ) -> ImageSet:
     """Read a CSV (comma, semicolon or tab; UTF-8; a header line).
 
     A `label` column gives one class an image. A `labels` column gives several, split at `|` or `;`. Without either, every
-    remaining column of numbers is a class: a value above 0 means present, so counts may stand there. A table with none of these
-    is unlabelled. The class list comes from the whole table, whatever split is read.
+    remaining column of numbers is a class: a value above 0 means present, so counts may stand there. A column counts as one of numbers
+    when at least half of its filled cells are numbers; the others are faults then, so that no class vanishes over one cell. A table with
+    none of these is unlabelled. The class list comes from the whole table, whatever split is read.
 
     Args:
         tree: where the table lies.
@@ -67,6 +71,8 @@ def read_table(
         split: `train`, `val` or `test`, when the table has a column of splits.
         task: `single` reads one-hot columns as one class.
         classes: class names in label order; for tables with one column a class, the columns to read.
+        missing_labels: what an empty cell, -1 or NaN of a multi-label table means: a `fault`, the class is absent (`negative`), or it
+            is not known (`ignore`).
 
     Raises:
         DataError: all faults of the table, with line numbers.
@@ -75,7 +81,7 @@ def read_table(
     where = f"{tree.root}/{name}"
     header, rows, faults = _read_rows(tree.read_text(name), where)
     columns = _columns(header, rows, classes, where)
-    read = _Reader(columns, rows, task, classes)
+    read = _Reader(columns, rows, task, classes, missing_labels)
     place, prefix = _place(tree, name, images, rows, columns)
     items: list[ImageItem] = []
     first: dict[str, int] = {}
@@ -97,12 +103,11 @@ def read_table(
             where,
             f"{len(faults)} faults" if faults else "no rows",
             f"one row per image; columns read: {columns.in_words()}",
-            "correct the table, or name the image folder (images=...)",
+            ADVICE if read.gaps else "correct the table, or name the image folder (images=...)",
             faults=[f"line {number}: {text}" for number, text in sorted(faults)],
         )
-    return ImageSet(
-        tree.root.stem if name == "labels.csv" else name.rsplit("/", 1)[-1].rsplit(".", 1)[0], read.classes, read.task, tuple(items), where
-    )
+    short = tree.root.stem if name == "labels.csv" else name.rsplit("/", 1)[-1].rsplit(".", 1)[0]
+    return ImageSet(short, read.classes, read.task, tuple(items), where, (*_about_columns(columns), *read.notes()))
 
 
 def table_of(tree: Tree, *, sure: bool = False) -> str | None:
@@ -132,8 +137,10 @@ def _lists_images(tree: Tree, name: str) -> bool:
 class _Reader:
     """Labels of a row, as the task and the class list want them."""
 
-    def __init__(self, columns: _Columns, rows: Sequence[_Row], task: Task | None, classes: Sequence[str] | None) -> None:
-        self.columns = columns
+    def __init__(
+        self, columns: _Columns, rows: Sequence[_Row], task: Task | None, classes: Sequence[str] | None, missing: MissingLabels
+    ) -> None:
+        self.columns, self.missing, self.gaps = columns, missing, 0
         self.by_column = not (columns.label or columns.many)
         self.task: Task = "single" if columns.label or (self.by_column and (task == "single" or not columns.classes)) else "multi"
         self.classes = tuple(classes) if classes is not None else self._found(rows)
@@ -164,17 +171,47 @@ class _Reader:
                 raise ValueError(f"class {name!r} is not in the class list" if name else "no label")
             return (self.index[name],)
         if self.columns.many:
+            if not row.cells[self.columns.many].strip():
+                return self._gap(f"column {self.columns.many!r} is empty (without any finding it says 'No Finding')", len(self.classes))
             present = self._several(row)
             unknown = [name for name in present if name not in self.index]
             if unknown:
                 raise ValueError(f"classes {unknown} are not in the class list")
             return tuple(int(name in present) for name in self.classes)
-        flags = tuple(int(_count(row, name) > 0) for name in self.columns.classes)
+        flags = self._flags(row)
         if self.task == "multi" or not flags:
             return flags
-        if sum(flags) != 1:
-            raise ValueError(f"{sum(flags)} classes are marked; a single-label table marks one")
+        if flags.count(1) != 1:
+            raise ValueError(f"{flags.count(1)} classes are marked; a single-label table marks one")
         return (flags.index(1),)
+
+    def _flags(self, row: _Row) -> tuple[int, ...]:
+        """1, 0 or missing for each column of a class; all faults of the row in one."""
+        flags, faults = [], []
+        for name in self.columns.classes:
+            try:
+                flags += self._gap(_gap_in_words(row, name), 1) if says_nothing(row.cells[name]) else [int(_count(row, name) > 0)]
+            except ValueError as error:
+                faults.append(str(error))
+        if faults:
+            raise ValueError("; ".join(faults))
+        return tuple(flags)
+
+    def _gap(self, what: str, count: int) -> tuple[int, ...]:
+        self.gaps += count
+        if self.missing == "fault":
+            raise ValueError(what)
+        return (settled(self.missing),) * count
+
+    def notes(self) -> list[str]:
+        """How many labels are missing, and what they were taken for."""
+        meaning = "the class is absent" if self.missing == "negative" else "not known, and left out of losses and metrics"
+        return [f"{self.gaps} labels are missing (empty, -1 or NaN): {meaning}"] if self.gaps else []
+
+
+def _gap_in_words(row: _Row, column: str) -> str:
+    cell = row.cells[column].strip()
+    return f"column {column!r} holds {cell}" if cell else f"column {column!r} is empty"
 
 
 def _count(row: _Row, column: str) -> float:
@@ -228,11 +265,23 @@ def _columns(header: Sequence[str], rows: Sequence[_Row], classes: Sequence[str]
     if label or many:
         return _Columns(file, split, group, label, None if label else many, ())
     rest = [column for column in header if column not in (file, split, group) and column.lower() not in NOT_A_CLASS]
-    numeric = tuple(column for column in rest if rows and all(_is_number(row.cells[column]) for row in rows))
+    numeric = tuple(column for column in rest if _is_class(column, rows))
     if classes is not None:
         unknown = next(name for name in classes if name not in header)
         raise UnknownNameError(f"{where}, classes", unknown, numeric or rest)
-    return _Columns(file, split, group, None, None, numeric)
+    return _Columns(file, split, group, None, None, numeric, tuple(column for column in rest if column not in numeric))
+
+
+def _is_class(column: str, rows: Sequence[_Row]) -> bool:
+    """Whether at least half of the cells that say something are numbers."""
+    filled = [row.cells[column] for row in rows if not says_nothing(row.cells[column])]
+    return bool(filled) and 2 * sum(map(_is_number, filled)) >= len(filled)
+
+
+def _about_columns(columns: _Columns) -> list[str]:
+    """Which columns were not taken for classes, where other columns were."""
+    named = ", ".join(repr(column) for column in columns.passed_over)
+    return [f"columns without numbers, taken for no class: {named}"] if columns.classes and named else []
 
 
 def _is_number(text: str) -> bool:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import pydantic
 
+from medlore.data.images.missing_labels import HELP, MissingLabels
 from medlore.data.images.words import Flip
 from medlore.linalg.matricize import Layout
 from medlore.models.backbones.shufflenet import Norm
@@ -37,6 +38,7 @@ class TaskSettings(Settings):
     test: str | None = setting(None, "Name of the test part.")
     held_out: float = setting(0.15, "Share of the groups held out for validation, and again for test, if no parts are named.", gt=0, lt=0.5)
     classes: tuple[str, ...] | None = setting(None, "Keep only these classes of a single-label set, in this order; default all.")
+    missing_labels: MissingLabels = setting("fault", HELP)
     flip: Flip = setting("none", "Mirror images that are anatomically possible.")
     limit: int | None = setting(None, "Largest number of training images; default all.", ge=1)
     validation_limit: int | None = setting(

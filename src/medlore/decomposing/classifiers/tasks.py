@@ -25,7 +25,7 @@ class LabelledImages:
 
     Attributes:
         images: (n, 3, s, s) uint8.
-        targets: (n,) int64 for single-label tasks, (n, c) float32 for multi-label ones.
+        targets: (n,) int64 for single-label tasks, (n, c) float32 for multi-label ones, NaN where a label is not known.
         keys: names of the images.
     """
 
@@ -104,7 +104,8 @@ def _at_most(images: ImageSet, limit: int | None, seed: int) -> ImageSet:
 def _parts(task: TaskSettings, *, folder: Path, seed: int) -> tuple[ImageSet, ImageSet, ImageSet]:
     def read(split: str | None) -> ImageSet:
         images = None if task.images is None else folder / task.images
-        found = read_images(folder / task.data, format=task.format, split=split, images=images)  # type: ignore[arg-type]
+        how = {"split": split, "images": images, "missing_labels": task.missing_labels}
+        found = read_images(folder / task.data, format=task.format, **how)  # type: ignore[arg-type]
         return found if task.classes is None else only_classes(found, task.classes)
 
     if task.train is None:
