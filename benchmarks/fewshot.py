@@ -67,8 +67,9 @@ def parts_of(name: str, data: Path) -> tuple[ImageSet, ImageSet]:
 def settings_for(shots: int, *, flip: Flip, rate: float | None) -> FinetuneSettings:
     """What all methods have in common."""
     return FinetuneSettings(
-        epochs=EPOCHS[shots], batch_size=BATCH, flip=flip, learning_rate=rate, device="cpu", precision="fp32", weight_decay=0.05
-    )
+        epochs=EPOCHS[shots], batch_size=BATCH, flip=flip, learning_rate=rate, device="cpu", precision="fp32", weight_decay=0.05,
+        start="random", features="own",
+    )  # fmt: skip
 
 
 def choose_rates(out: Path) -> None:

@@ -60,7 +60,9 @@ def run(options: argparse.Namespace) -> None:
             for name, folder in networks.items():
                 if (name, method, draw) in done:
                     continue
-                settings = FinetuneSettings(model=str(folder), epochs=options.epochs, batch_size=8, targets="conv", device="cpu")
+                settings = FinetuneSettings(
+                    model=str(folder), epochs=options.epochs, batch_size=8, targets="conv", device="cpu", start="random"
+                )
                 cell = run_cell(method, settings, pool=pool, test=test, shots=options.shots, draw=draw)
                 record = {"backbone": name, "pack": packed, "data": options.data.name, "epochs": options.epochs, **asdict(cell)}
                 with (options.out / "cells.jsonl").open("a", encoding="utf-8") as stream:

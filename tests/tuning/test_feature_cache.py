@@ -25,8 +25,9 @@ EPOCHS = 3
 def test_the_head_is_the_one_that_training_through_the_network_gives(tmp_path: Path) -> None:
     folder, images = write_backbone(tmp_path / "model"), striped(4)
     settings = FinetuneSettings(
-        model=str(folder), method="linear-probe", epochs=EPOCHS, device="cpu", precision="fp32", test_fraction=0, validation_fraction=0
-    )
+        model=str(folder), method="linear-probe", epochs=EPOCHS, device="cpu", precision="fp32", test_fraction=0, validation_fraction=0,
+        start="random", features="own",
+    )  # fmt: skip
     cached = finetune(settings, train=images)
     backbone = load_backbone(folder, classes=3, seed=settings.seed)
     train = image_examples(images, preprocessing_of(backbone))

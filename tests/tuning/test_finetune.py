@@ -33,7 +33,11 @@ from medlore.tuning.predict import PredictSettings, predict, write_medfmc
 from medlore.tuning.tuned import load_tuned
 from tiny_backbone import striped, two_labels, write_backbone
 
+# As published: a random start, one rate, epochs, validation images that are not trained on; test_recipe.py has the other way.
+PUBLISHED: dict[str, Any] = {"start": "random", "features": "own", "refit": False}
 FAST: dict[str, Any] = {
+    **PUBLISHED,
+    "validation_shots": 4,
     "epochs": 4,
     "batch_size": 6,
     "bootstrap": 50,
@@ -205,7 +209,7 @@ def test_the_same_seed_gives_the_same_bits(backbone: Path) -> None:
 def test_test_labels_change_nothing_but_the_report(backbone: Path) -> None:
     parts = split_images(striped(), SplitRules(shots=4))
     assert parts.test is not None
-    settings = FinetuneSettings(**{**SR_LORA, "shots": None}, model=str(backbone))
+    settings = FinetuneSettings(**{**SR_LORA, "shots": None, "validation_shots": None}, model=str(backbone))
     honest = finetune(settings, train=parts.train, validation=parts.validation, test=parts.test)
     shuffled = parts.test.subset(range(len(parts.test)))
     wrong = [type(i)(i.key, i.source, ((i.labels[0] + 1) % 3,), i.group) for i in shuffled.items]
@@ -489,7 +493,7 @@ def test_patients_that_nobody_names_cannot_be_drawn(backbone: Path) -> None:
 @pytest.fixture
 def killed(backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[FinetuneSettings, Path]:
     """A run that was stopped after its first epoch: its settings and folder."""
-    settings = FinetuneSettings(epochs=3, bootstrap=0, model=str(backbone), method="linear-probe")
+    settings = FinetuneSettings(epochs=3, bootstrap=0, model=str(backbone), method="linear-probe", **PUBLISHED)
     parts = split_images(striped(), SplitRules())
     taken = 0
 
@@ -523,12 +527,14 @@ def test_a_checkpoint_belongs_to_its_validation_images(killed: tuple[FinetuneSet
 
 
 def test_a_checkpoint_belongs_to_its_number_of_processes(backbone: Path) -> None:
-    from medlore.models.backbones.store import BackboneStore
-    from medlore.tuning.finetune import _fingerprint, _prepare, make_accelerator
+    from medlore.training.accelerator import make_accelerator
+    from medlore.tuning.facts import fingerprint_of
+    from medlore.tuning.preparing import Workshop, prepare
 
     settings = FinetuneSettings(model=str(backbone), method="linear-probe")
-    prepared = _prepare(settings, split_images(striped(), SplitRules()), make_accelerator("cpu", "fp32", None), BackboneStore())
-    assert _fingerprint(settings, prepared, 1) != _fingerprint(settings, prepared, 2)
+    parts = split_images(striped(), SplitRules())
+    prepared = prepare(settings, parts.train, parts.validation, Workshop(make_accelerator("cpu", "fp32", None)))
+    assert fingerprint_of(settings, prepared, 1) != fingerprint_of(settings, prepared, 2)
 
 
 def test_resuming_says_so_when_there_is_nothing_to_resume(backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,7 +31,7 @@ def evaluate(given: Given) -> None:
         raise InputError("evaluate", "no model or no --data", "RUN --data SET, or --pred DIR --truth cases.jsonl", "name both")
     settings, output = given.read(EvaluateSettings, EvaluateOutput, foreign="applies only to masks (--pred, --truth)")
     from medlore.commands.screens.answers import print_json
-    from medlore.commands.screens.tuning import print_report
+    from medlore.commands.screens.tuning import print_report, print_verdict
     from medlore.runs.report import refuse_finished
     from medlore.tuning.evaluate import evaluate as measure
 
@@ -39,9 +39,10 @@ def evaluate(given: Given) -> None:
         refuse_finished(output.out, overwrite=output.overwrite, settings=settings)
     result = measure(settings, output.out)
     if output.as_json:
-        print_json(result.report)
+        print_json({**result.report, "verdict": result.verdict, "probe": result.probe, "trained_on_images": result.seen})
     else:
-        print_report(result.report, title=f"{result.images.name}: {len(result.images)} images")
+        print_report(result.report, title=f"{result.images.name}: {len(result.images)} images", probe=result.probe)
+        print_verdict(result.verdict)
 
 
 def _evaluate_masks(given: Given) -> None:

@@ -26,12 +26,16 @@ class ImagesOutput(FinetuneOutput):
     """Of a run on images."""
 
     resume: bool = setting(False, "Continue an interrupted run after its last finished epoch.", group=_RUN)
+    compare: tuple[str, ...] | None = setting(
+        None, "Methods that are run on the same images, in place of --method; prints one table.", group="Method and ranks"
+    )
 
 
 def finetune(given: Given) -> None:
     """Tune a pre-trained network on a few labelled images, or a segmenter on about five masks.
 
-    The epoch is selected on validation images; the test images are scored once. With PACK and --cases, a segmenter is tuned.
+    Every method starts at the logistic regression on the frozen features, which stands beside its result; test images are measured once.
+    With PACK and --cases it is a segmenter that is tuned.
     """
     if given.names("pack") or given.names("cases"):
         _tune_segmenter(given)
@@ -45,6 +49,9 @@ def finetune(given: Given) -> None:
     from medlore.tuning.finetune import dry_run
     from medlore.tuning.finetune import finetune as tune
 
+    if output.compare is not None:
+        _compare(settings, output)
+        return
     if output.dry_run:
         facts = dry_run(settings)
         if output.as_json:
@@ -65,7 +72,34 @@ def finetune(given: Given) -> None:
     if output.as_json:
         print_json({"out": out, "metrics": result.metrics, **result.report})
     else:
-        print_result(result.report)
+        print_result(result.report, out)
+
+
+def _compare(settings: FinetuneSettings, output: ImagesOutput) -> None:
+    from medlore.commands.screens.answers import print_json
+    from medlore.commands.screens.progress import ProgressBar
+    from medlore.commands.screens.tuning import print_side_by_side, print_where
+    from medlore.errors import InputError
+    from medlore.runs.report import next_run, refuse_finished
+    from medlore.tuning.side_by_side import compare_methods, known_methods
+
+    faults = [flag for flag, given in (("--resume", output.resume), ("--dry-run", output.dry_run)) if given]
+    faults += ["--method"] if "method" in settings.stated() else []
+    if faults:
+        raise InputError(", ".join(faults), "given with --compare", "--compare alone", "leave it out")
+    names = known_methods(output.compare or ())
+    with contextlib.ExitStack() as stack:
+        out = output.out
+        if out is not None:
+            refuse_finished(out, overwrite=output.overwrite)
+        elif settings.dataset.data is not None:
+            out = stack.enter_context(next_run(f"{settings.dataset.data.resolve().stem}-compared"))
+            print_where(out)
+        found = compare_methods(settings, names, out, watcher=ProgressBar(enabled=not output.as_json))
+    if output.as_json:
+        print_json({"out": out, **vars(found)})
+    else:
+        print_side_by_side(found, out)
 
 
 def _tune_segmenter(given: Given) -> None:

@@ -94,6 +94,44 @@ def classification_report(
     }
 
 
+def paired_difference(
+    targets: ArrayLike,
+    pair: tuple[ArrayLike, ArrayLike],
+    *,
+    classes: Sequence[str],
+    task: Task,
+    measure: str,
+    seed: int = 0,
+    bootstrap: int = 1000,
+    groups: Sequence[str | None] | None = None,
+) -> dict[str, float | None]:
+    """How much better one set of scores is than another on the same items: both are measured on the same resamples.
+
+    Args:
+        targets: as in `classification_report`.
+        pair: (b, c) scores of the one and of the other.
+        classes: c class names.
+        task: `single` or `multi`.
+        measure: name of a metric.
+        seed: of the bootstrap.
+        bootstrap: resamples; 0 leaves the interval out.
+        groups: patient or study of each item; whole groups are resampled.
+
+    Returns:
+        `value` (the one minus the other), `low` and `high` of the 95 % percentile interval; None where not defined.
+
+    Raises:
+        InputError: shapes that do not fit.
+        DataError: targets out of range, or scores that are not finite.
+    """
+    (hits, known, ours), (_, _, theirs) = (_checked(targets, scores, classes, task) for scores in pair)
+    parts = [
+        _measure(hits, known, ours, weights, task, 0.5)[measure] - _measure(hits, known, theirs, weights, task, 0.5)[measure]
+        for weights in _resamples(len(hits), groups, bootstrap, seed)
+    ]
+    return _entry(np.concatenate(parts))
+
+
 def _checked(
     targets: ArrayLike, scores: ArrayLike, classes: Sequence[str], task: Task
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.float64]]:

@@ -15,7 +15,7 @@ from medlore.pages import Facts, Interval, Notes, Page, Picture, Piece, Section,
 from medlore.pages.pieces import Cell
 from medlore.pages.rendering import words
 
-_FIRST = ("test", "table", "metrics", "mean", "by_label")  # what a reader looks for comes first
+_FIRST = ("test", "probe", "table", "metrics", "mean", "by_label")  # what a reader looks for comes first
 _LONG_TABLE, _VERY_LONG_TABLE, _LONG_TEXT, _MANY = 15, 40, 160, 6
 _PICTURES = (".png", ".jpg", ".jpeg")
 _PICTURE_WORDS = {
@@ -49,8 +49,9 @@ def report_page(
     """
     results = report.get("results")
     results = {key: value for key, value in results.items() if key not in {*shown, "error"}} if isinstance(results, Mapping) else {}
+    verdict = _verdict(results.pop("verdict", None))
     first, rest = result_sections({k: v for k, v in results.items() if k in _FIRST}), {k: v for k, v in results.items() if k not in _FIRST}
-    sections = [*_failure(report), *lead, *first, *more, *result_sections(rest)]
+    sections = [*_failure(report), *verdict, *lead, *first, *more, *result_sections(rest)]
     if pictures and (found := folder_pictures(folder, report)):
         sections.append(Section("Pictures", found))
     return Page(
@@ -218,6 +219,11 @@ def _classification(report: Mapping[str, Any], title: str) -> list[Piece]:
     if report.get("per_class"):
         pieces.append(_table(report["per_class"], "Classes"))
     return pieces
+
+
+def _verdict(text: Any) -> list[Section]:
+    """The last sentence of a run comes first on its page."""
+    return [Section("Verdict", (Notes([text]),))] if isinstance(text, str) and text else []
 
 
 def _failure(report: Mapping[str, Any]) -> list[Section]:

@@ -6,11 +6,10 @@ import hashlib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from medlore.errors import InputError, UnknownNameError
-from medlore.layers.tuning.methods import METHODS
 from medlore.studies.settings import FIXED, GRID_NAMES, DataEntry, MethodEntry, Shots, StudySettings
 from medlore.tuning.idle_settings import without_idle
 from medlore.tuning.settings import FinetuneSettings
@@ -26,7 +25,7 @@ class Contender:
         name: in tables; no two are alike.
         method: key of `METHODS`.
         changes: its own settings.
-        rate: learning rate that the factors multiply.
+        rate: learning rate that the factors multiply; unless the study names one, that of the method at the start that is set.
         control_of: the contender whose parameters it matches; None for one that the study names.
     """
 
@@ -78,7 +77,7 @@ class StudyCell:
 
 def contenders_of(study: StudySettings) -> list[Contender]:
     """All contenders; beside each `sr-lora` one rank with as many parameters, unless the study names that itself."""
-    found = [each for entry in study.methods for each in _expanded(entry)]
+    found = [each for entry in study.methods for each in _expanded(entry, study.settings)]
     if not study.equal_controls:
         return found
     for each in list(found):
@@ -88,9 +87,9 @@ def contenders_of(study: StudySettings) -> list[Contender]:
     return found
 
 
-def _expanded(entry: MethodEntry) -> list[Contender]:
+def _expanded(entry: MethodEntry, shared: FinetuneSettings) -> list[Contender]:
     given = entry.settings.stated()
-    rate = entry.rate or METHODS[entry.method].learning_rate
+    rate = entry.rate or merged_settings(shared, Contender("", entry.method, given, 0.0)).rates()[0]
     base = entry.name or entry.method
     made = []
     for values in itertools.product(*entry.grid.values()):
@@ -107,7 +106,8 @@ def _control_of(each: Contender, shared: FinetuneSettings) -> Contender | None:
     changes = {name: each.changes[name] for name in _SHARED_RANKS if name in each.changes} | {"rank": "equal"}
     own = {name: value for name, value in changes.items() if name != "rank"}
     words = " ".join(f"{name}={value}" for name, value in own.items())
-    return Contender(f"lora equal {words}".strip(), "lora", changes, METHODS["lora"].learning_rate, each.name)
+    control = Contender(f"lora equal {words}".strip(), "lora", changes, 0.0, each.name)
+    return replace(control, rate=merged_settings(shared, control).rates()[0])
 
 
 def _same_lora(control: Contender, other: Contender, shared: FinetuneSettings) -> bool:

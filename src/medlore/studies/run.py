@@ -20,6 +20,7 @@ from medlore.studies.markdown import tables_in_markdown
 from medlore.studies.records import CELLS, append_record, read_records
 from medlore.studies.settings import StudySettings
 from medlore.studies.table import means_over_sets, ranks_of, tables_of
+from medlore.studies.verdict import verdict_of_study
 from medlore.studies.worker import BACKBONES, lost_cell, work_on
 
 Say = Callable[[str], None]
@@ -156,6 +157,7 @@ def results_of(study: StudySettings, cells: Sequence[StudyCell], records: Sequen
         "mean_ranks": ranks_of(records, names),
         "failed": failed,
         "notes": notes,
+        "verdict": verdict_of_study(tables, records, {each.name: each.method for each in contenders}),
     }
 
 

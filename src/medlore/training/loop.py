@@ -69,7 +69,8 @@ class _Loop:
         task.prepare()
         self.parameters = dict(task.parameters())
         fused = self.accelerator.device.type == "cpu" or (self.accelerator.device.type == "cuda" and self.accelerator.scaler is None)
-        self.optimizer = self.accelerator.prepare_optimizer(make_optimizer(self.parameters, schedule, spares=task.spares, fused=fused))
+        optimizer = make_optimizer(self.parameters, schedule, spares=task.spares, fused=fused, share_of_rate=task.share_of_rate)
+        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.average = None if schedule.ema is None else Average(self.parameters, schedule.ema)
         self.best: dict[str, Tensor] = {}
         self.means = Means()
@@ -100,7 +101,7 @@ class _Loop:
         if (seed := task.seed_of(step)) is not None:
             torch.manual_seed(seed)
         for group in self.optimizer.param_groups:
-            group["lr"] = schedule.rate(step, schedule.steps)
+            group["lr"] = schedule.rate(step, schedule.steps) * group.get("share", 1.0)  # checkpoints of earlier versions have no shares
         task.begin(step)
         loss, terms, size, cases = self._gradients(step, batches)
         task.gather_gradients()

@@ -92,6 +92,11 @@ class Task(ABC):
         del name
         return parameter.ndim < 2
 
+    def share_of_rate(self, name: str) -> float:
+        """Factor on the schedule's rate for a parameter."""
+        del name
+        return 1.0
+
     def seed_of(self, step: int) -> int | None:
         """Seed of torch's generator for a step; None draws on from the step before, and no checkpoint is written in front of it."""
         return seed_of(self.seed, step, self.accelerator.process_index)

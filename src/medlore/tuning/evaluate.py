@@ -12,25 +12,40 @@ from numpy.typing import NDArray
 from medlore.data.images.imageset import ImageSet
 from medlore.data.images.reading import read_images
 from medlore.data.images.splits import part_of
-from medlore.errors import DataError
+from medlore.errors import DataError, InputError
 from medlore.files import made_folder
 from medlore.metrics.classification import classification_report
 from medlore.runs.report import Run
 from medlore.training.accelerator import make_accelerator
 from medlore.tuning.examples import image_examples
 from medlore.tuning.predictions import write_predictions
+from medlore.tuning.reference import REFERENCE_FILE, compared, stored_scores
 from medlore.tuning.scoring_settings import EvaluateSettings
+from medlore.tuning.trained_on import seen_in_training
 from medlore.tuning.training import predict_logits, probabilities
-from medlore.tuning.tuned import Tuned, load_tuned
+from medlore.tuning.tuned import Tuned, frozen_backbone, load_tuned
+from medlore.tuning.verdict import verdict_of
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A report (see `classification_report`) and the scores that it was made from."""
+    """What was measured.
+
+    Attributes:
+        report: see `classification_report`.
+        scores: (b, c) that it was made from.
+        images: what was looked at.
+        probe: the logistic regression on the frozen features with the same labels, on these images; None for a model without one.
+        seen: how many of the images the model was trained on; None where it does not say.
+        verdict: in a sentence.
+    """
 
     report: dict[str, Any]
-    scores: NDArray[np.float32]  # b c
+    scores: NDArray[np.float32]
     images: ImageSet
+    probe: dict[str, Any] | None = None
+    seen: int | None = None
+    verdict: str = ""
 
 
 def evaluate(settings: EvaluateSettings, out: str | Path | None = None) -> Evaluation:
@@ -61,7 +76,8 @@ def evaluate(settings: EvaluateSettings, out: str | Path | None = None) -> Evalu
     with Run("evaluate", out, settings=settings, seed=settings.seed, device=str(accelerator.device)) as run:
         run.add_input(tuned.folder)
         result = _measure(tuned, images, settings, accelerator)
-        run.results["test"] = result.report
+        run.results |= {"test": result.report, "verdict": result.verdict, "trained_on_images": result.seen}
+        run.results |= {} if result.probe is None else {"probe": result.probe}
         run.add_output("predictions", write_predictions(Path(out) / "predictions.csv", images, result.scores))
     return result
 
@@ -93,7 +109,24 @@ def score_images(tuned: Tuned, images: ImageSet, *, accelerator: Any) -> NDArray
 def _measure(tuned: Tuned, images: ImageSet, settings: EvaluateSettings, accelerator: Any) -> Evaluation:
     targets = images.targets()
     scores = score_images(tuned, images, accelerator=accelerator)
-    report = classification_report(
-        targets, scores, classes=images.classes, task=images.task, seed=settings.seed, bootstrap=settings.bootstrap, groups=images.groups
-    )
-    return Evaluation(report, scores, images)
+    resamples: dict[str, Any] = {"seed": settings.seed, "bootstrap": settings.bootstrap}
+    report = classification_report(targets, scores, classes=images.classes, task=images.task, groups=images.groups, **resamples)
+    reference, probe = _reference_scores(tuned, images, settings, accelerator), None
+    if reference is not None:
+        probe = compared(images, scores, reference, **resamples)
+    seen = seen_in_training(tuned.folder, images, tuned.preprocessing)
+    sentences = [verdict_of(report, probe, is_reference=tuned.card.is_probe)]
+    if seen:
+        sentences.append(f"{seen} of these {len(images)} images trained the model: only the others can say how good it is.")
+    return Evaluation(report, scores, images, probe, seen, " ".join(sentences))
+
+
+def _reference_scores(tuned: Tuned, images: ImageSet, settings: EvaluateSettings, accelerator: Any) -> NDArray[np.float32] | None:
+    """Of the regression that was saved with the model, unless its backbone is no longer where it was."""
+    if not (tuned.folder / REFERENCE_FILE).is_file():
+        return None
+    try:
+        frozen = frozen_backbone(tuned.card, settings.model)
+    except InputError:  # a network that was written whole needs no backbone, and it may have been moved since
+        return None
+    return stored_scores(tuned.folder, frozen, images, accelerator)

@@ -20,9 +20,10 @@ Task = Literal["single", "multi"]
 Array = NDArray[np.float64]
 
 STRENGTHS = tuple(float(10.0**power) for power in np.arange(-4.0, 1.01, 0.5))
+FOLDS = 5  # at most
 # Where the best strength of features with d dimensions lies on development sets: its logarithm is normal around this
 # mean - log10(d / 384).
-PRIOR_MEAN, PRIOR_DEVIATION = -2.0, 0.5
+PRIOR_MEAN, PRIOR_DEVIATION = -1.3, 0.5  # docs/results/recipe-probes.json
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,13 @@ class Choice:
         strength: the chosen one.
         held_out: strength -> mean log-likelihood of a held-out image (natural logarithm); empty where nothing could be held out.
         folds: number of folds; 0 where a class has one image and the strength is that of the development sets.
+        value: log-likelihood of all images held out in turn, and logarithm of the prior, at that strength; to compare features with.
     """
 
     strength: float
     held_out: dict[float, float]
     folds: int
+    value: float = 0.0
 
 
 def fit_probe(
@@ -86,16 +89,27 @@ def fit_probe(
     Raises:
         DataError: features that are not finite, or all the same.
     """
-    values = _checked(features)
+    return next(_path(_varied(features), targets, classes, task, (strength,)))
+
+
+def _path(
+    values: Array, targets: NDArray[np.integer], classes: int, task: Task, strengths: Sequence[float], *, exact: bool = True
+) -> Iterator[Probe]:
+    """Probes of several strengths, ascending; each is solved from where the one before it was.
+
+    Not `exact`: as far as a comparison of strengths needs it.
+    """
     mean, deviation = values.mean(axis=0), values.std(axis=0)
-    if not (deviation > 0).any():
-        raise DataError("features", "the same for every image", "features that differ", "check the images and the backbone")
-    deviation = np.where(deviation > 1e-6 * deviation.max(), deviation, 1.0)
-    standard = (values - mean) / deviation
-    basis, coordinates = _row_space(standard)
+    deviation = np.where(deviation > max(1e-6 * deviation.max(), 1e-300), deviation, 1.0)
+    basis, coordinates = _row_space((values - mean) / deviation)
     wanted = np.eye(classes)[targets] if task == "single" else np.asarray(targets, np.float64)
-    weight, bias = _minimise(coordinates, wanted, strength, task)
-    return Probe(mean, deviation, weight @ basis, bias, strength, task)
+    start = np.zeros(classes * (coordinates.shape[1] + 1))
+    for strength in strengths:
+        start = _minimise(coordinates, wanted, strength, task, start, exact=exact)
+        size = classes * coordinates.shape[1]
+        weight, bias = start[:size].reshape(classes, -1), start[size:]
+        bias = bias - bias.mean() if task == "single" else bias  # a constant on all classes says nothing
+        yield Probe(mean, deviation, weight @ basis, bias, strength, task)
 
 
 def choose_strength(
@@ -105,9 +119,9 @@ def choose_strength(
     classes: int,
     task: Task = "single",
     groups: Sequence[object] | None = None,
-    folds: int = 5,
     repeats: int = 4,
     seed: int = 0,
+    strengths: Sequence[float] = STRENGTHS,
 ) -> Choice:
     """The strength whose held-out log-likelihood, plus the logarithm of the prior of the development sets, is largest.
 
@@ -119,32 +133,36 @@ def choose_strength(
         classes: c.
         task: `single` or `multi`.
         groups: patient of each image; whole patients are held out.
-        folds: at most so many.
         repeats: of the whole cross-validation, with other folds.
         seed: of the folds.
+        strengths: between which it chooses, ascending.
 
     Raises:
         DataError: features that are not finite, or all the same.
     """
-    values = _checked(features)
-    count = _possible_folds(targets, classes, task, groups, folds)
-    prior = {c: log_prior(c, values.shape[1]) for c in STRENGTHS}
+    values = _varied(features)
+    count = possible_folds(targets, classes, task, groups, FOLDS)
+    prior = {c: log_prior(c, values.shape[1]) for c in strengths}
     if count < 2:
         return Choice(max(prior, key=lambda c: prior[c]), {}, 0)
-    total = dict.fromkeys(STRENGTHS, 0.0)
+    total = dict.fromkeys(strengths, 0.0)
     for repeat in range(repeats):
         for train, held in fold_rows(targets, task, groups, folds=count, seed=seed + repeat):
-            for strength in STRENGTHS:
-                probe = fit_probe(values[train], targets[train], classes=classes, task=task, strength=strength)
-                total[strength] += log_likelihood(probe.logits(values[held]), targets[held], task) / repeats
-    best = max(STRENGTHS, key=lambda c: total[c] + prior[c])
-    return Choice(best, {c: value / len(values) for c, value in total.items()}, count)
+            for probe in _path(values[train], targets[train], classes, task, strengths, exact=False):
+                total[probe.strength] += log_likelihood(probe.logits(values[held]), targets[held], task) / repeats
+    best = max(strengths, key=lambda c: total[c] + prior[c])
+    return Choice(best, {c: value / len(values) for c, value in total.items()}, count, total[best] + prior[best])
 
 
 def log_prior(strength: float, width: int) -> float:
     """Logarithm of the prior of the development sets, up to a constant, for features with `width` dimensions."""
     centre = PRIOR_MEAN - np.log10(width / 384)
     return float(-0.5 * ((np.log10(strength) - centre) / PRIOR_DEVIATION) ** 2)
+
+
+def usual_strengths(width: int) -> tuple[float, ...]:
+    """The strengths within one deviation of the prior: enough to compare features with each other."""
+    return tuple(c for c in STRENGTHS if log_prior(c, width) >= -0.6) or (max(STRENGTHS, key=lambda c: log_prior(c, width)),)
 
 
 def log_likelihood(logits: Array, targets: NDArray[np.integer], task: Task) -> float:
@@ -180,7 +198,7 @@ def fold_rows(
             yield np.flatnonzero(fold_of != fold), held
 
 
-def _possible_folds(targets: NDArray[np.integer], classes: int, task: Task, groups: Sequence[object] | None, folds: int) -> int:
+def possible_folds(targets: NDArray[np.integer], classes: int, task: Task, groups: Sequence[object] | None, folds: int) -> int:
     """Folds in which every class still has an image to train on: at most the images (patients) of the rarest class."""
     names = np.arange(len(targets)) if groups is None else _numbered(groups)
     if task == "multi":
@@ -192,38 +210,53 @@ def _possible_folds(targets: NDArray[np.integer], classes: int, task: Task, grou
     return min(folds, *present)
 
 
-def _minimise(coordinates: Array, wanted: Array, strength: float, task: Task) -> tuple[Array, Array]:
-    """Weights (c, k) and biases (c,) at the minimum of log losses and penalty, by L-BFGS."""
+def _minimise(coordinates: Array, wanted: Array, strength: float, task: Task, start: Array, *, exact: bool) -> Array:
+    """Weights (c k) and biases (c) in one row at the minimum of log losses and penalty, by L-BFGS from `start`.
+
+    The columns of `coordinates` are orthogonal, so the curvature is nearly diagonal at the start: in units in which it is one, a dozen
+    steps do what takes hundreds without.
+    """
     classes, size = wanted.shape[1], coordinates.shape[1]
     known, wanted = ~np.isnan(wanted), np.nan_to_num(wanted)
+    curvature = 0.25 if task == "multi" else (1 - 1 / classes) / classes
+    unit = 1 / np.sqrt(curvature * (coordinates**2).sum(axis=0) + 1 / strength)  # k
+    bias_unit = 1 / np.sqrt(curvature * len(coordinates))
+    units = np.concatenate([np.tile(unit, classes), np.full(classes, bias_unit)])
 
     def value_and_gradient(flat: Array) -> tuple[float, Array]:
-        weight, bias = flat[: classes * size].reshape(classes, size), flat[classes * size :]
+        own = flat * units
+        weight, bias = own[: classes * size].reshape(classes, size), own[classes * size :]
         logits = coordinates @ weight.T + bias
         if task == "single":
-            loss = float((special.logsumexp(logits, axis=1) - (wanted * logits).sum(axis=1)).sum())
-            slope = special.softmax(logits, axis=1) - wanted
+            shifted = logits - logits.max(axis=1, keepdims=True)
+            powers = np.exp(shifted)
+            total = powers.sum(axis=1, keepdims=True)
+            loss = float(np.log(total).sum() - (wanted * shifted).sum())
+            slope = powers / total - wanted
         else:
             loss = float((known * (np.logaddexp(0.0, logits) - wanted * logits)).sum())
             slope = known * (special.expit(logits) - wanted)
         loss += float((weight**2).sum()) / (2 * strength)
-        return loss, np.concatenate([(slope.T @ coordinates + weight / strength).ravel(), slope.sum(axis=0)])
+        return loss, units * np.concatenate([(slope.T @ coordinates + weight / strength).ravel(), slope.sum(axis=0)])
 
-    start = np.zeros(classes * size + classes)
-    options = {"maxiter": 2000, "maxfun": 4000, "ftol": 1e-12, "gtol": 1e-7}
-    found = optimize.minimize(value_and_gradient, start, jac=True, method="L-BFGS-B", options=options).x
-    bias = found[classes * size :]
-    bias = bias - bias.mean() if task == "single" else bias  # a constant on all classes says nothing
-    return found[: classes * size].reshape(classes, size), bias
+    options = {"maxiter": 2000, "maxfun": 4000, "ftol": 1e-16 if exact else 1e-6, "gtol": 1e-9 if exact else 1e-3}
+    found = optimize.minimize(value_and_gradient, start / units, jac=True, method="L-BFGS-B", options=options).x
+    return np.asarray(found * units)
 
 
 def _row_space(standard: Array) -> tuple[Array, Array]:
-    """An orthonormal basis (k, d) of the rows and their coordinates (n, k), in which the penalty is the same."""
-    if standard.shape[0] >= standard.shape[1]:
-        return np.eye(standard.shape[1]), standard
+    """An orthonormal basis (k, d) of the rows and their coordinates (n, k), in which the penalty is the same; the latter are orthogonal."""
     left, singular, basis = np.linalg.svd(standard, full_matrices=False)
-    kept = singular > 1e-10 * singular[0]
+    kept = singular > 1e-10 * max(singular[0], 1e-300)
     return basis[kept], left[:, kept] * singular[kept]
+
+
+def _varied(features: NDArray[np.floating]) -> Array:
+    """Features as float64 that are finite and differ."""
+    values = _checked(features)
+    if not (values.std(axis=0) > 0).any():
+        raise DataError("features", "the same for every image", "features that differ", "check the images and the backbone")
+    return values
 
 
 def _checked(features: NDArray[np.floating]) -> Array:

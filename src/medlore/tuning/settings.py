@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import typing
 from collections.abc import Mapping
 from dataclasses import fields
@@ -21,15 +22,23 @@ from medlore.layers.tuning.methods import METHODS, Method, named
 from medlore.models.backbones.families import Triple
 from medlore.runs.hardware import DeviceChoice, Precision
 from medlore.runs.settings import Idle, Settings, Subject, known_name, setting
+from medlore.tuning.start_settings import ChoosingSettings, StartSettings
 
 if TYPE_CHECKING:
     from medlore.tuning.training import EpochSchedule
 
 METHOD_GROUP = "Method and ranks"
+# The recipe: found on development sets (docs/tuning.md), none of which is reported on.
+PROBE_RATE_SHARE, HEAD_RATE_SHARE = 0.1, 0.1  # of the method's rate from a probe; of that, for the head
+DEFAULT_EPOCHS, FEWEST_STEPS, MOST_STEPS = 8, 40, 400  # passes, in these limits of steps
+PUBLISHED_EPOCHS = 20  # from a random start
+
+
+AUTO = "auto"  # in place of a method: chosen on the shots
 
 
 def _method(s: FinetuneSettings) -> Method:
-    return METHODS[s.method]
+    return s.way()
 
 
 def _one_rank(s: FinetuneSettings) -> bool:
@@ -42,7 +51,8 @@ _NO_TARGETS = Idle(lambda s: _method(s).rule is None and not s.run.track_stable_
 _PLANNED = Idle(lambda s: s.allocation.plan is not None, "targets, ranks and alphas come from --plan")
 _LISTED = Idle(lambda s: s.allocation.ranks is not None, "the ranks come from --ranks")
 _MEASURED = Idle(
-    lambda s: _method(s).rule == "stable-rank", "the ranks of {method} follow the stable ranks; --scale and --budget change them"
+    lambda s: s.method != AUTO and _method(s).rule == "stable-rank",
+    "the ranks of {method} follow the stable ranks; --scale and --budget change them",
 )
 _ONE_RANK = Idle(lambda s: s.allocation.ranks is None and _one_rank(s), "--method {method} has one rank (--rank)")
 _UNSCALED = Idle(lambda s: not _method(s).scaled, "the supports of {method} have neither scaling nor dropout")
@@ -101,8 +111,8 @@ class PartsSettings(Subject):
         "image", "Whether one shot is an image or a group (patient).", idle=(_NOT_DRAWN, _PUBLISHED), neutral="image"
     )
     official_draw: bool = setting(False, "Use the published draw of MedFMC or VTAB-1k.")
-    validation_shots: int | Literal["all"] | None = setting(
-        None, "Validation images per class, or all; default as many as --shots.", idle=(_NOT_DRAWN, _PUBLISHED)
+    validation_shots: int | Literal["all", "none"] | None = setting(
+        None, "Validation images per class, all or none; default as many as --shots from 10 on, else none.", idle=(_NOT_DRAWN, _PUBLISHED)
     )
     validation_fraction: float = setting(
         0.2, "Share held out for validation if --shots is not given.", ge=0, lt=1, idle=(_COUNTED, _PUBLISHED)
@@ -224,9 +234,16 @@ class TrainingSettings(Subject):
 
     title: ClassVar[str] = "Training"
 
-    epochs: int = setting(20, "Passes over the training images.", ge=1)
+    steps: int | None = setting(None, "Optimiser steps, rounded up to whole passes over the images; default by their number.", ge=1)
+    epochs: int | None = setting(None, "Passes over the training images, in place of --steps.", ge=1)
     batch_size: int = setting(4, "Images per step.", ge=1)
-    learning_rate: float | None = setting(None, "Peak learning rate; default the method's.", gt=0, flags=("--learning-rate", "--lr"))
+    learning_rate: float | None = setting(
+        None, "Peak rate of all but the head; default the method's, from a probe a tenth of it.", gt=0, flags=("--learning-rate", "--lr")
+    )
+    head_learning_rate: float | None = setting(
+        None, "Peak rate of the head; default a tenth of the other from a probe, the same from a random start.", gt=0
+    )
+    refit: bool = setting(True, "Train again on all labels, those of the validation images too, once the length is chosen.", neutral=True)
     min_learning_rate: float = setting(0.0, "Learning rate at the end of the cosine.", ge=0)
     warmup_fraction: float = setting(0.1, "Share of all steps used for a linear warm-up.", ge=0, le=1)
     weight_decay: float = setting(0.05, "Weight decay of matrices; biases and norms have none.", ge=0)
@@ -274,12 +291,14 @@ class FinetuneSettings(Settings):
     dataset: DatasetSettings = DatasetSettings()
     parts: PartsSettings = PartsSettings()
     backbone: BackboneSettings = BackboneSettings()
-    method: str = setting("sr-lora", f"{', '.join(METHODS)}.", group=METHOD_GROUP)
+    probing: StartSettings = StartSettings()
+    method: str = setting("sr-lora", f"{', '.join(METHODS)}, or auto: chosen on the shots.", group=METHOD_GROUP)
     allocation: AllocationSettings = AllocationSettings()
     factors: FactorSettings = FactorSettings()
     options: OptionSettings = OptionSettings()  # type: ignore[valid-type]
     training: TrainingSettings = TrainingSettings()
     augmentation: AugmentationSettings = AugmentationSettings()
+    choosing: ChoosingSettings = ChoosingSettings()
     run: RunSettings = RunSettings()
 
     if TYPE_CHECKING:
@@ -289,11 +308,15 @@ class FinetuneSettings(Settings):
     @pydantic.field_validator("method", mode="before")
     @classmethod
     def _known_method(cls, value: object) -> object:
-        return known_name(value, METHODS)
+        return AUTO if isinstance(value, str) and value.casefold() == AUTO else known_name(value, METHODS)
 
     def way(self) -> Method:
-        """The entry of its method in the table."""
-        return METHODS[self.method]
+        """The entry of its method in the table; that of the largest candidate where the method is chosen on the shots."""
+        return METHODS["sr-lora" if self.method == AUTO else self.method]
+
+    def chosen_on_shots(self) -> bool:
+        """Whether method, rate or length are chosen by cross-validation."""
+        return self.method == AUTO or self.choosing.tune == "cv"
 
     def method_options(self) -> Any:
         """Options of its method: those that were given, its defaults for the rest."""
@@ -304,11 +327,38 @@ class FinetuneSettings(Settings):
         values: Mapping[str, Any] = self.options.flat()  # type: ignore[attr-defined]
         return values
 
-    def schedule(self) -> EpochSchedule:
-        """How long and how fast."""
+    def rates(self) -> tuple[float, float]:
+        """Peak rates of what is tuned and of the head."""
+        way = self.way()
+        given, head = self.training.learning_rate, self.training.head_learning_rate
+        if self.probing.start == "random":
+            rate = given or way.learning_rate
+            return rate, head or rate
+        rate = given or way.learning_rate * PROBE_RATE_SHARE
+        return rate, head or rate * HEAD_RATE_SHARE
+
+    def passes(self, images: int) -> int:
+        """Passes over so many training images: `epochs`, or as many as `steps` take, or as the rule says."""
+        training = self.training
+        if training.epochs is not None:
+            return training.epochs
+        if training.steps is None and self.probing.start == "random":
+            return PUBLISHED_EPOCHS
+        each = math.ceil(images / training.batch_size)
+        wanted = training.steps or min(max(DEFAULT_EPOCHS * each, FEWEST_STEPS), max(MOST_STEPS, each))
+        return max(1, math.ceil(wanted / each))
+
+    def schedule(self, images: int = 1) -> EpochSchedule:
+        """How long and how fast, for so many training images."""
         from medlore.tuning.training import EpochSchedule
 
         values = self.training.flat()
-        if values["learning_rate"] is None:
-            values["learning_rate"] = self.way().learning_rate
-        return EpochSchedule(**values)
+        del values["steps"], values["refit"]
+        rate, head = self.rates()
+        return EpochSchedule(**values | {"learning_rate": rate, "head_learning_rate": head, "epochs": self.passes(images)})
+
+    @pydantic.model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.training.steps is not None and self.training.epochs is not None:
+            raise ValueError("steps and epochs: both given; leave one out")
+        return self

@@ -37,6 +37,7 @@ class EpochSchedule:
         epochs: passes over the training images, at most.
         batch_size: images a step, over all processes together.
         learning_rate: peak rate of AdamW.
+        head_learning_rate: that of the head; None for the same.
         min_learning_rate: rate at which the cosine ends.
         warmup_fraction: share of all steps with a linear warm-up.
         weight_decay: on matrices; vectors (norms, biases) have none.
@@ -48,6 +49,7 @@ class EpochSchedule:
     epochs: int = 20
     batch_size: int = 4
     learning_rate: float = 1e-3
+    head_learning_rate: float | None = None
     min_learning_rate: float = 0.0
     warmup_fraction: float = 0.1
     weight_decay: float = 0.05
@@ -95,12 +97,12 @@ class TuningHistory:
         epochs: one mapping an epoch: `epoch`, `train_loss`, `learning_rate`, and with validation images `validation_loss` and
             `validation_score`.
         best_epoch: number of the epoch whose weights the model has at the end, from 1.
-        stopped: why training ended.
+        stopped: why training ended; a probe is solved.
     """
 
     epochs: list[dict[str, Any]] = field(default_factory=list)
     best_epoch: int = 0
-    stopped: Literal["all epochs", "patience"] = "all epochs"
+    stopped: Literal["all epochs", "patience", "solved"] = "all epochs"
 
 
 Judge = Callable[[NDArray[Any], NDArray[np.float32]], float]
@@ -128,6 +130,7 @@ class Trainer:
         judge: score of validation predictions; the epoch with the best one is kept, ties go to the lower loss, then the earlier.
         checkpoint: file that is written after every epoch; None writes nothing.
         fingerprint: what must be equal for a checkpoint to be continued.
+        head: module name of the head in the network, for its own rate.
     """
 
     tuning: Tuning
@@ -138,6 +141,7 @@ class Trainer:
     watcher: Watcher
     checkpoint: Path | None = None
     fingerprint: str = ""
+    head: str = ""
 
     def fit(self, train_on: Examples, validation: Examples | None, *, resume: bool = False) -> TuningHistory:
         """Train, and leave the weights of the best epoch in the model (of the last one without validation images).
@@ -176,6 +180,12 @@ class TuningTask(tasks.Task):
         """Draws go on through an epoch."""
         epoch, within = divmod(step, self.steps_per_epoch)
         return tasks.seed_of(self.seed, epoch + 1, self.accelerator.process_index) if within == 0 else None
+
+    def share_of_rate(self, name: str) -> float:
+        """The head has a rate of its own, under whatever names a method hides it."""
+        schedule, head = self.trainer.schedule, self.trainer.head
+        is_head = bool(head) and f".{head}." in f".{name}."
+        return 1.0 if schedule.head_learning_rate is None or not is_head else schedule.head_learning_rate / schedule.learning_rate
 
     def place(self, step: int) -> str:
         """Epoch and step."""

@@ -9,7 +9,8 @@ weights   `weights/`   `trained.safetensors`: the trained tensors alone, under t
 model     `model/`     a transformers folder with the whole network
 ========= ============ ==============================================================================================
 
-Each holds `medlore.json`: backbone (source, hash, input size, statistics), classes, task and method.
+Each holds `medlore.json`: backbone (source, hash, input size, statistics, where it is cut), classes, task and method; and beside it
+hashes of the images that trained it (`trained_on`) and the head of the logistic regression with the same labels (`reference`).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from medlore.layers.tuning.interface import TRAINED_NAMES, WEIGHTS_FILE, Form, T
 from medlore.layers.tuning.low_rank import quiet_peft
 from medlore.layers.tuning.methods import add_modules
 from medlore.layers.tuning.modules import AddedModules, absorb
+from medlore.models.backbones.cutting import Cut, Reading, cut_backbone
 from medlore.models.backbones.reading import Backbone, load_backbone
 from medlore.weightfiles import read_tensors
 
@@ -57,6 +59,12 @@ class TunedCard(pydantic.BaseModel):
     interpolation: Literal["nearest", "bilinear", "bicubic"]
     head_name: str
     modules: AddedModules | None = None
+    cut: tuple[int, Reading] | None = None
+
+    @property
+    def is_probe(self) -> bool:
+        """Whether it is a linear classifier of frozen features."""
+        return self.method == "linear-probe"
 
 
 @dataclass(frozen=True)
@@ -77,9 +85,28 @@ class Tuned:
 
 
 def save_tuned(
-    tuning: Tuning, out: Path, *, backbone: Backbone, method: str, classes: tuple[str, ...], task: str, heads: int | None
+    tuning: Tuning,
+    out: Path,
+    *,
+    backbone: Backbone,
+    method: str,
+    classes: tuple[str, ...],
+    task: str,
+    heads: int | None,
+    cut: Cut | None = None,
 ) -> Path:
-    """Write what was learnt below `out`, with its card; the folder's name is its form."""
+    """Write what was learnt below `out`, with its card; the folder's name is its form.
+
+    Args:
+        tuning: the method in its network.
+        out: folder of the run.
+        backbone: what it was installed in.
+        method: its name.
+        classes: in the order of the head's outputs.
+        task: `single` or `multi`.
+        heads: attention heads, where the user said how many.
+        cut: where the head reads, if not where the backbone's own does.
+    """
     from safetensors import SafetensorError
 
     folder = out / tuning.form
@@ -105,6 +132,7 @@ def save_tuned(
             "interpolation": backbone.interpolation,
             "head_name": backbone.head_name,
             "modules": None if tuning.modules is None else asdict(tuning.modules),
+            **({} if cut is None else {"cut": [cut.block, cut.reading]}),  # left out, so that earlier versions read what they can
         },
     )
     if tuning.form == "model":
@@ -135,10 +163,9 @@ def load_tuned(path: str | Path, *, model: str | Path | None = None) -> Tuned:
 
 
 def _network(folder: Path, card: TunedCard, model: str | Path | None) -> nn.Module:
-    count = len(card.classes)
     if card.form == "model":
-        return load_backbone(folder, classes=count, keep_head=True).model
-    backbone = load_backbone(model or card.source, classes=count, image_size=card.image_size, heads=card.heads)
+        return _whole_network(folder, card)
+    backbone = frozen_backbone(card, model)
     if card.sha256 is not None and not backbone.has_hash(card.sha256):
         raise CheckpointError(
             str(folder),
@@ -156,6 +183,30 @@ def _network(folder: Path, card: TunedCard, model: str | Path | None) -> nn.Modu
         load_trainable_state(backbone.model, read_tensors(file), expected=_trained_names(file))
         return absorb(backbone.model)
     return _with_adapter(backbone.model, folder)
+
+
+def frozen_backbone(card: TunedCard, model: str | Path | None = None) -> Backbone:
+    """The backbone that was tuned, cut where it was cut, with a fresh head.
+
+    Args:
+        card: what `medlore.json` says.
+        model: where the backbone lies now, if it was moved.
+    """
+    backbone = load_backbone(model or card.source, classes=len(card.classes), image_size=card.image_size, heads=card.heads)
+    return backbone if card.cut is None else cut_backbone(backbone, Cut(*card.cut), classes=len(card.classes))
+
+
+def _whole_network(folder: Path, card: TunedCard) -> nn.Module:
+    """A network that was written whole; one that is read otherwise than its family is built anew around the stored head."""
+    count = len(card.classes)
+    stored = load_backbone(folder, classes=count) if card.cut is not None else load_backbone(folder, classes=count, keep_head=True)
+    if card.cut is None:
+        return stored.model
+    network = cut_backbone(stored, Cut(*card.cut), classes=count)
+    names = [f"{card.head_name}.{part}" for part in ("weight", "bias")]
+    tensors = {name: tensor for file in sorted(folder.glob("model*.safetensors")) for name, tensor in read_tensors(file).items()}
+    load_trainable_state(network.model, {name: tensors[name] for name in names if name in tensors}, expected=names)
+    return network.model
 
 
 def _trained_names(file: Path) -> list[str]:

@@ -23,8 +23,8 @@ class ProgressBar(Watcher):
 
     def start(self, steps: int, epochs: int) -> None:
         """Show the bar."""
-        self._epochs = epochs
-        self._bar.update(self._task, total=steps)
+        self._epochs, self._score = epochs, ""
+        self._bar.reset(self._task, total=steps)
         self._bar.start()
 
     def skip(self, steps: int) -> None:

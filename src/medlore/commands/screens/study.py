@@ -55,6 +55,8 @@ def _print_results(results: Mapping[str, Any], page: Path) -> None:
         console.print(f"failed: {names}: {failed['reason']}", markup=False, soft_wrap=True)
     for note in results["notes"]:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
+    if results["verdict"]:
+        console.print(results["verdict"], markup=False)
     console.print(f"page: {page}", markup=False, soft_wrap=True)
 
 

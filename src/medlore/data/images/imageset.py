@@ -200,7 +200,7 @@ def _label_rows(labels: Any, *, count: int, classes: Sequence[str], source: str,
             source, f"{len(wrong)} images with labels out of range", accepted, "correct the labels or the class list", faults=faults
         )
     if gaps.any() and missing == "fault":
-        faults = [f"image {i}: no label for {', '.join(str(classes[c]) for c in np.flatnonzero(gaps[i]))}" for i in _rows_of(gaps)]
+        faults = [f"image {i}: no label for {', '.join(str(classes[c]) for c in np.flatnonzero(gaps[i]).tolist())}" for i in _rows_of(gaps)]
         raise DataError(source, f"{int(gaps.sum())} labels are missing (-1 or NaN)", accepted, ADVICE, faults=faults)
     return [tuple(int(v) for v in row) for row in np.where(gaps, settled(missing), flat)]
 

@@ -37,6 +37,9 @@ class ImageSplits:
     notes: tuple[str, ...] = ()
 
 
+FEW_SHOTS = 10  # below so many units a class, nothing is held out for validation by default
+
+
 @dataclass(frozen=True)
 class SplitRules:
     """How parts are made where the data set has none.
@@ -46,8 +49,8 @@ class SplitRules:
         draw: number of the few-shot draw, from 1.
         seed: of every draw.
         per: what one shot is where patients are known, `image` or `group`.
-        validation_shots: at most this many units a class for validation when shots are drawn; None takes as many as `shots`, `all`
-            keeps everything that is left.
+        validation_shots: at most this many units a class for validation when shots are drawn; `all` keeps everything that is left,
+            `none` nothing; None takes as many as `shots` from `FEW_SHOTS` on, and below it none: no label is spent on choosing.
         validation_fraction: share of the pool for validation when all the rest trains (`shots` is None).
         test_fraction: share of the pool for the test when the data set names no test part; 0 leaves the test out.
     """
@@ -56,7 +59,7 @@ class SplitRules:
     draw: int = 1
     seed: int = 0
     per: Literal["image", "group"] = "image"
-    validation_shots: int | Literal["all"] | None = None
+    validation_shots: int | Literal["all", "none"] | None = None
     validation_fraction: float = 0.2
     test_fraction: float = 0.2
 
@@ -135,10 +138,12 @@ def split_images(pool: ImageSet, rules: SplitRules, *, validation: ImageSet | No
         notes.append(f"no test part: {len(test)} images held out by seed {rules.seed}, before any shot was drawn")
         notes += _absent("test", test, pool)
     if rules.shots is not None:
-        wanted = None if rules.validation_shots == "all" else rules.validation_shots or rules.shots
+        how = rules.validation_shots or (rules.shots if rules.shots >= FEW_SHOTS else "none")
+        wanted = how if isinstance(how, int) else None
         drawn = draw_shots(pool, shots=rules.shots, draw=rules.draw, seed=rules.seed, per=rules.per, validation_shots=wanted)
         notes += drawn.notes
-        train, validation = drawn.train, drawn.validation if validation is None else validation
+        train, left = drawn.train, None if how == "none" else drawn.validation
+        validation = left if validation is None else validation
     elif validation is None and rules.validation_fraction > 0:
         train, validation = hold_out(pool, rules.validation_fraction, seed=rules.seed + 1)
         notes += _absent("validation", validation, train)
@@ -221,8 +226,8 @@ def _apart(word: str, part: ImageSet, other: str, judge: ImageSet | None) -> tup
     """`part` without the images of `judge`, and what a reader must know about what the two share."""
     if judge is None:
         return part, []
-    seen = {_identity(item) for item in judge.items}
-    kept = [i for i, item in enumerate(part.items) if _identity(item) not in seen]
+    seen = {identity_of(item) for item in judge.items}
+    kept = [i for i, item in enumerate(part.items) if identity_of(item) not in seen]
     if not kept:
         raise DataError(
             part.source, f"every {word} image is a {other} image too", f"images outside the {other} set", "name another part or set"
@@ -236,7 +241,7 @@ def _apart(word: str, part: ImageSet, other: str, judge: ImageSet | None) -> tup
     return (part.subset(kept) if len(kept) < len(part) else part), notes
 
 
-def _identity(item: ImageItem) -> Hashable:
+def identity_of(item: ImageItem) -> Hashable:
     """The same for the same file, archive member or array, however it was reached."""
     source = item.source
     if isinstance(source, np.ndarray):

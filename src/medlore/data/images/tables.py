@@ -187,7 +187,8 @@ class _Reader:
 
     def _flags(self, row: _Row) -> tuple[int, ...]:
         """1, 0 or missing for each column of a class; all faults of the row in one."""
-        flags, faults = [], []
+        flags: list[int] = []
+        faults: list[str] = []
         for name in self.columns.classes:
             try:
                 flags += self._gap(_gap_in_words(row, name), 1) if says_nothing(row.cells[name]) else [int(_count(row, name) > 0)]

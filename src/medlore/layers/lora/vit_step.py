@@ -46,7 +46,8 @@ def _as_published(network: Any) -> bool:
 
     config = network.config
     plain = all(type(m) is modeling_vit.ViTLayer and type(m.attention) is modeling_vit.ViTAttention for m in network.vit.layers)
-    reads_more = config.output_hidden_states or config.output_attentions or network.vit.pooler is not None
+    other_norm = type(network.vit.layernorm) is not nn.LayerNorm  # one behind which the head reads more than the class token
+    reads_more = config.output_hidden_states or config.output_attentions or network.vit.pooler is not None or other_norm
     dropout = config.hidden_dropout_prob or config.attention_probs_dropout_prob
     return plain and len(network.vit.layers) > 0 and not reads_more and not dropout
 

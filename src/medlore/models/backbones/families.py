@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 Triple = tuple[float, float, float]
 
@@ -37,6 +37,8 @@ class Family:
         whole_patches: whether the input must be a multiple of the patch.
         smallest: configuration of the image network -> smallest input that works, and the smallest whole one to advise, in pixels;
             None for one patch.
+        reads: of a network of tokens that can be cut and read otherwise (`cutting`): what its head reads, the class token or that and
+            the mean of the patches; None for one that cannot.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Family:
     any_size: bool = False
     whole_patches: bool = True
     smallest: Callable[[Any], tuple[int, int]] | None = None
+    reads: Literal["cls", "both"] | None = None
 
 
 def family_of(model_type: str) -> Family | None:
@@ -160,12 +163,14 @@ def _two_tokens(config: Any) -> int:
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        Family("vit", "ViT", ("vit",), _HALF, _of_transformers("ViTForImageClassification")),
+        Family("vit", "ViT", ("vit",), _HALF, _of_transformers("ViTForImageClassification"), reads="cls"),
         Family(
             "swin", "Swin", ("swin",), _IMAGENET, _of_transformers("SwinForImageClassification"),
             width=_swin_width, prefix_tokens=0, whole_patches=False, smallest=_swin_smallest,
         ),
-        Family("dinov2", "DINOv2", ("dinov2",), _IMAGENET, _of_transformers("Dinov2ForImageClassification"), width=_two_tokens),
+        Family(
+            "dinov2", "DINOv2", ("dinov2",), _IMAGENET, _of_transformers("Dinov2ForImageClassification"), width=_two_tokens, reads="both",
+        ),
         Family(
             "clip", "CLIP", ("clip", "clip_vision_model"), _CLIP, _clip_network,
             classifier=lambda model: model if hasattr(model, "classifier") else _clip_classifier(model),
@@ -174,7 +179,7 @@ FAMILIES: dict[str, Family] = {
         Family("shufflenet", "ShuffleNetV2", ("medlore-shufflenet",), _HALF, _shufflenet, any_size=True),
         Family(
             "dinov2-registers", "DINOv2 with registers", ("dinov2_with_registers",), _IMAGENET,
-            _of_transformers("Dinov2WithRegistersForImageClassification"), width=_two_tokens,
+            _of_transformers("Dinov2WithRegistersForImageClassification"), width=_two_tokens, reads="both",
         ),
         Family("dinov3", "DINOv3", ("dinov3_vit",), _IMAGENET, _dinov3, width=_two_tokens, prefix_tokens=0),
         Family(
@@ -188,7 +193,7 @@ FAMILIES: dict[str, Family] = {
         ),
         Family("beit", "BEiT", ("beit",), _HALF, _of_transformers("BeitForImageClassification")),
         Family("deit", "DeiT", ("deit",), _IMAGENET, _of_transformers("DeiTForImageClassification"), prefix_tokens=2),
-        Family("mae", "MAE", ("vit_mae",), _IMAGENET, _of_transformers("ViTForImageClassification"), prepare=_as_vit),
+        Family("mae", "MAE", ("vit_mae",), _IMAGENET, _of_transformers("ViTForImageClassification"), prepare=_as_vit, reads="cls"),
         Family(
             "convnext", "ConvNeXt", ("convnext",), _IMAGENET, _of_transformers("ConvNextForImageClassification"),
             width=_last_stage, any_size=True, smallest=_convnext_smallest,

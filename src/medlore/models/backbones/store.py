@@ -37,6 +37,7 @@ class BackboneStore:
         self.most = most
         self._kept: OrderedDict[Hashable, _Kept] = OrderedDict()
         self._last: tuple[Backbone, _Kept] | None = None
+        self.memory: dict[str, Any] = {}  # what others computed with its backbones and share like them
 
     def load(
         self,
