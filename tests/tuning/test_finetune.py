@@ -358,7 +358,7 @@ def test_predict_writes_the_challenge_s_file(run: tuple[Path, Any], tmp_path: Pa
     for i, item in enumerate(striped(1).items):
         Image.fromarray(np.asarray(item.source)).save(tmp_path / f"{i}.png")
     predicted = predict(run[0], [tmp_path], tmp_path / "p.csv")
-    with pytest.raises(DataError, match="a column a class of endo"):
+    with pytest.raises(DataError, match="one column per class of endo"):
         write_medfmc(predicted, tmp_path, "endo:5")
     two = type(predicted)(predicted.images, predicted.scores[:, :2])
     file = write_medfmc(two, tmp_path, "colon:1")
