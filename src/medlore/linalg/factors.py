@@ -78,7 +78,7 @@ def delta_weight(
             "lora_A, lora_B",
             f"shapes {tuple(lora_A.shape)} and {tuple(lora_B.shape)}",
             f"factors of a {layout} weight of shape {tuple(weight_shape)}",
-            "take the shapes from factor_shapes",
+            "use the shapes from factor_shapes",
         )
     # an autocast region would round the product to 16 bits
     with torch.autocast(left.device.type, enabled=False):

@@ -54,14 +54,14 @@ class Viewer {
 
   draw() {
     for (const plane of this.planes) this.drawPlane(plane);
-    this.tell();
+    this.describe();
   }
 
   index(i, j, k) {
     return i + this.shape[0] * (j + this.shape[1] * k);
   }
 
-  tell() {
+  describe() {
     const [i, j, k] = this.at;
     const mm = this.volume.affine.slice(0, 3).map((row) => row[0] * i + row[1] * j + row[2] * k + row[3]);
     const here = this.index(i, j, k);

@@ -60,7 +60,7 @@ def refuse_own_code(config: Mapping[str, Any], where: str) -> None:
 
 def own_code(where: str, came: str) -> CheckpointError:
     """What is said of a folder or hub name that wants its own code to be run."""
-    fix = "take a model that transformers itself knows, or name the weights file alone"
+    fix = "use a model that transformers itself knows, or name the weights file alone"
     return CheckpointError(where, f"{came}, which is never executed", "a network that needs no code from its folder", fix)
 
 

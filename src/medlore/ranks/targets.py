@@ -249,4 +249,4 @@ def _what_would_match(shapes: Shapes, matrices: Shapes) -> str:
         choices.append(f"--targets '.*\\.({'|'.join(re.escape(leaf) for leaf in leaves[:6])})'")
     if any(len(s) >= 3 and k.endswith(".weight") for k, s in shapes.items()):
         choices.append("--targets conv")
-    return f"take {' or '.join(choices)}" if choices else "choose other targets, or another file"
+    return f"use {' or '.join(choices)}" if choices else "choose other targets, or another file"

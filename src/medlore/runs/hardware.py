@@ -86,7 +86,7 @@ def decide_hardware(device: DeviceChoice = "auto", precision: Precision = "auto"
     chosen = choose_device(device)
     fixed = automatic_precision(chosen, work) if precision == "auto" else precision
     if work == "training" and fixed == "fp16" and chosen == "cpu":
-        fix = "take --precision bf16 or fp32, or a GPU"
+        fix = "use --precision bf16 or fp32, or a GPU"
         raise InputError("--precision", "'fp16' on the processor, where gradients would vanish", "fp32 or bf16 on cpu", fix)
     host = available_memory() if memory is None else read_bytes(memory)
     return Hardware(chosen, fixed, host, _device_memory(chosen))

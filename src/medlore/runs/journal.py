@@ -1,4 +1,4 @@
-"""A file of one JSON object a line that grows while a run goes on; a line is whole or not there."""
+"""A file of one JSON object per line that grows while a run goes on; a line is whole or not there."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
             record = json.loads(line)
         except ValueError as error:
             if not line.startswith("{") or line.endswith("}"):
-                raise DataError(f"{path}, line {number}", "no record", "one JSON object a line", "take the line out") from error
+                raise DataError(f"{path}, line {number}", "no record", "one JSON object per line", "remove the line") from error
             continue  # cut off, and gone on from
         if not isinstance(record, dict):
-            raise DataError(f"{path}, line {number}", "no record", "one JSON object a line", "take the line out")
+            raise DataError(f"{path}, line {number}", "no record", "one JSON object per line", "remove the line")
         yield number, record
 
 

@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Any
 
 _KINDS = (signal.SIGTERM, signal.SIGHUP)
-_TOGETHER = 5.0  # seconds in which a second signal is taken for the first: a group of processes and its leader are often told both
+_TOGETHER = 5.0  # seconds in which a second signal is taken for the first: a group of processes and its leader often receive both
 
 
 class Stopped(KeyboardInterrupt):

@@ -58,11 +58,11 @@ def speaks_of(record: Mapping[str, Any], case: Case, digest: str | None) -> bool
     """
     if not isinstance(record.get("image"), str):
         return True
-    told, held = Path(record["image"]), record.get("image_sha256")
+    recorded, held = Path(record["image"]), record.get("image_sha256")
     if isinstance(held, str) and digest is not None:
         same = held == digest
     else:
-        same = told.resolve() == case.image.resolve() or _is_end_of(told, case.image) or _is_end_of(case.image, told)
+        same = recorded.resolve() == case.image.resolve() or _is_end_of(recorded, case.image) or _is_end_of(case.image, recorded)
     part = record.get("case")
     frame = part.get("frame") if isinstance(part, Mapping) else None
     return same and (frame or 0) == (case.frame or 0)

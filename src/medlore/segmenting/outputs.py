@@ -115,7 +115,7 @@ def fault_of(record: Mapping[str, Any], folder: Path) -> StepError | None:
         return None
     names = ", ".join(record["not_written"])
     faults = [f"{name}: {reason}" for name, reason in record["not_written"].items()]
-    accepted, fix = "all files that were asked for", f"use the masks, which are whole, and mend what is listed or leave {names} out"
+    accepted, fix = "all files that were asked for", f"use the masks, which are whole, and correct what is listed or leave {names} out"
     return StepError(str(folder), f"the masks are written, but not {names}", accepted, fix, faults=faults)
 
 

@@ -32,8 +32,8 @@ def write_predictions(path: str | Path, images: ImageSet, scores: NDArray[np.flo
     gaps = images.missing_labels > 0
     writer.writerow(["image", "label", *(["unknown"] if gaps else []), "predicted", *images.classes])
     for item, row in zip(images.items, scores, strict=True):
-        told = [labels_text(images, item), *([_unknown_text(images, item)] if gaps else [])]
-        writer.writerow([item.key, *told, answer_text(images, row), *(f"{s:.8f}" for s in row)])
+        cells = [labels_text(images, item), *([_unknown_text(images, item)] if gaps else [])]
+        writer.writerow([item.key, *cells, answer_text(images, row), *(f"{s:.8f}" for s in row)])
     return write_text(path, text.getvalue())
 
 

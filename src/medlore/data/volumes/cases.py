@@ -139,7 +139,7 @@ def _folder_of(image: Path) -> str:
 
 
 def _shortened(name: str) -> str:
-    """A name that leaves room for a number and for what is put before it while the folder is made, told apart by its hash."""
+    """A name that leaves room for a number and for what is put before it while the folder is made, unique by its hash."""
     if len(_bytes(name)) <= _LONGEST:
         return name
     mark, kept = hashlib.sha256(_bytes(name)).hexdigest()[:8], name

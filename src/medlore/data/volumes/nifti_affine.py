@@ -29,7 +29,7 @@ def affine_of(header: Any, choice: AffineChoice, path: Path) -> tuple[Array, lis
     if choice != "auto":
         chosen = _form(header, choice, path)
         if chosen is None:
-            raise DataError(str(path), f"has no {choice}", "a header that holds it", "take --affine auto")
+            raise DataError(str(path), f"has no {choice}", "a header that holds it", "use --affine auto")
         return chosen, [*notes, f"affine taken from the {choice}, as asked"]
     sform, qform = _form(header, "sform", path), _form(header, "qform", path)
     if sform is None and qform is None:
@@ -48,7 +48,7 @@ def _form(header: Any, name: str, path: Path) -> Array | None:
         parts = np.array([float(header[f"quatern_{axis}"]) for axis in "bcd"])
         length = float(np.linalg.norm(parts))
         if not length <= 1 + _LONGER_BY_ROUNDING:
-            accepted, fix = "one of length 1", "take --affine sform if that one is right, or export the file again"
+            accepted, fix = "one of length 1", "use --affine sform if that one is right, or export the file again"
             raise DataError(str(path), f"a qform whose quaternion has the length {length:.4g}", accepted, fix)
         if length > 1:
             header = header.copy()

@@ -86,7 +86,7 @@ def _check_pack(bundle: SegmenterBundle, region: str) -> None:
     if bundle.weights.experts and region in bundle.weights.experts:
         raise InputError(where, f"{region!r}, which has an expert", "a region without one", "use another region, or finetune the pack")
     if region not in REGIONS:
-        raise InputError(where, repr(region), f"one of {', '.join(REGIONS)}", "take the vocabulary's spelling")
+        raise InputError(where, repr(region), f"one of {', '.join(REGIONS)}", "use the vocabulary's spelling")
     if bundle.region is not None or not bundle.weights.experts:
         raise InputError(where, "a network without experts", "a pack with a shared base and experts", "give the pack of a decomposition")
     if bundle.prompts is None or not bundle.source.is_dir():

@@ -164,7 +164,7 @@ def _prompts(cases: Iterable[CachedCase], settings: SegmentationSettings) -> dic
         except InputError as error:
             faults.append(f"{modality}/{label}: {error.came}; {error.accepted}")
     if faults:
-        fix = "take the vocabulary's spelling, or name the region of each in the study's `regions`"
+        fix = "use the vocabulary's spelling, or name the region of each in the study's `regions`"
         raise DataError("labels", f"{len(faults)} without a region", "labels of the vocabulary", fix, faults=faults)
     rows = {key: row for row, key in enumerate(sorted({key for key, _ in found.values()}))}
     return {pair: Prompt(key, rows[key], region) for pair, (key, region) in found.items()}

@@ -69,7 +69,7 @@ class RepAdapter(Extra):
                 "bottleneck",
                 f"{sizes.bottleneck} at width {width}",
                 f"multiples of {REP_GROUPS}, the groups of RepAdapter",
-                "take 8",
+                "use 8",
             )
         self.down = nn.Linear(width, sizes.bottleneck)
         nn.init.xavier_uniform_(self.down.weight)
@@ -168,7 +168,7 @@ def fold_repadapters(model: nn.Module) -> nn.Module:
 def _near_identity(width: int, bottleneck: int) -> tuple[nn.Linear, nn.Linear]:
     """Down (Kaiming) and up (zero)."""
     if bottleneck < 1:
-        raise InputError("bottleneck", f"got {bottleneck}", "a whole number from 1", "take 64")
+        raise InputError("bottleneck", f"got {bottleneck}", "a whole number from 1", "use 64")
     down, up = nn.Linear(width, bottleneck), nn.Linear(bottleneck, width)
     nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
     for zero in (down.bias, up.weight, up.bias):

@@ -102,6 +102,6 @@ def _no_blocks(where: str, came: str, faults: list[str] | None = None) -> Target
         where,
         came,
         "blocks with two layer norms, an attention with its projections and an MLP (ViT, DINOv2, CLIP, Swin)",
-        "take such a network, or another method",
+        "use such a network, or another method",
         faults=faults or [],
     )

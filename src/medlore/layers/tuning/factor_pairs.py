@@ -114,7 +114,7 @@ class MaskedPair(FactorPair):
                 "tied_layers and mask_density",
                 f"{count} and {density}",
                 "a number from 1 and a share above 0, at most 1",
-                "take 2 and 0.5",
+                "use 2 and 0.5",
             )
         self.lora_A, self.lora_B = _plain_factors(layer, rank)
         self.register_buffer("masks_in", torch.rand(count, *self.lora_A.shape) < density, persistent=False)

@@ -118,7 +118,7 @@ def supports_of(path: str) -> tuple[Support, Support, Support, Support, Support]
         if word not in known
     ]
     if faults:
-        raise InputError("glora_path", repr(path), "five words for A, B, C, D, E", f"take {DEFAULT_PATH}", faults=faults)
+        raise InputError("glora_path", repr(path), "five words for A, B, C, D, E", f"use {DEFAULT_PATH}", faults=faults)
     a, b, c, d, e = words
     return a, b, c, d, e  # type: ignore[return-value]
 

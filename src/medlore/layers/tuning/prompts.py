@@ -31,7 +31,7 @@ def install_prompts(model: nn.Module, options: PromptOptions, *, deep: bool) -> 
         TargetError: a network without blocks, or with a position bias that cannot be widened.
     """
     if options.prompt_length < 1:
-        raise InputError("prompt_length", f"got {options.prompt_length}", "a whole number from 1", "take 10")
+        raise InputError("prompt_length", f"got {options.prompt_length}", "a whole number from 1", "use 10")
     blocks = blocks_with_parts(model, "--method vpt")
     bound = math.sqrt(6 / (_patch_values(model) + blocks[0].width))
     biased = [attends_in_windows(model.get_submodule(block.attention)) for block in blocks]

@@ -39,7 +39,7 @@ def with_image_size(model: Any, image_size: int, family: Family) -> Any:
         return model
     patch = int(getattr(vision_config(config), "patch_size", 1))
     if image_size < patch or (family.whole_patches and image_size % patch):
-        fix = f"take {max(1, round(image_size / patch)) * patch}"
+        fix = f"use {max(1, round(image_size / patch)) * patch}"
         raise InputError("image_size", f"got {image_size}", f"a multiple of the patch size {patch}", fix)
     resized = type(model)(config)
     shapes = {name: tensor.shape for name, tensor in resized.state_dict().items()}
@@ -102,4 +102,4 @@ def check_image_size(model: Any, family: Family) -> None:
     config = vision_config(model.config)
     smallest, whole = (1, 1) if family.smallest is None else family.smallest(config)
     if image_size_of(model) < smallest:
-        raise InputError("image_size", f"got {image_size_of(model)}", f"at least {whole} for this {family.caption}", f"take {whole}")
+        raise InputError("image_size", f"got {image_size_of(model)}", f"at least {whole} for this {family.caption}", f"use {whole}")

@@ -151,7 +151,7 @@ def convert_state_dict(weights: Weights, *, where: str, heads: int | None = None
         return build(naming, weights, where, heads)
     except KeyError as missing:
         came = f"{len(weights)} tensors in the naming of {naming} without {missing.args[0]!r}"
-        raise CheckpointError(where, came, "a whole state dict", "take the whole file, not a part of the network") from missing
+        raise CheckpointError(where, came, "a whole state dict", "use the whole file, not a part of the network") from missing
 
 
 def _recognise(weights: Weights, where: str) -> Naming:

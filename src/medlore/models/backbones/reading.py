@@ -217,7 +217,7 @@ def _load_strictly(model: Any, weights: dict[str, torch.Tensor], where: str) -> 
     ]
     if faults:
         raise CheckpointError(
-            where, f"{len(faults)} tensors do not fit", "a complete state dict", "take a complete checkpoint", faults=faults
+            where, f"{len(faults)} tensors do not fit", "a complete state dict", "use a complete checkpoint", faults=faults
         )
     model.load_state_dict({k: v.float() for k, v in weights.items()}, strict=False)
 
@@ -270,7 +270,7 @@ def _known_family(model_type: str, name: str) -> Family:
     family = family_of(model_type)
     if family is None:
         known = [word for each in FAMILIES.values() for word in each.model_types]
-        fix = f"take one of {', '.join(each.caption for each in FAMILIES.values())}"
+        fix = f"use one of {', '.join(each.caption for each in FAMILIES.values())}"
         raise UnknownNameError(f"{name}, model_type", model_type, known, fix)
     return family
 

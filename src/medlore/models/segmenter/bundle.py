@@ -373,7 +373,7 @@ def _check_width(bundle: SegmenterBundle) -> None:
                 str(bundle.source),
                 f"prompts of width {what.width} for a network of query width {bundle.config.query_width}",
                 "prompts of this network",
-                "take the text encoder or table that belongs to it",
+                "use the text encoder or table that belongs to it",
             )
 
 

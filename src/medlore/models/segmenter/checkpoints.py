@@ -137,7 +137,7 @@ def recognise(names: Iterable[str]) -> Kind | None:
                 "backbone",
                 f"{backbone} (keys with {sign!r})",
                 f"the plain U-Net of {', '.join(PUBLISHED)} and LoRKD-Pro",
-                "take SAT's U-Net weights (Nano or Pro)",
+                "use SAT's U-Net weights (Nano or Pro)",
             )
     return "segmenter" if any(name.startswith(("backbone.encoder.stages.", "unet.encoder.stages.")) for name in bare) else None
 

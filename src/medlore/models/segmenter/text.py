@@ -72,7 +72,7 @@ class _WordpieceTokenizer:
                 where,
                 f"{len(words)} words with [UNK], [CLS], [SEP] at {list(marks.values())}",
                 "MPNet's list (104, 105, 106) or that of bert-base-uncased (100, 101, 102)",
-                "take vocab.txt of BioLORD-2023-C, all-mpnet-base-v2 or bert-base-uncased",
+                "use vocab.txt of BioLORD-2023-C, all-mpnet-base-v2 or bert-base-uncased",
             )
         self._words = len(words)
         self._tokenizer = BertWordPieceTokenizer(vocab=words, lowercase=True)
@@ -246,7 +246,7 @@ def read_text_encoder(path: str | Path, *, tokenizer: str | Path | None = None) 
             f"--tokenizer {tokenizer}",
             f"a word list that does not belong to {rows} word embeddings",
             f"MPNet's list ({rows} lines) or that of bert-base-uncased ({rows - _SHIFT_OF_BERT - 1} lines)",
-            "take vocab.txt of BioLORD-2023-C, all-mpnet-base-v2 or bert-base-uncased",
+            "use vocab.txt of BioLORD-2023-C, all-mpnet-base-v2 or bert-base-uncased",
         )
     try:
         return TextEncoder(state, wordpieces=wordpieces, sha256=sha256_of(path))
