@@ -16,6 +16,7 @@ test-all: $(READY)
 check: $(READY)
 	$(BIN)/ruff format --check src tests benchmarks maintenance
 	$(BIN)/ruff check src tests benchmarks maintenance
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive src/medlore maintenance
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_floors.py tests/test_docs.py tests/test_extras.py
 

@@ -52,7 +52,7 @@ def assembled_prompts(known: PromptTable, fitted: PromptTable, *, without: Seque
 def assemble(pack: str, prompts: Path, out: Path, *, without: Sequence[str] = ()) -> Path:
     """Write the pack."""
     bundle = load_segmenter(pack)
-    assert bundle.prompts is not None  # noqa: S101 - it has them
+    assert bundle.prompts is not None  # noqa: S101  # nosec B101 # it has them
     table = assembled_prompts(bundle.prompts, PromptTable.read(prompts), without=without)
     regions = dict(bundle.preprocessing.get("label_regions", {}))
     new = [key for key in table.keys if key not in bundle.prompts.keys]

@@ -18,7 +18,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,16 +27,15 @@ import numpy as np
 import pydantic
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModel, ViTConfig, ViTModel
+from transformers import AutoModel, ViTModel
 
 from maintenance.distillation_images import Pool, read_pool
 from maintenance.teacher_store import TeacherStore
+from maintenance.vit_shape import VitShape, export_vit
 from medlore.errors import InputError, MedloreError
-from medlore.files import atomic_folder, atomic_path, write_json
-from medlore.runs.settings import Settings
+from medlore.files import atomic_path
 from medlore.runs.settings_file import read_settings
 from medlore.training.accelerator import make_accelerator
 from medlore.training.checkpoint import Checkpoint
@@ -50,7 +49,7 @@ STATE = "state.pt"
 _LUMA = (0.299, 0.587, 0.114)
 
 
-class DistilSettings(Settings):
+class DistilSettings(VitShape):
     """Everything that decides the weights.
 
     `counts` says how many images of each source are in the pool, `distinct` how many of them are seen (the teacher's answers are
@@ -59,12 +58,6 @@ class DistilSettings(Settings):
 
     counts: dict[str, int]
     distinct: int | None = pydantic.Field(default=None, ge=1)
-    image_size: int = 64
-    patch_size: int = 8
-    width: int = 256
-    depth: int = 8
-    heads: int = 4
-    mlp_width: int = 512
     teacher_size: int = 112
     steps: int = 1800
     batch_size: int = 64
@@ -108,7 +101,7 @@ class Student(nn.Module):
     def __init__(self, settings: DistilSettings, teacher_width: int, classes: int) -> None:
         super().__init__()
         torch.manual_seed(settings.seed)
-        self.vit = ViTModel(vit_config(settings), add_pooling_layer=False)
+        self.vit = ViTModel(settings.config(), add_pooling_layer=False)
         self.to_class = nn.Linear(settings.width, 2 * teacher_width)
         self.to_patches = nn.Linear(settings.width, teacher_width)
         self.classifier = nn.Linear(settings.width, max(1, classes))
@@ -124,18 +117,6 @@ class Student(nn.Module):
             tokens = block(tokens)
         normed: Tensor = vit.layernorm(tokens)
         return normed
-
-
-def vit_config(settings: DistilSettings) -> ViTConfig:
-    """The architecture that is shipped."""
-    return ViTConfig(
-        image_size=settings.image_size,
-        patch_size=settings.patch_size,
-        hidden_size=settings.width,
-        num_hidden_layers=settings.depth,
-        num_attention_heads=settings.heads,
-        intermediate_size=settings.mlp_width,
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,7 +200,8 @@ class DistilTask(Task):
             raise InputError("distinct", str(self.distinct), f"at most the {len(pool.images)} images of the pool", "ask for fewer")
         self.student = Student(settings, store.tokens.shape[-1], len(pool.classes))
         if start is not None:
-            earlier = ViTModel.from_pretrained(start, add_pooling_layer=False, local_files_only=True, dtype=torch.float32)
+            local: dict[str, Any] = {"local_files_only": True, "dtype": torch.float32}
+            earlier = ViTModel.from_pretrained(start, add_pooling_layer=False, **local)  # nosec B615 # a local folder
             self.student.vit.load_state_dict(earlier.state_dict())
         self.scale = Scale.measured(store.rows(np.sort(shuffled(len(pool.images), settings.seed, 0)[:256])))
         super().__init__("distillation", self.student, accelerator, seed=settings.seed)
@@ -278,29 +260,13 @@ class DistilTask(Task):
 
     def judge(self, stretch: Stretch) -> Judgement:
         """Nothing is chosen; the average is exported."""
-        export(self.settings, self.student.state_dict(), self.out / "backbone")
+        export_vit(self.settings.config(), self.student.state_dict(), self.out / "backbone")
         return Judgement({"step": stretch.step, **stretch.terms})
 
 
 def shuffled(count: int, seed: int, number: int) -> NDArray[np.int64]:
     """The order of round `number` over `count` images."""
     return np.random.default_rng([seed, 7, number]).permutation(count)
-
-
-def export(settings: DistilSettings, weights: Mapping[str, Tensor], folder: Path) -> None:
-    """The ViT alone as an ordinary transformers folder in float16."""
-    described = {k: v for k, v in vit_config(settings).to_dict().items() if k not in {"id2label", "label2id", "_attn_implementation"}}
-    tensors = {k.removeprefix("vit."): v.half().contiguous() for k, v in weights.items() if k.startswith("vit.")}
-    side = {"height": settings.image_size, "width": settings.image_size}
-    pixels = {
-        "image_processor_type": "ViTImageProcessor", "do_resize": True, "size": side, "resample": 3, "do_rescale": True,
-        "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
-    }  # fmt: skip
-    with atomic_folder(folder) as temporary:
-        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
-        (temporary / "model.safetensors").chmod(0o644)  # safetensors writes for the owner alone
-        write_json(temporary / "config.json", described | {"architectures": ["ViTModel"], "dtype": "float16"})
-        write_json(temporary / "preprocessor_config.json", pixels)
 
 
 def kept_pool(file: Path, data: Path, settings: DistilSettings) -> Pool:
@@ -375,7 +341,7 @@ def _run(given: argparse.Namespace) -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     pool = kept_pool(given.out / "pool.npz", given.data, settings)
     note(f"{len(pool.images)} images, {len(pool.classes)} classes: {pool.counts}")
-    teacher = AutoModel.from_pretrained(given.teacher, local_files_only=True, dtype=torch.float32)
+    teacher = AutoModel.from_pretrained(given.teacher, local_files_only=True, dtype=torch.float32)  # nosec B615 # a local folder
     store = TeacherStore.open(teacher, pool.images, settings.teacher_size, given.store or given.out / "teacher")
     task = DistilTask(settings, pool, store, make_accelerator("cpu", "fp32"), out=given.out, start=given.start)
     distil(task, halt_at=given.halt_at)

@@ -119,9 +119,9 @@ class Network:
         mean, std = (np.array(described[key], np.float32) for key in ("image_mean", "image_std"))
         if self.random:
             torch.manual_seed(0)
-            model = AutoModel.from_config(AutoConfig.from_pretrained(self.folder, local_files_only=True))
+            model = AutoModel.from_config(AutoConfig.from_pretrained(self.folder, local_files_only=True))  # nosec B615 # a local folder
         else:
-            model = AutoModel.from_pretrained(self.folder, local_files_only=True)
+            model = AutoModel.from_pretrained(self.folder, local_files_only=True)  # nosec B615 # a local folder
         return model.float().eval(), mean, std
 
 

@@ -84,7 +84,7 @@ def _input_places(name: str, before: int, after: int, few: Sequence[int], many: 
 
 def with_new_prompts(bundle: SegmenterBundle, fitted: Path | None) -> PromptTable:
     """The pack's prompts of MR and those that a further training asks beside them."""
-    assert bundle.prompts is not None  # noqa: S101 - a trained pack has them
+    assert bundle.prompts is not None  # noqa: S101  # nosec B101 # a trained pack has them
     rows = {k: r for k, r in zip(bundle.prompts.keys, bundle.prompts.embeddings.float(), strict=True) if k.startswith("mri/")}
     rows |= {f"mri/{new}": bundle.queries(list(known), "mri").float().mean(0) for new, known in STARTS.items()}
     if fitted is not None:

@@ -160,7 +160,7 @@ def photograph(page: Path, path: Path) -> Path:
             f"--user-data-dir={profile}", f"--window-size={PAGE_SIZE[0]},{PAGE_SIZE[1]}", "--virtual-time-budget=20000",
             f"--screenshot={shot}", page.resolve().as_uri(),
         ]  # fmt: skip
-        subprocess.run(command, check=True, capture_output=True, timeout=300)  # noqa: S603 - a browser of this machine, and our own page
+        subprocess.run(command, check=True, capture_output=True, timeout=300)  # noqa: S603  # nosec B603 # a browser of this machine, and our own page
         with atomic_path(path) as temporary:
             shutil.copyfile(shot, temporary)
     return path

@@ -4,34 +4,21 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import ViTForImageClassification
 
 from maintenance.pretrain_images import LabelledImages
 from maintenance.pretrain_settings import PretrainSettings
-from medlore.files import atomic_folder, write_json
+from maintenance.vit_shape import CHANNEL_MEAN, CHANNEL_STD, export_vit
 from medlore.runs.hardware import seed_everything
-
-_CHANNEL_MEAN = _CHANNEL_STD = (0.5, 0.5, 0.5)
 
 
 def build_vit(settings: PretrainSettings, classes: int) -> ViTForImageClassification:
     """The network at its random start, drawn from `settings.seed`; position embeddings start as 2D sine waves."""
     seed_everything(settings.seed)
-    config = ViTConfig(
-        image_size=settings.image_size,
-        patch_size=settings.patch_size,
-        hidden_size=settings.width,
-        num_hidden_layers=settings.depth,
-        num_attention_heads=settings.heads,
-        intermediate_size=settings.mlp_width,
-        num_labels=classes,
-        attn_implementation="eager",  # on a CPU the fused kernel takes twice the time at 33 tokens
-    )
+    config = settings.config(num_labels=classes, attn_implementation="eager")  # on a CPU the fused kernel takes twice the time at 33 tokens
     model = ViTForImageClassification(config)
     with torch.no_grad():
         model.vit.embeddings.position_embeddings[0, 1:] = sine_positions(settings.image_size // settings.patch_size, settings.width)
@@ -78,7 +65,7 @@ def forward_kept(model: ViTForImageClassification, pixels: Tensor, kept: Tensor 
 
 def normalise(images: Tensor) -> Tensor:
     """Images in 0 to 1 (b 3 h w) as the network takes them."""
-    return (images - torch.tensor(_CHANNEL_MEAN).view(3, 1, 1)) / torch.tensor(_CHANNEL_STD).view(3, 1, 1)
+    return (images - torch.tensor(CHANNEL_MEAN).view(3, 1, 1)) / torch.tensor(CHANNEL_STD).view(3, 1, 1)
 
 
 def accuracy_by_source(model: ViTForImageClassification, data: LabelledImages) -> dict[str, float]:
@@ -94,26 +81,4 @@ def accuracy_by_source(model: ViTForImageClassification, data: LabelledImages) -
 
 def export_backbone(settings: PretrainSettings, weights: dict[str, Tensor], folder: Path) -> None:
     """Write the network without its classifier as an ordinary transformers folder in float16."""
-    config = build_vit(settings, 2).config
-    described = {k: v for k, v in config.to_dict().items() if k not in {"id2label", "label2id", "_attn_implementation"}}
-    described |= {"architectures": ["ViTModel"], "dtype": "float16"}
-    tensors = {name.removeprefix("vit."): value.half().contiguous() for name, value in weights.items() if name.startswith("vit.")}
-    with atomic_folder(folder) as temporary:
-        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
-        (temporary / "model.safetensors").chmod(0o644)  # safetensors writes for the owner alone
-        write_json(temporary / "config.json", described)
-        write_json(temporary / "preprocessor_config.json", _preprocessing(settings.image_size))
-
-
-def _preprocessing(size: int) -> dict[str, Any]:
-    return {
-        "image_processor_type": "ViTImageProcessor",
-        "do_resize": True,
-        "size": {"height": size, "width": size},
-        "resample": 3,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(_CHANNEL_MEAN),
-        "image_std": list(_CHANNEL_STD),
-    }
+    export_vit(build_vit(settings, 2).config, weights, folder)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pydantic
 
-from medlore.runs.settings import Settings
+from maintenance.vit_shape import VitShape
 from medlore.training.schedule import CosineOfShares, Schedule
 
 
-class PretrainSettings(Settings):
+class PretrainSettings(VitShape):
     """Everything that decides the weights.
 
     `class_weights` maps the stem of an archive to the relative frequency of each of its classes (1 if absent);
@@ -21,12 +21,6 @@ class PretrainSettings(Settings):
     archives: tuple[str, ...]
     skip_classes: tuple[str, ...] = ()
     class_weights: dict[str, float] = pydantic.Field(default_factory=dict)
-    image_size: int = 64
-    patch_size: int = 8
-    width: int = 256
-    depth: int = 8
-    heads: int = 4
-    mlp_width: int = 512
     steps: int = 3600
     batch_size: int = 128
     kept_patches: int = 32

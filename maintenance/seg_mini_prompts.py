@@ -156,7 +156,7 @@ class PromptTask(Task):
 def fit(pack: str, folder: Path, out: Path, *, passes: int, rate: float, again: Sequence[str], every: int = 1) -> float:
     """Train the rows of the new labels, and those of `again` anew; write the whole table. Returns the mean loss of the last pass."""
     bundle = load_segmenter(pack)
-    assert bundle.prompts is not None  # noqa: S101 - a shipped pack has them
+    assert bundle.prompts is not None  # noqa: S101  # nosec B101 # a shipped pack has them
     labels = [*STARTS, *again]
     windows = [window for file in sorted(folder.glob("window-*.npz")) if (window := _read(file, labels, every)).rows]
     network = bundle.network("brain" if bundle.weights.experts else None)

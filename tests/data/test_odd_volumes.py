@@ -347,3 +347,24 @@ def test_bombs_cost_no_memory(tmp_path: Path) -> None:
         assert path.stat().st_size < 5 << 20
         ran = subprocess.run([sys.executable, "-c", BOMB, str(path)], capture_output=True, text=True, check=True)
         assert int(ran.stdout) < 80, f"{name}: {ran.stdout} MiB"  # readers' own libraries are 40 MiB
+
+
+def test_damaged_names_and_colour_axes_are_refused(tmp_path: Path) -> None:
+    """Found by the suite of 10,000 headers: a NUL in a MetaImage field, and an axis of colour that has a position in space."""
+    head = "NDims = 3\nBinaryData = True\nTransformMatrix = 1 0 0 0 1 0 0 0 1\nOffset = 0 0 0\nElementSpacing = 1 1 1\nDimSize = 2 2 2\n"
+    for first, fine in (("ObjectType = Image\n", True), ("Obj\0ctType = Image\n", False)):
+        (tmp_path / "a.mha").write_bytes((first + head + "ElementType = MET_UCHAR\nElementDataFile = LOCAL\n").encode() + bytes(8))
+        if fine:
+            assert read_volume(tmp_path / "a.mha").shape == (2, 2, 2)
+        else:
+            with pytest.raises(DataError, match="field name"):
+                read_volume(tmp_path / "a.mha")
+    text = "NRRD0004\ntype: uchar\ndimension: 3\nspace: left-posterior-superior\nsizes: 3 2 2\nencoding: raw\nspace origin: (0,0,0)\n"
+    for kinds, fine in (("domain domain domain", True), ("RGB-color domain domain", False)):
+        directions = "space directions: (1,0,0) (0,1,0) (0,0,1)\n"
+        (tmp_path / "a.nrrd").write_bytes(f"{text}{directions}kinds: {kinds}\n\n".encode() + bytes(12))
+        if fine:
+            assert read_volume(tmp_path / "a.nrrd").shape == (3, 2, 2)
+        else:
+            with pytest.raises(DataError, match="kinds"):
+                read_volume(tmp_path / "a.nrrd")

@@ -193,7 +193,7 @@ def test_a_result_without_a_voxel_has_masks_and_no_dicom_seg(pack: Path, tmp_pat
 
 def test_a_file_beside_the_masks_that_fails_costs_no_mask_and_is_said(pack: Path, tmp_path: Path) -> None:
     image = save(tmp_path / "ct.nii.gz")
-    plans = Plans(image.unlink)  # gone when its copy is to be made
+    plans = Plans(lambda: image.write_bytes(b"\x1f\x8b"))  # damaged when its copy is to be made
     results = segment(pack, tmp_path / "out", plans, image=image)
     assert results["counts"] == {"done": 0, "skipped": 0, "failed": 1}
     entry, folder = results["cases"][0], tmp_path / "out" / "ct"

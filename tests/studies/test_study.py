@@ -107,8 +107,10 @@ def test_one_rank_of_equal_parameters_is_added_once_and_only_where_it_is_missing
 
 def test_every_method_tries_the_same_number_of_settings() -> None:
     study = settings_of(methods=["full", "linear-probe"], tuning={"rate_factors": [1, 0.3, 3]}, draws=1)
-    assert [[round(rate, 6) for rate in cell.rates] for cell in cells_of(study)] == [[1e-4, 3e-5, 3e-4], [1e-2, 3e-3, 3e-2]]
+    assert [[round(rate, 6) for rate in cell.rates] for cell in cells_of(study)] == [[1e-5, 3e-6, 3e-5], [1e-3, 3e-4, 3e-3]]
     assert {len(cell.rates) for cell in cells_of(study, trials=2)} == {2}
+    published = settings_of(methods=["full", "linear-probe"], tuning={"rate_factors": [1, 0.3, 3]}, draws=1, settings={"start": "random"})
+    assert [[round(rate, 6) for rate in cell.rates] for cell in cells_of(published)] == [[1e-4, 3e-5, 3e-4], [1e-2, 3e-3, 3e-2]]
 
 
 def test_only_names_cells() -> None:
@@ -190,7 +192,12 @@ def test_a_cell_names_its_broken_images_before_it_trains(place: Path, tmp_path: 
 
 
 def test_tuning_never_sees_the_test_images(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    study = read_study(write_study(place, TEXT + "tuning: {rate_factors: [1, 0.001, 10]}\n"))
+    study = read_study(
+        write_study(
+            place,
+            TEXT.replace("augment: false", "augment: false, start: random, features: own") + "tuning: {rate_factors: [1, 0.001, 10]}\n",
+        )
+    )
     cell = next(cell for cell in cells_of(study) if cell.method == "sr-lora")
     seen, judged = [], []
     real, real_judge = worker.finetune, worker.judge
@@ -216,7 +223,11 @@ def test_tuning_never_sees_the_test_images(place: Path, monkeypatch: pytest.Monk
 
 def test_the_chosen_network_is_judged_as_a_tuning_run_would(place: Path) -> None:
     """The network that the trials chose is the one a run of its own at that rate would have given."""
-    study = read_study(write_study(place, TEXT + "tuning: {rate_factors: [1, 300]}\n"))
+    study = read_study(
+        write_study(
+            place, TEXT.replace("augment: false", "augment: false, start: random, features: own") + "tuning: {rate_factors: [1, 300]}\n"
+        )
+    )
     cell = next(cell for cell in cells_of(study) if cell.method == "sr-lora")
     record = work_on(cell, str(place), 0)
     parts = worker.parts_of(cell.entry, cell.rules, str(place), shots=cell.shots, draw=cell.draw)

@@ -397,7 +397,7 @@ def test_held_out_parts_share_no_group_and_keep_the_balance() -> None:
 
 def test_parts_are_disjoint_and_the_data_set_s_own_come_first(tmp_path: Path) -> None:
     data = save_npz(tmp_path / "stripes.npz", striped())
-    parts = read_splits(data, SplitRules(shots=3))
+    parts = read_splits(data, SplitRules(shots=3, validation_shots=3))
     assert parts.test is not None
     assert parts.validation is not None
     assert len(parts.test) == 20
@@ -424,7 +424,7 @@ def bad_runs(backbone: Path, tmp_path: Path) -> dict[str, tuple[dict[str, Any], 
         "no data": ({}, {}, InputError, "--data: nothing"),
         "missing data": ({"data": tmp_path / "nowhere"}, {}, InputError, "no such file or folder"),
         "few": ({"shots": 9}, {"train": few}, DataError, "rows: "),
-        "unlabelled": ({"shots": None}, {"train": blank, "test": few}, DataError, "have no labels"),
+        "unlabelled": ({"shots": None, "validation_shots": None}, {"train": blank, "test": few}, DataError, "have no labels"),
         "method": ({"method": "dora", "partial_update": "nested"}, {"train": striped()}, InputError, "leave --partial-update off"),
         "size": ({"image_size": 17}, {"train": striped()}, InputError, "multiple of the patch size"),
         "targets": ({"targets": "nothing.like.it"}, {"train": striped()}, InputError, "nothing.like.it"),

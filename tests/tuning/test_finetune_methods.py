@@ -24,7 +24,16 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(model: Path, out: Path | None = None, **changes: Any) -> FinetuneResult:
-    fields = {"model": str(model), "epochs": 2, "batch_size": 6, "shots": 4, "bootstrap": 0, "learning_rate": 0.02, "augment": False}
+    fields = {
+        "model": str(model),
+        "epochs": 2,
+        "batch_size": 6,
+        "shots": 4,
+        "bootstrap": 0,
+        "learning_rate": 0.02,
+        "augment": False,
+        "features": "own",
+    }
     return finetune(FinetuneSettings(**{**fields, **changes}), out, train=striped(12), test=striped(6, seed=9))
 
 

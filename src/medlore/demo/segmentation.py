@@ -20,7 +20,8 @@ from medlore.files import existing_file
 from medlore.metrics.masks import dice
 
 if TYPE_CHECKING:
-    from medlore.segmenting.model import Segmentation, SegmentingModel
+    from medlore.segmenting.model import SegmentingModel
+    from medlore.segmenting.segmentation import Segmentation
 
 FOLDER = "template"
 

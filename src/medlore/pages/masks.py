@@ -21,6 +21,7 @@ from medlore.pages.colours import label_colour
 from medlore.pages.report import flat
 
 _IMAGE, _MAP = "image", "prediction"  # stems: a folder may hold them in any format
+_NO_MASKS = (_IMAGE, _MAP, "uncertainty", "brain_mask")
 _SAME_MM = 1e-3
 
 
@@ -101,7 +102,7 @@ def _called(folder: Path, stem: str) -> Path | None:
 
 def _is_mask(path: Path) -> bool:
     shown = is_volume_name(path.name) and not path.name.startswith(".")
-    return shown and stem_of(path.name) not in (_IMAGE, _MAP) and path.is_file()
+    return shown and stem_of(path.name) not in _NO_MASKS and path.is_file()
 
 
 def _record(folder: Path) -> Mapping[str, Any]:

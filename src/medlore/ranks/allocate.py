@@ -107,7 +107,7 @@ def plan_ranks(  # noqa: PLR0913 - every option is one decision that the plan re
         raise error.at(opened.label) from None
     measured = measure(opened, found, options, exact_values=budget is not None, progress=progress)
     results = [m.result for m in measured if m.result is not None]
-    assert chosen_rule.layers is not None  # noqa: S101 - layer_rule gives no other
+    assert chosen_rule.layers is not None  # noqa: S101  # nosec B101 # layer_rule gives no other
     shared = chosen_rule.layers(LayerDemand(found.targets, results, number, ranks, budget, opened.parameters, min_rank, max_rank))
     plan = RankPlan(
         source=opened.label,

@@ -116,7 +116,7 @@ def meta_model(folder: Path) -> nn.Module | None:
 
     try:
         with _quietly(), torch.device("meta"):
-            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)  # nosec B615 # a local folder
             return _built(config)
     except Exception:  # a configuration may hold anything, and each network fails at it in its own way
         return None
@@ -128,7 +128,7 @@ def short_model(folder: Path) -> nn.Module | None:
 
     try:
         with _quietly():
-            config = copy.deepcopy(transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True))
+            config = copy.deepcopy(transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True))  # nosec B615 # a local folder
             for part in (config, *(getattr(config, name, None) for name in ("text_config", "vision_config"))):
                 _shorten(part)
             with torch.device("meta"):

@@ -302,7 +302,7 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["config.json", *_FOLDER_FILES, "*.safetensors", "pytorch_model*.bin"]))
+        return Path(snapshot_download(name, allow_patterns=["config.json", *_FOLDER_FILES, "*.safetensors", "pytorch_model*.bin"]))  # nosec B615 # the user names it
     except Exception as error:  # the hub's client raises errors of many libraries
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(

@@ -233,8 +233,8 @@ def _git_state() -> dict[str, Any] | None:
     if not (root / ".git").exists():
         return None
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10, check=True)  # noqa: S607
-        status = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, timeout=30, check=True)  # noqa: S607
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10, check=True)  # noqa: S607  # nosec B603 B607 # fixed words
+        status = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, timeout=30, check=True)  # noqa: S607  # nosec B603 B607 # fixed words
     except (OSError, subprocess.SubprocessError):
         return None
     return {"commit": commit.stdout.strip(), "modified": bool(status.stdout.strip())}

@@ -27,6 +27,7 @@ from medlore.runs.hardware import Hardware, Work, decide_hardware
 from medlore.runs.journal import append_line
 from medlore.runs.report import Run
 from medlore.runs.workers import spread
+from medlore.segmenting.brain_mask import read_brain_mask, refuse_flags_together
 from medlore.segmenting.case_folders import folder_for
 from medlore.segmenting.labels import ModelFacts, Routes, facts_of_bundle, facts_of_pack, route_labels
 from medlore.segmenting.plan import CasePlan
@@ -121,6 +122,7 @@ def segment_cases(settings: SegmentSettings, *, watcher: CohortWatcher | None = 
                 watcher.case(len(entries), len(cases), entry)
         entries.sort(key=lambda entry: entry["index"])
         run.results["counts"] = {state: sum(e["state"] == state for e in entries) for state in ("done", "skipped", "failed")}
+        run.results["flagged"] = [entry["name"] for entry in entries if entry.get("check")]
     journal.unlink(missing_ok=True)  # all of it is in the report
     return run.results
 
@@ -128,6 +130,7 @@ def segment_cases(settings: SegmentSettings, *, watcher: CohortWatcher | None = 
 def _check_flags(planner: Planner, settings: SegmentSettings, cases: Sequence[Case]) -> None:
     """What was asked for by flags holds for every case: a fault in it is wrong use, not the fault of a case."""
     facts = planner.facts
+    refuse_flags_together(settings, cases)
     modalities = dict.fromkeys(case.modality for case in cases)
     if settings.orientation_code is not None:
         check_orientation(settings.orientation_code)
@@ -221,7 +224,7 @@ def _segment_case(settings: SegmentSettings, model: SegmentingModel, case: Case,
     folder = settings.out / name
     notes = [] if moved is None else [moved]
     if settings.resume and _is_finished(folder, fingerprint, settings):
-        return {"state": "skipped", "folder": name, "notes": notes}
+        return {"state": "skipped", "folder": name, "check": _verdict_of_before(folder), "notes": notes}
     start = time.perf_counter()
     shape, affine = _grid_of(case, settings.affine_from)
     # from the header: what is too large is said before it is read
@@ -231,8 +234,9 @@ def _segment_case(settings: SegmentSettings, model: SegmentingModel, case: Case,
     read = time.perf_counter() - start
     _check_what_fails_late(settings, folder, volume, routes)
     watcher.plan(name, plan)
+    brain = None if settings.brain_mask is None else read_brain_mask(settings.brain_mask, volume, affine_from=settings.affine_from)
     result = model.execute(
-        plan, volume, routes, resample=settings.resample, on_window=lambda done, total: watcher.window(name, done, total)
+        plan, volume, routes, resample=settings.resample, brain=brain, on_window=lambda done, total: watcher.window(name, done, total)
     )
     result.seconds = {"read": read, **result.seconds}
     about = {
@@ -261,6 +265,7 @@ def _segment_case(settings: SegmentSettings, model: SegmentingModel, case: Case,
         **({"state": "done"} if fault is None else {"state": "failed", "error": str(fault)}),
         "folder": name,
         "volume_ml": {e["label"]: e["volume_ml"] for e in record["labels"]},
+        "check": [] if record["check"] is None else record["check"]["says"],
         "notes": notes,
         "phases": record["seconds"],
     }
@@ -352,7 +357,8 @@ def _fingerprint(settings: SegmentSettings, model: SegmentingModel, case: Case, 
     decisive = settings.decisive() | {"precision": model.precision}
     orientation = case.orientation_code or settings.orientation_code
     part = [case.frame, case.series]
-    prompts = [sha256_of(file) for file in (settings.prompt_embeddings, settings.text, settings.tokenizer) if file is not None]
+    beside = (settings.prompt_embeddings, settings.text, settings.tokenizer, settings.brain_mask)
+    prompts = [sha256_of(file) for file in beside if file is not None]
     weights = [model.bundle.sha256, *prompts]
     decisive_parts = [RULES_VERSION, digest, weights, routes.modality, routes.by_region, routes.labels, orientation, part, decisive]
     return hashlib.sha256(json.dumps(decisive_parts, sort_keys=True).encode()).hexdigest()
@@ -367,9 +373,15 @@ def _is_finished(folder: Path, fingerprint: str, settings: SegmentSettings) -> b
         if record["state"] != "done" or record["fingerprint"] != fingerprint:
             return False
         names = output_names([entry["file"] for entry in record["labels"]], image=settings.image_copy, picture=settings.picture)
-        return all((folder / name).is_file() for name in names)
+        return all((folder / name).is_file() for name in (*names, *record["maps"]))
     except (InputError, DataError, KeyError, TypeError):
         return False
+
+
+def _verdict_of_before(folder: Path) -> list[str]:
+    """What the verdict of a finished case said."""
+    record = read_json(folder / "case.json").get("check")
+    return [] if record is None else list(record["says"])
 
 
 def _modality_recorded_by(source: Path) -> str:

@@ -58,11 +58,13 @@ class FirstPass:
         volume: to go on with: without what lies outside of the brain, or as it was, with a note.
         halves: `left` and `right` -> Boolean x y z of the file's grid; empty where no brain was found.
         brain_ml: the volume of the brain, before the margin.
+        brain: Boolean x y z of the file's grid; None where none was found.
     """
 
     volume: Volume
     halves: Mapping[str, Array] = field(default_factory=dict)
     brain_ml: float = 0.0
+    brain: Array | None = None
 
 
 def look_first(volume: Volume, rules: FirstPassRules, labels: Sequence[str], ask: Ask) -> FirstPass:
@@ -86,9 +88,9 @@ def look_first(volume: Volume, rules: FirstPassRules, labels: Sequence[str], ask
         return FirstPass(_with_sides_unknown(volume, sided, came), brain_ml=brain_ml)
     halves = two_halves(volume, brain, found[rules.halves["left"]], found[rules.halves["right"]])
     if float(np.count_nonzero(volume.array)) * float(np.prod(spacing)) / 1000 < rules.stripped_ml:
-        return FirstPass(volume, halves, brain_ml)
+        return FirstPass(volume, halves, brain_ml, brain)
     kept = np.where(grown(brain, rules.margin_mm, spacing), volume.array, np.zeros((), volume.array.dtype))
-    return FirstPass(replace(volume, array=kept), halves, brain_ml)
+    return FirstPass(replace(volume, array=kept), halves, brain_ml, brain)
 
 
 def side_of(label: str) -> str | None:
@@ -111,7 +113,7 @@ def in_their_halves(masks: Held, halves: Mapping[str, Array], undo: Callable[[Ar
         undo: takes a volume of the file's grid to the frame of the masks.
     """
     framed = {side: undo(half) for side, half in halves.items()}
-    return {label: _cut(packed, index, framed.get(side_of(label) or "")) for label, (packed, index) in masks.items()}
+    return {label: cut_to(packed, index, framed.get(side_of(label) or "")) for label, (packed, index) in masks.items()}
 
 
 def grown(mask: Array, by_mm: float, spacing: Array) -> Array:
@@ -137,7 +139,8 @@ def two_halves(volume: Volume, brain: Array, left: Array, right: Array) -> dict[
     return {"left": on_the_left, "right": ~on_the_left}
 
 
-def _cut(packed: PackedMasks, index: int, half: Array | None) -> tuple[PackedMasks, int]:
+def cut_to(packed: PackedMasks, index: int, half: Array | None) -> tuple[PackedMasks, int]:
+    """The part of a mask that lies in a half, or in any other Boolean volume of its frame; all of it where that is None."""
     found = None if half is None else packed.boxed(index)
     if found is None or half is None:
         return packed, index

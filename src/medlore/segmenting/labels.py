@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from medlore.files import read_json
 from medlore.models.pack_names import BASE, MANIFEST
 from medlore.models.segmenter.encoders import UNET
 from medlore.models.segmenter.vocabulary import REGIONS, WHOLE_BODY, Vocabulary, canonical_modality, default_vocabulary
+from medlore.segmenting.expectations import Expectations
 from medlore.segmenting.plan import NetworkSize
 
 if TYPE_CHECKING:
@@ -162,9 +163,28 @@ def tissues_of(facts: ModelFacts, routes: Routes) -> tuple[str, ...]:
 
 def with_tissues(routes: Routes, tissues: Sequence[str]) -> dict[str, list[str]]:
     """What is asked of each expert: the labels of `routes`, and the tissues that are needed beside the one that was asked for."""
-    missing = [label for label in tissues if label not in routes.labels]
-    place = next((region for region, labels in routes.by_region.items() if set(labels) & set(tissues)), None)
-    return {region: [*labels, *(missing if region == place else ())] for region, labels in routes.by_region.items()}
+    return asked_beside(routes.by_region, tissues, tissues)
+
+
+def label_around(facts: ModelFacts, routes: Routes, expected: Expectations) -> str | None:
+    """The label that the structures of a pack lie inside (the brain), if one of them is asked for and it has a prompt; else None."""
+    around = expected.inside
+    answered = around is not None and (facts.prompts is None or f"{routes.modality}/{around}" in facts.prompts)
+    return around if answered and set(expected.structures) & set(routes.labels) else None
+
+
+def asked_beside(asked: Mapping[str, Sequence[str]], needed: Sequence[str], near: Collection[str]) -> dict[str, list[str]]:
+    """What is asked of each expert: its labels, and those that are needed beside them.
+
+    Args:
+        asked: region -> labels.
+        needed: labels that have to be there.
+        near: the expert that answers for one of these answers for what is missing too.
+    """
+    there = {label for labels in asked.values() for label in labels}
+    missing = [label for label in needed if label not in there]
+    place = next((region for region, labels in asked.items() if set(labels) & set(near)), None)
+    return {region: [*labels, *(missing if region == place else ())] for region, labels in asked.items()}
 
 
 def _expand(facts: ModelFacts, labels: Sequence[str], modality: str, words: Vocabulary) -> list[str]:

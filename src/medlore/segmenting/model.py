@@ -3,88 +3,43 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from medlore.data.volumes.geometry import Array, Crop, GridPath, Reorientation, Resampling, Shape
+from medlore.data.volumes.geometry import Array, GridPath, Shape
 from medlore.data.volumes.intensity import rule_of
 from medlore.data.volumes.nifti import Volume
 from medlore.data.volumes.preparation import MaskRestorer, PackedMasks, Prepared, Resample, prepare
 from medlore.data.volumes.training_cache import codes_on_grid
-from medlore.data.volumes.window_grid import Start, WindowGrid
+from medlore.data.volumes.window_grid import WindowGrid
 from medlore.data.volumes.windows import Rows, sliding_windows
 from medlore.models.segmenter.bundle import SegmenterBundle, load_segmenter
 from medlore.models.segmenter.network import Segmenter
 from medlore.models.segmenter.ready import ready_for_cpu
 from medlore.models.segmenter.vocabulary import WHOLE_BODY
 from medlore.runs.hardware import FixedPrecision, Hardware
-from medlore.segmenting.first_pass import FirstPass, first_pass_rules, in_their_halves, look_first
+from medlore.segmenting.brain_mask import inside_brain, refuse_other_labels
+from medlore.segmenting.evidence import verdict_of
+from medlore.segmenting.expectations import expectations_of
+from medlore.segmenting.first_pass import FirstPass, cut_to, first_pass_rules, in_their_halves, look_first
 from medlore.segmenting.labels import Routes, facts_of_bundle, route_labels
+from medlore.segmenting.pace import Clock, Emptiness
 from medlore.segmenting.parts import without_stray_parts
 from medlore.segmenting.plan import CasePlan, Grid
 from medlore.segmenting.planner import Choices, Planner
+from medlore.segmenting.second_opinions import second_opinions, staying
+from medlore.segmenting.segmentation import Segmentation
 from medlore.segmenting.sweep import axis_order, path_in_order, prepared_in_order
 from medlore.segmenting.tissues import TissuePass
+from medlore.segmenting.watch import Keeping, ProbabilityWatch
 
 _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_EMPTY_SHARE = 1e-4  # a window with fewer voxels of body than this share is skipped
-
-
-@dataclass(eq=False)
-class Segmentation:
-    """The masks of one volume.
-
-    Args:
-        volume: what was segmented.
-        routes: labels, in the order of the label map's values, and who answered for them.
-        plan: what it was expected to cost.
-        prepared: the record of the way to the network.
-        reorientation: from the output grid to the frame in which the masks are held.
-        affine: of the output grid; None for the volume's own.
-        masks: label -> packed masks and its index in them.
-        windows: gone through, all passes together.
-        skipped: of them, without body.
-        seconds: where the time went.
-        tissues: how the borders of tissues were redrawn, for `case.json`; None where none were.
-    """
-
-    volume: Volume
-    routes: Routes
-    plan: CasePlan
-    prepared: Prepared
-    reorientation: Reorientation
-    affine: Array | None
-    masks: dict[str, tuple[PackedMasks, int]] = field(default_factory=dict)
-    windows: int = 0
-    skipped: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-    tissues: dict[str, Any] | None = None
-
-    def voxels(self, label: str) -> int:
-        """Number of voxels of a label."""
-        packed, index = self.masks[label]
-        return int(packed.counts[index])
-
-    def boxed(self, label: str) -> tuple[Crop, Array] | None:
-        """The box of a label, in the reoriented frame, and the mask in it; None where it is empty."""
-        packed, index = self.masks[label]
-        return packed.boxed(index)
-
-    def mask(self, label: str) -> Array:
-        """The mask of a label on the output grid, Boolean."""
-        packed, index = self.masks[label]
-        return self.reorientation.undo(packed.whole(index))
-
-    def voxel_ml(self) -> float:
-        """Volume of one voxel of the output grid in millilitres."""
-        affine = self.volume.affine if self.affine is None else self.affine
-        return float(abs(np.linalg.det(np.asarray(affine)[:3, :3])) / 1000)
 
 
 class SegmentingModel:
@@ -135,7 +90,7 @@ class SegmentingModel:
             voxel_bytes=volume.array.itemsize,
         )
 
-    def segment(
+    def segment(  # noqa: PLR0913 - each is a choice of the command
         self,
         volume: Volume,
         labels: Sequence[str],
@@ -145,6 +100,7 @@ class SegmentingModel:
         orientation_code: str | None = None,
         grid: Grid = "original",
         resample: Resample = "probability",
+        brain: Array | None = None,
         on_window: Callable[[int, int], None] | None = None,
     ) -> Segmentation:
         """Segment one volume: plan it and execute the plan.
@@ -157,6 +113,7 @@ class SegmentingModel:
             orientation_code: in which the network sees the volume.
             grid: `original` for the grid of the volume, `processed` for the network's.
             resample: how masks return to the original grid.
+            brain: Boolean x y z of the volume's grid: everything of the brain is looked for inside it.
             on_window: called with windows done and windows in all.
 
         Raises:
@@ -165,7 +122,7 @@ class SegmentingModel:
         """
         routes = routes or route_labels(self.facts, labels, modality)
         plan = self.plan(volume, routes, orientation_code=orientation_code, grid=grid)
-        return self.execute(plan, volume, routes, resample=resample, on_window=on_window)
+        return self.execute(plan, volume, routes, resample=resample, brain=brain, on_window=on_window)
 
     def execute(
         self,
@@ -174,6 +131,7 @@ class SegmentingModel:
         routes: Routes,
         *,
         resample: Resample = "probability",
+        brain: Array | None = None,
         on_window: Callable[[int, int], None] | None = None,
     ) -> Segmentation:
         """Do what a plan says, as it stands.
@@ -183,13 +141,17 @@ class SegmentingModel:
             volume: from `read_volume`.
             routes: who answers for which label.
             resample: how masks return to the original grid.
+            brain: Boolean x y z of the volume's grid: everything of the brain is looked for inside it.
             on_window: called with windows done and windows in all.
 
         Raises:
+            InputError: a brain, and labels that lie outside of it.
             DataError: nothing in the volume.
         """
         start = time.perf_counter()
-        first = self._look_first(volume, routes)
+        if brain is not None:
+            refuse_other_labels(self.facts, routes)
+        first = self._look_first(volume if brain is None else inside_brain(volume, brain, routes.modality), routes)
         prepared = prepare(
             first.volume,
             routes.modality,  # type: ignore[arg-type]
@@ -198,21 +160,63 @@ class SegmentingModel:
             rule=rule_of(self.facts.preprocessing),
             published=self.published,
         )
-        path = prepared.path if plan.grid == "original" else _network_grid(prepared.path)
+        path = prepared.path if plan.grid == "original" else staying(prepared.path, prepared.path.crop.new_shape)
         affine = None if plan.grid == "original" else path.affine
         order = axis_order(plan.axis)
         path, swept = path_in_order(path, order), prepared_in_order(prepared, order)
-        result = Segmentation(volume, routes, plan, prepared, path.reorientation, affine)
+        result = Segmentation(volume, routes, plan, prepared, path, affine)
         result.seconds["prepare"] = time.perf_counter() - start
-        kept = TissuePass(plan.tissues, path.crop.new_shape)
-        self._run(result, swept, path, resample, on_window, kept)
+        kept, watch = TissuePass(plan.tissues, path.crop.new_shape), self._watch(plan, routes, path)
+        self._run(result, swept, path, resample, on_window, (kept, watch))
         if plan.tissues:
             _redraw(result, kept, swept, path)
+        before = {label: packed.counts[index] for label, (packed, index) in result.masks.items()}
         parts = {} if self.published else self.facts.preprocessing.get("parts", {}).get(routes.modality, {})
         result.masks |= {label: without_stray_parts(*result.masks[label], parts[label]) for label in result.masks if label in parts}
-        frame = result.reorientation.apply if plan.grid == "original" else lambda half: codes_on_grid(half, prepared.path)
-        result.masks = in_their_halves(result.masks, first.halves, frame)
+        dropped = {label: float(before[label] - result.voxels(label)) * result.voxel_ml() for label in parts if label in result.masks}
+
+        def framed(mask: Array) -> Array:
+            return result.reorientation.apply(mask if plan.grid == "original" else codes_on_grid(mask, prepared.path))
+
+        result.masks = in_their_halves(result.masks, first.halves, framed)
+        if brain is not None:
+            result.masks = {label: cut_to(*held, framed(brain)) for label, held in result.masks.items()}
+        result.brain = first.brain if first.brain is None or plan.grid == "original" else codes_on_grid(first.brain, prepared.path)
+        result.maps = watch
+        around = brain if brain is not None else first.brain
+        self._judge(result, swept, dropped, None if around is None else framed(around))
+        result.masks = {label: result.masks[label] for label in routes.labels}
         return result
+
+    def _watch(self, plan: CasePlan, routes: Routes, path: GridPath) -> ProbabilityWatch:
+        """Keeps of the probabilities what the plan says."""
+        extras = plan.extras
+        keeping = Keeping(extras.check != "none", extras.check == "thorough", extras.probabilities, extras.uncertainty)
+        threshold = float(self.facts.preprocessing.get("threshold", 0.5))
+        return ProbabilityWatch(routes.labels, path.crop.new_shape, keeping, threshold=threshold)
+
+    def _judge(self, result: Segmentation, swept: Prepared, dropped_ml: Mapping[str, float], brain: Array | None) -> None:
+        """Put the verdict into the result.
+
+        Args:
+            result: with all masks, those too that were asked beside the labels.
+            swept: the volume with its axes in the order of the windows.
+            dropped_ml: label -> stray parts that were dropped.
+            brain: what everything lies inside, in the frame of the masks.
+        """
+        started = time.perf_counter()
+        if result.plan.extras.check == "none":
+            return
+
+        def again(prepared: Prepared, path: GridPath) -> dict[str, tuple[PackedMasks, int]]:
+            other = replace(result, masks={}, seconds={})
+            self._run(other, prepared, path, "probability", None, ())
+            return other.masks
+
+        agreement = second_opinions(result, swept, again)
+        expected = expectations_of(self.facts.preprocessing, result.routes.modality)
+        result.verdict = verdict_of(result, expected, brain=brain, dropped_ml=dropped_ml, agreement=agreement)
+        result.seconds["checks"] = time.perf_counter() - started
 
     def _look_first(self, volume: Volume, routes: Routes) -> FirstPass:
         """The volume without what lies outside of the brain, where the pack names a first pass; else the volume as it is."""
@@ -236,7 +240,7 @@ class SegmentingModel:
         path: GridPath,
         resample: Resample,
         on_window: Callable[[int, int], None] | None,
-        kept: TissuePass,
+        keepers: Sequence[TissuePass | ProbabilityWatch],
     ) -> None:
         plan, rules = result.plan, result.plan.rules
         order = axis_order(plan.axis)
@@ -244,8 +248,8 @@ class SegmentingModel:
         windows = WindowGrid(prepared.path.crop.new_shape, (x, y, z), rules.overlap)
         count = len(windows.windows())
         total, done = count * plan.passes, 0
-        skip = _Emptiness(prepared, windows.roi_size)
-        clock = _Clock()
+        skip = Emptiness(prepared, windows.roi_size)
+        clock = Clock()
         started = time.perf_counter()
         threshold = float(self.facts.preprocessing.get("threshold", 0.5))
         for region, groups in plan.groups.items():
@@ -269,7 +273,8 @@ class SegmentingModel:
                 for slab in slabs:
                     with clock.section("restore"):
                         restorer.add(slab.start, slab.probability)
-                        kept.keep(group, slab.start, slab.probability)
+                        for keeper in keepers:
+                            keeper.keep(group, slab.start, slab.probability)
                 result.masks |= {label: (restorer.masks, index) for index, label in enumerate(group)}
                 done += count
         result.windows, result.skipped = total, skip.count
@@ -326,54 +331,6 @@ def _redraw(result: Segmentation, kept: TissuePass, prepared: Prepared, path: Gr
         if label in result.routes.labels:
             result.masks[label] = own if redrawn.masks is None else (redrawn.masks, index)
     result.seconds["tissues"] = time.perf_counter() - started
-
-
-class _Emptiness:
-    """Whether a window holds no body; counts those that do not."""
-
-    def __init__(self, prepared: Prepared, roi_size: Shape) -> None:
-        self.count = 0
-        self._body, self._roi = prepared.body, roi_size
-
-    def __call__(self, start: Start) -> bool:
-        if self._body is None:
-            return False
-        part = self._body[tuple(slice(a, a + size) for a, size in zip(start, self._roi, strict=True))]
-        empty = bool(np.count_nonzero(part) < _EMPTY_SHARE * part.size)
-        self.count += empty
-        return empty
-
-
-class _Clock:
-    """Seconds by section."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._name, self._start = "", 0.0
-
-    def section(self, name: str) -> _Clock:
-        self._name = name
-        return self
-
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds[self._name] = self.seconds.get(self._name, 0.0) + time.perf_counter() - self._start
-
-    def timed(self, name: str, function: Callable[[Tensor], Rows]) -> Callable[[Tensor], Rows]:
-        def timed(windows: Tensor) -> Rows:
-            with self.section(name):
-                return function(windows)
-
-        return timed
-
-
-def _network_grid(path: GridPath) -> GridPath:
-    """The identity on the network's cropped grid."""
-    shape = path.crop.new_shape
-    stay = Reorientation((0, 1, 2), (False, False, False), shape)
-    return GridPath(path.network_affine, stay, Resampling(shape, shape, (1.0, 1.0, 1.0)), Crop((0, 0, 0), shape))
 
 
 def _copy_to(network: Segmenter, device: str) -> Segmenter:

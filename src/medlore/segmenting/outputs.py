@@ -9,8 +9,11 @@
     ├── labels.json             value -> label
     ├── labels_itksnap.txt      the same for ITK-SNAP
     ├── quality_control.png     three planes with outlines
+    ├── uncertainty.nii.gz      entropy of every voxel in bits, the largest of all labels (--uncertainty)
+    ├── probabilities/          LABEL.nii.gz, the network's probability of each label (--probabilities)
+    ├── brain_mask.nii.gz       the brain that a first pass found
     ├── segmentation.dcm        DICOM-SEG, on request, where the input was DICOM; overlapping labels in segmentation_2.dcm, ...
-    └── case.json               volumes, experts, windows, seconds, memory, what was odd
+    └── case.json               the verdict, volumes, experts, windows, seconds, memory, what was odd
 """
 
 from __future__ import annotations
@@ -34,8 +37,9 @@ from medlore.extras import is_installed
 from medlore.files import atomic_folder, write_json, write_text
 from medlore.pages.colours import label_colour
 from medlore.runs.report import peak_memory_bytes
-from medlore.segmenting.model import Segmentation
+from medlore.segmenting.maps import canvas_of, map_names, write_maps
 from medlore.segmenting.quality_control import write_quality_control
+from medlore.segmenting.segmentation import Segmentation
 
 RECORDS = ("case.json", "labels.json")
 # what a voxel takes on disk, at least: a mask is mostly zeros, a map of many labels less so, grey values hardly
@@ -91,6 +95,7 @@ def write_outputs(
             beside.write("image.nii.gz", lambda path: _write_image(path, result))
         if picture and is_installed("matplotlib"):
             beside.write("quality_control.png", lambda path: write_quality_control(path, result, folder.name))
+        write_maps(temporary, result, files)
         notes = []
         if dicom_seg and (masks := _OneByOne(result)):
             beside.write("segmentation.dcm", lambda path: write_dicom_seg(path, result.volume, masks))
@@ -163,7 +168,7 @@ def label_map(result: Segmentation, rule: OverlapRule = "small-over-large") -> A
     """One integer per voxel: the label's place in the list, from 1; 0 is background. The smallest type that holds all of them."""
     labels = result.routes.labels
     kind = np.uint8 if len(labels) < 256 else np.uint16
-    values, view = _canvas(result, kind)
+    values, view = canvas_of(result, kind)
     order = sorted(labels, key=result.voxels, reverse=True) if rule == "small-over-large" else list(labels)
     for label in order:  # later ones are painted over earlier ones
         if (found := result.boxed(label)) is not None:
@@ -198,6 +203,8 @@ def case_record(result: Segmentation, files: Mapping[str, str]) -> dict[str, Any
         "intensity": result.prepared.intensity.record(),
         "notes": list(result.prepared.notes),
         "tissues": result.tissues,
+        "check": None if result.verdict is None else result.verdict.record(),
+        "maps": map_names(result.maps, files),
         "plan": result.plan.record(),
         "seconds": {name: round(seconds, 3) for name, seconds in result.seconds.items()},
         "peak_memory_bytes": peak_memory_bytes(),
@@ -212,7 +219,7 @@ def file_names(labels: Sequence[str]) -> dict[str, str]:
         {'left kidney': 'left kidney.nii.gz', 'T1/T2': 'T1_T2.nii.gz'}
     """
     names: dict[str, str] = {}
-    taken = {"prediction", "image"}
+    taken = {"prediction", "image", "uncertainty", "brain_mask"}
     for label in labels:
         plain = stem = re.sub(r"[^\w .,+()-]", "_", label).strip(" .")[:_LONGEST_STEM].rstrip(" .") or "label"
         number = 1
@@ -263,15 +270,8 @@ class _OneByOne(Mapping[str, Array]):
         return self._result.mask(label)
 
 
-def _canvas(result: Segmentation, kind: type) -> tuple[Array, Array]:
-    """Zeros on the output grid, in the memory order of the file, and the view of them in which the masks are held."""
-    shape = result.reorientation.shape
-    values: Array = np.zeros(shape, kind, order="F")
-    return values, result.reorientation.apply(values)
-
-
 def _write_masks(folder: Path, result: Segmentation, files: Mapping[str, str]) -> None:
-    values, view = _canvas(result, np.uint8)
+    values, view = canvas_of(result, np.uint8)
     for label in result.routes.labels:
         found = result.boxed(label)
         if found is not None:

@@ -15,10 +15,11 @@ from medlore.data.volumes.geometry import Array, Shape, reorientation_to, resamp
 from medlore.data.volumes.window_grid import WindowGrid
 from medlore.errors import InputError
 from medlore.models.segmenter.encoders import ENCODERS, UNET
+from medlore.segmenting.expectations import CheckLevel
 from medlore.segmenting.sweep import axis_order, open_rows, sweep_axis
 
 # Python, torch, NumPy and what they keep once a network has run, and what draws the pictures, before any weight
-_INTERPRETER_BYTES = 500 << 20
+_INTERPRETER_BYTES = 430 << 20
 _WINDOW_CHANNELS = 6  # a window of three channels, and its copy in the network's layout
 _DEVICE_BYTES = 500 << 20  # a CUDA context and the work space of its libraries
 _FILE_BYTES = 4  # a voxel of the image as it was read; float64 takes eight
@@ -27,6 +28,8 @@ _PREPARING = {"ct": 6, "other": 9}  # the same while grey values are chosen; per
 _WRITING_BYTES = 2  # a voxel of the canvas of masks, or of the label map
 _RESTORING_BYTES = 200  # a voxel of one plane of the image: sixteen planes at a time, in the steps of an interpolation
 _TISSUE_WORK = 9  # bytes per voxel of the network's grid: the sum of the tissues, where it is enough, and those places
+_OTHER_LOOK = 8  # bytes per voxel of the network's grid: the image again, padded by half a window, and whether it is body
+_JUDGING = 6  # bytes per voxel of the grid of the masks: the number of its connected piece, the brain, and the structure
 _ONEDNN_MACHINES = ("x86_64", "amd64")
 Grid = Literal["original", "processed"]
 
@@ -69,6 +72,35 @@ class WindowRules:
     sw_batch_size: int = 1
     bytes_per_number: int = 4
     published: bool = False
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What is made of a case beside its masks.
+
+    Args:
+        check: how closely the masks are looked at.
+        labels: that were asked for.
+        judged: whether the pack states what to expect, so that pieces are counted.
+        probabilities: whether the probability of each label is kept.
+        uncertainty: whether the entropy of every voxel is kept.
+    """
+
+    check: CheckLevel = "none"
+    labels: int = 0
+    judged: bool = False
+    probabilities: bool = False
+    uncertainty: bool = False
+
+    def network_bytes(self, voxels: int) -> int:
+        """On the network's grid, from the first window on: maps of a byte a voxel; other looks at the image with their masks."""
+        maps = self.labels * self.probabilities + self.uncertainty
+        thorough = _OTHER_LOOK if self.check == "thorough" else 0
+        return voxels * (maps + thorough) + voxels * (2 * self.labels if thorough else 0) // 8
+
+    def judging_bytes(self, voxels: int) -> int:
+        """On the grid of the masks, once they are done."""
+        return voxels * _JUDGING if self.judged else 0
 
 
 @dataclass(frozen=True)
@@ -141,6 +173,7 @@ class CasePlan:
         host: what is needed of the host's memory.
         memory_bytes: what may be used of it.
         device: the same for a GPU, which holds weights, maps and bands.
+        extras: what is made beside the masks.
     """
 
     shape: Shape
@@ -153,6 +186,7 @@ class CasePlan:
     host: HostShare
     memory_bytes: int
     device: DeviceShare | None = None
+    extras: Extras = Extras()
 
     @property
     def labels(self) -> int:
@@ -198,6 +232,7 @@ class CasePlan:
             "expected_peak_bytes": self.peak_bytes,
             "memory_bytes": self.memory_bytes,
             "device": None if self.device is None else asdict(self.device),
+            "check": self.extras.check,
         }
 
     def in_words(self) -> str:
@@ -205,9 +240,10 @@ class CasePlan:
         experts = ", ".join(f"{region} ({sum(map(len, groups))})" for region, groups in self.groups.items())
         size = " x ".join(map(str, self.shape))
         device = self.device
+        looks = ", gone through three times (--check thorough)" if self.extras.check == "thorough" else ""
         on_device = "" if device is None else f", and {gib(device.needed(self.largest))} of {gib(device.memory_bytes)} on the device"
         return (
-            f"{size} on the network's grid, at most {self.windows} windows x {self.passes} pass(es); labels by expert: {experts}; "
+            f"{size} on the network's grid, at most {self.windows} windows x {self.passes} pass(es){looks}; labels by expert: {experts}; "
             f"about {gib(self.peak_bytes)} of {gib(self.memory_bytes)}{on_device}"
         )
 
@@ -226,6 +262,7 @@ def plan_case(  # noqa: PLR0913 - each is a fact of the case or of the machine
     grid: Grid = "original",
     modality: str = "ct",
     voxel_bytes: int = _FILE_BYTES,
+    extras: Extras = Extras(),
 ) -> CasePlan:
     """The plan of one case.
 
@@ -242,6 +279,7 @@ def plan_case(  # noqa: PLR0913 - each is a fact of the case or of the machine
         grid: on which the masks are wanted.
         modality: chooses the intensity rule.
         voxel_bytes: of a voxel as it was read.
+        extras: what is made beside the masks.
 
     Raises:
         InputError: not even one label fits; the message says what would.
@@ -261,11 +299,11 @@ def plan_case(  # noqa: PLR0913 - each is a fact of the case or of the machine
     bits = math.prod(mask_grid) // last * -(-last // 8) * sum(map(len, routes.values()))
     host = HostShare(
         resting_bytes=_INTERPRETER_BYTES + weights + bits + voxels * voxel_bytes + (ready if device_memory_bytes is None else 0),
-        volume_bytes=processed * (_NETWORK_BYTES + (2 * len(tissues) + _TISSUE_WORK if tissues else 0)),
+        volume_bytes=processed * (_NETWORK_BYTES + (2 * len(tissues) + _TISSUE_WORK if tissues else 0)) + extras.network_bytes(processed),
         maps_bytes=network if device_memory_bytes is None else 0,
         band_bytes=band,
         preparing_bytes=processed * _PREPARING.get(modality, _PREPARING["other"]),
-        writing_bytes=math.prod(mask_grid) * _WRITING_BYTES,
+        writing_bytes=max(math.prod(mask_grid) * _WRITING_BYTES, extras.judging_bytes(math.prod(mask_grid))),
         restoring_bytes=math.prod(mask_grid) // mask_grid[axis] * _RESTORING_BYTES,
     )
     fitting = host.fitting(memory_bytes)
@@ -279,7 +317,7 @@ def plan_case(  # noqa: PLR0913 - each is a fact of the case or of the machine
             raise _too_large(f"{where}: memory of the device", device.memory_bytes, device.needed(1), "smaller windows")
         fitting = min(fitting, on_device)
     groups = {region: _split(list(labels), fitting) for region, labels in routes.items()}
-    return CasePlan(change.new_shape, rules, tuple(tissues), grid, axis, len(windows.windows()), groups, host, memory_bytes, device)
+    return CasePlan(change.new_shape, rules, tuple(tissues), grid, axis, len(windows.windows()), groups, host, memory_bytes, device, extras)
 
 
 def _live_maps(size: NetworkSize, rules: WindowRules, *, on_device: bool) -> float:

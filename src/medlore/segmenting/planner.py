@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from medlore.data.volumes.geometry import Array, Shape
 from medlore.runs.hardware import Hardware
-from medlore.segmenting.labels import ModelFacts, Routes, tissues_of, with_tissues
-from medlore.segmenting.plan import CasePlan, Grid, WindowRules, plan_case
+from medlore.segmenting.expectations import CheckLevel, expectations_of
+from medlore.segmenting.labels import ModelFacts, Routes, asked_beside, label_around, tissues_of, with_tissues
+from medlore.segmenting.plan import CasePlan, Extras, Grid, WindowRules, plan_case
 from medlore.segmenting.rules import window_rules
 
 
@@ -23,6 +24,9 @@ class Choices:
         max_queries: prompts decoded at a time.
         published: the published rules throughout.
         redraw_tissues: redraw the borders of tissues by grey values where the model's preprocessing names tissues.
+        check: how closely the masks are looked at.
+        probabilities: keep the probability of each label.
+        uncertainty: keep the entropy of every voxel.
     """
 
     roi_size: Sequence[int] | None = None
@@ -31,6 +35,9 @@ class Choices:
     max_queries: int = 256
     published: bool = False
     redraw_tissues: bool = True
+    check: CheckLevel = "quick"
+    probabilities: bool = False
+    uncertainty: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,10 +100,21 @@ class Planner:
         """
         usual = self.choices.redraw_tissues and not self.choices.published
         tissues = tissues_of(self.facts, routes) if usual else ()
+        expected = expectations_of(self.facts.preprocessing, routes.modality)
+        looked_at = self.choices.check != "none"
+        around = label_around(self.facts, routes, expected) if looked_at and not self.choices.published else None
+        asked = with_tissues(routes, tissues)
+        extras = Extras(
+            self.choices.check,
+            len(routes.labels),
+            judged=looked_at and bool(expected.structures),
+            probabilities=self.choices.probabilities,
+            uncertainty=self.choices.uncertainty,
+        )
         return plan_case(
             shape,
             affine,
-            with_tissues(routes, tissues),
+            asked if around is None else asked_beside(asked, (around,), expected.structures),
             self.facts.size,
             self.rules(routes.modality, orientation_code),
             memory_bytes=self.hardware.memory_bytes,
@@ -106,4 +124,5 @@ class Planner:
             grid=grid,
             modality=routes.modality,
             voxel_bytes=max(voxel_bytes, 4),
+            extras=extras,
         )

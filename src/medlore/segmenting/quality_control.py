@@ -13,7 +13,7 @@ from medlore.files import atomic_path
 from medlore.pages.colours import label_colour
 
 if TYPE_CHECKING:
-    from medlore.segmenting.model import Segmentation
+    from medlore.segmenting.segmentation import Segmentation
 
 _CT_WINDOW_HU = (-160.0, 240.0)
 _NAMED = 24

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from medlore.data.volumes.geometry import Array
 from medlore.data.volumes.nifti import Volume
@@ -15,11 +18,14 @@ from medlore.errors import InputError, UnknownNameError
 from medlore.models.segmenter import bundle as bundles
 from medlore.models.segmenter.vocabulary import canonical_modality
 from medlore.runs.hardware import DeviceChoice, Precision, Work, decide_hardware
+from medlore.segmenting.brain_mask import read_brain_mask
+from medlore.segmenting.expectations import CheckLevel
 from medlore.segmenting.labels import EVERYTHING, route_labels
-from medlore.segmenting.model import Segmentation, SegmentingModel
+from medlore.segmenting.model import SegmentingModel
 from medlore.segmenting.outputs import OverlapRule, fault_of, label_map, write_outputs
 from medlore.segmenting.plan import Grid
 from medlore.segmenting.planner import Choices
+from medlore.segmenting.segmentation import Segmentation
 
 
 class Masks:
@@ -31,6 +37,7 @@ class Masks:
         shape: x y z.
         volumes_ml: label -> millilitres.
         notes: what was odd about the volume and how it was handled.
+        verdict: what the checks say; None with `check="none"`.
         segmentation: the full record: plan, experts, windows, seconds.
     """
 
@@ -44,6 +51,7 @@ class Masks:
         voxel_ml = segmentation.voxel_ml()
         self.volumes_ml = {label: segmentation.voxels(label) * voxel_ml for label in self.labels}
         self.notes = segmentation.prepared.notes
+        self.verdict = segmentation.verdict
 
     def __getitem__(self, label: str) -> Array:
         """The mask of a label, Boolean x y z; where labels overlap, each keeps all of its voxels.
@@ -116,6 +124,7 @@ class LoadedSegmenter:
         affine_from: AffineChoice = "auto",
         frame: int | None = None,
         series: str | None = None,
+        brain_mask: str | Path | Array | None = None,
     ) -> Masks:
         """Segment one volume.
 
@@ -132,6 +141,7 @@ class LoadedSegmenter:
             affine_from: which NIfTI matrix to believe.
             frame: which volume of a 4D file.
             series: which DICOM series, where there are several.
+            brain_mask: a file, or a Boolean array x y z, on the volume's grid: everything of the brain is looked for inside it.
 
         Raises:
             InputError: no such file, unknown labels, no modality, or more than fits the memory.
@@ -144,8 +154,9 @@ class LoadedSegmenter:
             raise InputError("modality", "none was given", "ct, mri, pet or us", fix)
         asked = [prompts] if isinstance(prompts, str) else list(prompts)
         routes = route_labels(self.model.facts, asked, modality, region=region, allow_unknown=allow_unknown)
+        brain = brain_mask if isinstance(brain_mask, np.ndarray) or brain_mask is None else read_brain_mask(brain_mask, read)
         result = self.model.segment(
-            read, routes.labels, modality, routes=routes, orientation_code=orientation_code, grid=grid, resample=resample
+            read, routes.labels, modality, routes=routes, orientation_code=orientation_code, grid=grid, resample=resample, brain=brain
         )
         bundle = self.model.bundle
         about = {
@@ -168,6 +179,9 @@ def load_segmenter(  # noqa: PLR0913 - each is a flag of the command
     sw_batch_size: int = 1,
     published: bool = False,
     redraw_tissues: bool = True,
+    check: CheckLevel = "quick",
+    probabilities: bool = False,
+    uncertainty: bool = False,
     text: str | Path | None = None,
     tokenizer: str | Path | None = None,
     prompt_embeddings: str | Path | None = None,
@@ -185,6 +199,9 @@ def load_segmenter(  # noqa: PLR0913 - each is a flag of the command
         sw_batch_size: windows at a time.
         published: the published rules throughout.
         redraw_tissues: redraw the borders of tissues by grey values, where the model names tissues.
+        check: how closely masks are looked at: `none`, `quick`, or `thorough` at three times the time.
+        probabilities: keep the probability of each label, so that `Masks.save` writes it.
+        uncertainty: keep the entropy of every voxel, so that `Masks.save` writes it.
         text: the published text encoder, for prompts outside a table.
         tokenizer: its wordpiece list.
         prompt_embeddings: a table of prompts for a published file.
@@ -197,5 +214,6 @@ def load_segmenter(  # noqa: PLR0913 - each is a flag of the command
     work: Work = "published" if published else "inference"
     hardware = decide_hardware(device, precision, work=work, memory=memory)
     loaded = bundles.load_segmenter(path, text=text, tokenizer=tokenizer, prompt_embeddings=prompt_embeddings, lora_alpha=lora_alpha)
-    choices = Choices(roi_size, overlap, sw_batch_size, published=published, redraw_tissues=redraw_tissues)
+    choices = Choices(roi_size, overlap, sw_batch_size, published=published, redraw_tissues=redraw_tissues, check=check)
+    choices = replace(choices, probabilities=probabilities, uncertainty=uncertainty)
     return LoadedSegmenter(SegmentingModel(loaded, hardware, choices))

@@ -7,11 +7,13 @@ from typing import Literal
 
 from medlore.runs.hardware import DeviceChoice, Precision
 from medlore.runs.settings import Settings, setting
+from medlore.segmenting.expectations import CheckLevel
 
 # Counts up when the same image, model and settings give other masks, so that older results are not taken over.
 RULES_VERSION = 3
 
 _CASES, _LABELS, _GEOMETRY, _NETWORK, _MASKS = "Cases", "Labels and experts", "Geometry", "Network", "Masks"
+_CHECKS = "Checks and maps"
 _HARDWARE, _PUBLISHED, _RUN = "Hardware", "Published files", "Run"
 
 
@@ -59,6 +61,15 @@ class SegmentSettings(Settings):
     image_copy: bool = setting(True, "Write image.nii.gz beside the masks.", group=_MASKS, decides=False)
     picture: bool = setting(True, "Write quality_control.png.", group=_MASKS, decides=False)
     dicom_seg: bool = setting(False, "Write segmentation.dcm too (DICOM input, extra dicom).", group=_MASKS)
+
+    check: CheckLevel = setting(
+        "quick", "How closely masks are checked; thorough: also in shifted windows and mirrored, at three times the time.", group=_CHECKS
+    )
+    uncertainty: bool = setting(False, "Write uncertainty.nii.gz: the entropy of every voxel, in bits.", group=_CHECKS)
+    probabilities: bool = setting(False, "Write probabilities/LABEL.nii.gz: the network's probability of each label.", group=_CHECKS)
+    brain_mask: Path | None = setting(
+        None, "A mask of the brain on the image's grid; everything of the brain is looked for inside it.", group=_MASKS, decides=False
+    )
 
     device: DeviceChoice = setting("auto", "Device to run on.", group=_HARDWARE, decides=False)
     precision: Precision = setting("auto", "Numeric precision; auto uses half precision where the hardware supports it.", group=_HARDWARE)

@@ -41,7 +41,7 @@ def _parts(entry_text: str, rules_text: str, folder: str, shots: Shots, draw: in
         draw=draw,
         seed=rules["data_seed"],
         per=entry["per"],
-        validation_shots=None if without else rules["validation_shots"],
+        validation_shots=None if without else rules["validation_shots"] or (None if shots == "all" else shots),
         validation_fraction=0.0 if without else 0.2,
         test_fraction=entry["test_fraction"],
     )
@@ -60,5 +60,5 @@ def _read(entry: Mapping[str, Any], split: SplitRules, folder: Path) -> ImageSpl
     places = {name: None if entry[name] is None else folder / entry[name] for name in ("data", "images", "test_data")}
     how = {name: entry[name] for name in ("format", "task", "classes", "group_pattern", "missing_labels")}
     data, test_data = places["data"], places["test_data"]
-    assert data is not None  # noqa: S101 - the entry demands it
+    assert data is not None  # noqa: S101  # nosec B101 # the entry demands it
     return read_splits(data, split, test_data=test_data, official=entry["official_draw"], images=places["images"], **how)

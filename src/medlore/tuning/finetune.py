@@ -218,7 +218,7 @@ def _conclude(settings: FinetuneSettings, fitted: _Fitted, splits: ImageSplits, 
         found = judge(model, backbone, splits.test, settings=settings, accelerator=accelerator)
         report["test"], metrics, scores, targets = found.report, found.metrics, found.scores, found.targets
         strength = {"labels": reference.probe.images, "strength": reference.probe.choice.strength}
-        assert reference.scores is not None  # noqa: S101 - there are test images
+        assert reference.scores is not None  # noqa: S101  # nosec B101 # there are test images
         report["probe"] = compared(
             splits.test, scores, reference.scores, seed=settings.training.seed, bootstrap=settings.run.bootstrap, **strength
         )

@@ -99,5 +99,5 @@ def _solved(prepared: Prepared, accelerator: Any, watcher: Watcher) -> TuningHis
 
 def _training_loss(prepared: Prepared) -> float:
     """Mean loss of the images that the probe was fitted to."""
-    assert prepared.probe is not None  # noqa: S101 - `is_solved`
+    assert prepared.probe is not None  # noqa: S101  # nosec B101 # `is_solved`
     return prepared.probe.training_loss

@@ -77,7 +77,8 @@ def choose_reading(settings: FinetuneSettings, backbone: Backbone, images: Image
             readable = ", ".join(family.caption for family in FAMILIES.values() if family.reads is not None)
             raise InputError("--features", came, f"a network whose tokens can be read otherwise: {readable}", "leave it at auto")
         return Reading(None, {})
-    if wanted.features == "own":
+    planned = settings.allocation.plan is not None or settings.allocation.ranks is not None  # for the blocks of the whole network
+    if wanted.features == "own" or (planned and wanted.features == "auto"):
         return Reading(own, {})
     if wanted.features != "auto":
         block = wanted.feature_block or own.block

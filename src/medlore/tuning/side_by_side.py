@@ -112,7 +112,7 @@ def compare_methods(
 def _compared(
     settings: FinetuneSettings, names: Sequence[str], splits: ImageSplits, folder: Path | None, store: BackboneStore, watcher: Watcher
 ) -> SideBySide:
-    assert splits.test is not None  # noqa: S101 - asked by the caller
+    assert splits.test is not None  # noqa: S101  # nosec B101 # asked by the caller
     # parts are made: nothing may be drawn or held out again
     plain = settings.changed(shots=None, validation_fraction=0.0, test_fraction=0.0)
     rows: list[dict[str, Any]] = []

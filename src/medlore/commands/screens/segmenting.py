@@ -10,6 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from medlore.commands.screens.answers import print_json, print_line
 
+_NAMED = 5
+
 
 def print_plan(plan: dict[str, Any], *, as_json: bool) -> None:
     """What a run would do."""
@@ -27,7 +29,11 @@ def print_results(results: dict[str, Any], out: Path, *, as_json: bool) -> None:
         print_json(results)
         return
     counts = results["counts"]
-    print_line(f"{counts['done']} done, {counts['skipped']} skipped, {counts['failed']} failed: {out / 'report.json'}")
+    flagged = results.get("flagged", [])
+    odd = f"; look at {', '.join(flagged[:_NAMED])}{' and more' if len(flagged) > _NAMED else ''}: the check finds something implausible"
+    print_line(
+        f"{counts['done']} done, {counts['skipped']} skipped, {counts['failed']} failed{odd if flagged else ''}: {out / 'report.json'}"
+    )
 
 
 class CaseProgress:
@@ -66,5 +72,5 @@ class CaseProgress:
             left = sum(self._seconds) / len(self._seconds) * (total - index)
             rest = f", about {left / 60:.0f} min left" if left > 90 else f", about {left:.0f} s left"
         self._console.print(f"[{index}/{total}] {entry['name']}: {entry['state']} in {entry['seconds']:.1f} s{rest}")
-        for line in [*entry.get("notes", ()), *([entry["error"]] if "error" in entry else [])]:
+        for line in [*entry.get("check", ()), *entry.get("notes", ()), *([entry["error"]] if "error" in entry else [])]:
             self._console.print(f"    {line}")

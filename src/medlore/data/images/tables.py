@@ -160,7 +160,7 @@ class _Reader:
         return tuple(sorted({name for row in rows for name in self._several(row)}))
 
     def _several(self, row: _Row) -> list[str]:
-        assert self.columns.many  # noqa: S101 - for the type checker: called only with such a column
+        assert self.columns.many  # noqa: S101  # nosec B101 # for the type checker: called only with such a column
         names = (part.strip() for part in row.cells[self.columns.many].replace(";", "|").split("|"))
         return [name for name in names if name.lower() not in NO_LABEL]
 

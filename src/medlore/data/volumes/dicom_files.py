@@ -153,6 +153,8 @@ def read_header(source: Path | ArchiveMember, *, pixels: bool = False) -> Any | 
         check_deflated(content, source)
         place: Any = io.BytesIO(content) if isinstance(source, ArchiveMember) else str(source)
         dataset = pydicom.dcmread(place, stop_before_pixels=not pixels, force=not marked)
+        if len(dataset.file_meta) and "TransferSyntaxUID" not in dataset.file_meta:
+            raise _broken(source, "its meta group names no transfer syntax, so nothing says how its pixels are stored")
         if "TransferSyntaxUID" not in dataset.file_meta:  # no meta group: what was found while reading
             implicit, little = dataset.original_encoding
             plain = pydicom.uid.ImplicitVRLittleEndian if implicit else pydicom.uid.ExplicitVRLittleEndian

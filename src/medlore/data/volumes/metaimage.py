@@ -116,6 +116,8 @@ def _read_header(path: Path) -> _Header:
         name = _SAME.get(name.strip(), name.strip())
         if end >= len(content) or (line.strip() and not equals):
             raise DataError(str(path), "not MetaImage, or no ElementDataFile", "a .mha or .mhd file", "name an image, or convert it")
+        if line.strip() and not name.replace("_", "").isalnum():
+            raise DataError(str(path), f"the field name {name[:40]!r}", "letters and digits", "the header is damaged; export it again")
         if name in fields:
             raise DataError(str(path), f"the field {name!r} twice", "every field once", "correct the header")
         if line.strip():

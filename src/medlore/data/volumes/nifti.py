@@ -166,7 +166,13 @@ def read_extensions(path: Path) -> list[bytes]:
 
 
 def write_nifti(
-    path: str | Path, array: Array, like: Volume, *, labels: Mapping[int, str] | None = None, affine: Array | None = None
+    path: str | Path,
+    array: Array,
+    like: Volume,
+    *,
+    labels: Mapping[int, str] | None = None,
+    affine: Array | None = None,
+    slope: float = 1.0,
 ) -> Path:
     """Write an array on the grid of `like`: its shape, sform, qform, codes, units and description.
 
@@ -176,6 +182,7 @@ def write_nifti(
         like: the volume whose grid and header are kept.
         labels: value -> name, kept in the file as a NIfTI comment extension.
         affine: another grid (then sform and qform are set to it); None keeps that of `like`.
+        slope: by which a reader multiplies the stored numbers.
 
     Raises:
         StepError: the file cannot be written, or its geometry is not that of `like` when it is read back.
@@ -183,6 +190,7 @@ def write_nifti(
     header = _output_header(like, array, affine)
     shape = like.file_shape if affine is None else array.shape
     header.set_data_shape(shape)
+    header.set_slope_inter(slope, 0)
     extension = [] if labels is None else [Nifti1Extension(_COMMENT, json.dumps(label_table(labels), ensure_ascii=False).encode())]
     with atomic_path(path) as temporary:
         planes = (np.ascontiguousarray(array[:, :, z].T) for z in range(array.shape[2]))  # no copies in the order of the file

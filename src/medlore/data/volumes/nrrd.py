@@ -51,6 +51,7 @@ _TO_RAS = {
 }  # fmt: skip
 _MM = {"": 1.0, "mm": 1.0, "millimeter": 1.0, "um": 1e-3, "µm": 1e-3, "micron": 1e-3, "microns": 1e-3, "cm": 10.0, "m": 1000.0}
 _PACKED = ("gzip", "gz")
+_KINDS_OF_SPACE = ("domain", "space", "???", "none")
 _MOST_HEADER = 16 << 20
 _MENDED = "convert it to NIfTI"
 
@@ -166,6 +167,9 @@ def grid_of(header: NrrdHeader) -> tuple[Shape, Array, tuple[str, ...]]:
         known = sum(v is not None for v in vectors)
         came = f"sizes {sizes}, space {header.fields.get('space', 'none')!r}, {known} space directions"
         raise header.refuse(came, "three axes in space left-posterior-superior (or RAS, LAS) with space directions")
+    kinds = header.fields.get("kinds", "").casefold().split()
+    if any(kind not in _KINDS_OF_SPACE for kind in kinds) or len(kinds) not in (0, 3):
+        raise header.refuse(f"kinds {header.fields['kinds']!r}", "three axes of kind domain or space", "export one grey value a voxel")
     affine, notes = affine_of(header, [v for v in vectors if v is not None])
     return (sizes[0], sizes[1], sizes[2]), affine, notes
 

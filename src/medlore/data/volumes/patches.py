@@ -186,7 +186,7 @@ def _taken(
     case: CachedCase, coordinates: Array | None, start: Sequence[int], size: Shape, rng: np.random.Generator, rules: PatchRules
 ) -> Array:
     volume = case.image
-    assert volume is not None  # noqa: S101 - only cases to be synthesised have none
+    assert volume is not None  # noqa: S101  # nosec B101 # only cases to be synthesised have none
     if coordinates is None:
         image = cut(volume, start, size, outside=case.air).astype(np.float32)
     else:

@@ -201,8 +201,11 @@ class _PublishedBand(_Band):
 
 
 def _all_finite(probability: Tensor) -> Tensor:
-    """NaN is above no threshold: it would end as an empty mask that looks like an answer."""
-    if not bool(torch.isfinite(probability).all()):
+    """NaN is above no threshold: it would end as an empty mask that looks like an answer.
+
+    The extremes tell it, since NaN spreads to them: `isfinite` of the whole needs twice the memory of the rows again.
+    """
+    if not bool(torch.isfinite(torch.stack(torch.aminmax(probability))).all()):
         raise StepError(
             "the network's answer",
             "values that are not finite (NaN or infinity)",

@@ -158,7 +158,7 @@ class ClassifierTask(engine.Task):
     def _distilled(
         self, batch: _Mixed, step: int, logits: Mapping[str, Tensor], projected: Tensor | None, weight: Mapping[str, float]
     ) -> dict[str, Tensor]:
-        assert self.distillation is not None  # noqa: S101 - the caller looks
+        assert self.distillation is not None  # noqa: S101  # nosec B101 # the caller looks
         with self.accelerator.autocast():
             seen = self.distillation.answers(batch.images, batch.layout, step)
         loss, terms = self.distillation.loss, dict[str, Tensor]()

@@ -108,7 +108,7 @@ def cohort_of(cohort: Cohort, region: str, bundle: SegmenterBundle) -> Cohort:
     Raises:
         InputError: a label that another expert of the pack answers.
     """
-    assert bundle.prompts is not None  # noqa: S101 - checked by the caller
+    assert bundle.prompts is not None  # noqa: S101  # nosec B101 # checked by the caller
     part = cohort.only(region)
     prompts = {pair: p for pair, p in cohort.prompts.items() if p.region == region}
     answered = regions_of_prompts(bundle)
@@ -141,7 +141,7 @@ def _trained(context: StudyContext, bundle: SegmenterBundle, cohort: Cohort, reg
 
 def network_with_new_expert(bundle: SegmenterBundle, cohort: Cohort, settings: SegmentationSettings, region: str) -> PromptedSegmenter:
     """The pack's network with an untrained expert and untrained prompts, all else frozen."""
-    assert bundle.prompts is not None  # noqa: S101 - checked by the caller
+    assert bundle.prompts is not None  # noqa: S101  # nosec B101 # checked by the caller
     weights, known = bundle.weights, len(bundle.prompts.keys)
     labels = {region: len({p.key for p in cohort.prompts.values()})}
     targets = {target for expert in weights.experts.values() for target in expert.pairs}
@@ -174,7 +174,7 @@ def _round_expert(network: PromptedSegmenter, region: str, *, known: int) -> Non
 def _write(
     path: Path, bundle: SegmenterBundle, network: PromptedSegmenter, cohort: Cohort, settings: SegmentationSettings, region: str
 ) -> Path:
-    assert bundle.prompts is not None  # noqa: S101 - checked by the caller
+    assert bundle.prompts is not None  # noqa: S101  # nosec B101 # checked by the caller
     weights = collect_weights(network.segmenter)
     old = bundle.weights.experts
     experts = {name: old.get(name, expert) for name, expert in weights.experts.items()}

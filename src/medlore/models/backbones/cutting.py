@@ -117,7 +117,7 @@ def cut_backbone(backbone: Backbone, cut: Cut, *, classes: int, seed: int = 0) -
         norm.__class__ = _ReadingNorm
         norm.reading, norm.prefix = cut.reading, _prefix(backbone)
     width = int(model.config.hidden_size) * (2 if cut.reading == "both" else 1)
-    head = _PartHead(width, classes, half=("cls", "mean").index(cut.reading) if own.reading == "both" and cut.reading != "both" else None)
+    head = _PartHead(width, classes, part=("cls", "mean").index(cut.reading) if own.reading == "both" and cut.reading != "both" else None)
     nn.init.normal_(head.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
     nn.init.zeros_(head.bias)
     model.set_submodule(backbone.head_name, head)
@@ -127,9 +127,9 @@ def cut_backbone(backbone: Backbone, cut: Cut, *, classes: int, seed: int = 0) -
 class _PartHead(nn.Linear):
     """A linear head that reads one half of what it is given: 0 the first, 1 the second, None all of it."""
 
-    def __init__(self, width: int, classes: int, *, half: int | None) -> None:
+    def __init__(self, width: int, classes: int, *, part: int | None) -> None:
         super().__init__(width, classes)
-        self.part = half
+        self.part = part
 
     def forward(self, features: Tensor) -> Tensor:
         """(b, d or 2 d) -> (b, classes); cached features have the width that is read."""

@@ -239,7 +239,7 @@ def _from_transformers(folder: Path | None, name: str, *, keep_head: bool) -> tu
     place = str(folder) if folder is not None else name
     values = None if folder is None else values_beside(folder, name)
     try:
-        config = transformers.AutoConfig.from_pretrained(place, local_files_only=folder is not None, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(place, local_files_only=folder is not None, trust_remote_code=False)  # nosec B615 # the user names it
         refuse_own_code(config.to_dict(), name)
         family = _known_family(config.model_type, name)
         config = family.prepare(config)

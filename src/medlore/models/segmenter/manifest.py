@@ -12,6 +12,8 @@ from medlore.linalg.matricize import LAYOUTS
 _FORMS = ("plain", "balanced", "imbalanced")
 _FIRST_PASS_NUMBERS = ("margin_mm", "least_mm", "least_ml", "stripped_ml")
 _AXES = ("RL", "AP", "SI")
+# What a pack may set of the limits beyond which a check speaks up; `medlore.segmenting.expectations` says what they mean.
+CHECK_LIMITS = ("apart_ml", "apart_share", "smaller_side", "outside_share", "dropped_share", "border_entropy", "agreement")
 
 
 def segmenter_faults(manifest: Mapping[str, Any]) -> list[str]:
@@ -49,6 +51,10 @@ def preprocessing_faults(rules: Mapping[str, Any], where: str) -> list[str]:
         "tissues": (_are_tissues, "mapping from mri, pet or us to two labels or more that exclude each other"),
         "parts": (_are_parts, "mapping from modality to label to a share above 0 and up to 1"),
         "first_pass": (_is_first_pass, "mapping with a shipped `pack` (medlore:NAME), its label of the `brain`, and of the `halves`"),
+        "checks": (
+            _are_checks,
+            "mapping from modality to `structures`: label -> `ml: [low, high]`, `pieces`, `paired` (see docs/weights.md)",
+        ),
         "label_regions": (_is_text_to_text, "mapping from modality/label to region"),
     }
     return [
@@ -138,6 +144,30 @@ def _is_first_pass(value: Any) -> bool:
     named = isinstance(pack, str) and pack.startswith("medlore:") and isinstance(brain, str)
     both = isinstance(halves, dict) and set(halves) == {"left", "right"} and all(isinstance(label, str) for label in halves.values())
     return named and both and all(_is_number(number) and number >= 0 for number in numbers)
+
+
+def _are_checks(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(told, dict)
+        and set(told) <= {"structures", "inside", "least_mm", "limits", "sources"}
+        and isinstance(told.get("structures"), dict)
+        and all(isinstance(label, str) and _is_expectation(entry) for label, entry in told["structures"].items())
+        and (told.get("inside") is None or isinstance(told["inside"], str))
+        and _is_number(told.get("least_mm", 0))
+        and isinstance(told.get("limits", {}), dict)
+        and all(name in CHECK_LIMITS and _is_number(limit) and limit >= 0 for name, limit in told.get("limits", {}).items())
+        and isinstance(told.get("sources", []), list | tuple)
+        and all(isinstance(line, str) for line in told.get("sources", []))
+        for told in value.values()
+    )
+
+
+def _is_expectation(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not set(entry) <= {"ml", "pieces", "paired"}:
+        return False
+    pieces = entry.get("pieces")
+    ranged = "ml" not in entry or (_is_pair(entry["ml"], 0, math.inf) and entry["ml"][0] >= 0)
+    return ranged and (pieces is None or (type(pieces) is int and pieces >= 1)) and isinstance(entry.get("paired", False), bool)
 
 
 def _is_text_to_text(value: Any) -> bool:

@@ -19,7 +19,7 @@ from medlore.models.segmenter.checkpoints import bare_name, recognise
 from medlore.models.segmenter.vocabulary import canonical_modality
 from medlore.models.statefile import State, read_state
 
-MAX_TOKENS, LORKD_TOKENS = 256, 64  # of a prompt with its marks: SAT's, and what LoRKD's networks were trained with
+MAX_TOKENS, LORKD_TOKENS = 256, 64  # of a prompt with its marks: SAT's; LoRKD builds the same tower with a text length of 64
 _NORM_EPSILON = 1e-5  # of MPNet and BioLORD; transformers' default for MPNet is another
 # The published embeddings were made with the words [CLS] and [SEP] looked up in MPNet's list, where they are ordinary entries,
 # and with 0 for padding; MPNet's own marks (0, 1, 2) are not used. Repeating that is what makes the embeddings agree.

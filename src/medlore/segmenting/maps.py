@@ -1,0 +1,65 @@
+"""The maps of a case as files: probabilities, uncertainty, and the brain that a first pass found, on the grid of the masks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from medlore.data.formats import write_volume
+from medlore.data.volumes.geometry import Array
+from medlore.data.volumes.nifti import write_nifti
+from medlore.segmenting.segmentation import Segmentation
+from medlore.segmenting.watch import LEVELS, ProbabilityWatch, planes_on
+
+PROBABILITIES, UNCERTAINTY, BRAIN = "probabilities", "uncertainty.nii.gz", "brain_mask.nii.gz"
+
+
+def map_names(maps: ProbabilityWatch | None, files: Mapping[str, str]) -> list[str]:
+    """Files of the maps that were kept, below the folder of the case.
+
+    Args:
+        maps: of the result.
+        files: label -> file of its mask.
+    """
+    if maps is None:
+        return []
+    probabilities = [f"{PROBABILITIES}/{files[label]}" for label in maps.probabilities]
+    return [*probabilities, *([UNCERTAINTY] if maps.uncertainty is not None else [])]
+
+
+def write_maps(folder: Path, result: Segmentation, files: Mapping[str, str]) -> None:
+    """Write what was kept: one map at a time is brought to the grid of the masks. A byte holds a share, the slope in the header is 1/255.
+
+    Args:
+        folder: of the case.
+        result: of the model.
+        files: label -> file of its mask.
+    """
+    if result.brain is not None:
+        write_volume(folder / BRAIN, result.brain.astype(np.uint8), result.volume, labels={1: "brain"}, affine=result.affine)
+    maps = result.maps
+    if maps is None or not (maps.probabilities or maps.uncertainty is not None):
+        return
+    values, view = canvas_of(result, np.uint8)
+    if maps.probabilities:
+        (folder / PROBABILITIES).mkdir()
+    for label, levels in maps.probabilities.items():
+        _fill(view, levels, result)
+        write_nifti(folder / PROBABILITIES / files[label], values, result.volume, affine=result.affine, slope=1 / LEVELS)
+    if maps.uncertainty is not None:
+        _fill(view, maps.uncertainty, result)
+        write_nifti(folder / UNCERTAINTY, values, result.volume, affine=result.affine, slope=1 / LEVELS)
+
+
+def canvas_of(result: Segmentation, kind: type) -> tuple[Array, Array]:
+    """Zeros on the output grid, in the memory order of the file, and the view of them in which the masks are held."""
+    shape = result.reorientation.shape
+    values: Array = np.zeros(shape, kind, order="F")
+    return values, result.reorientation.apply(values)
+
+
+def _fill(view: Array, levels: Array, result: Segmentation) -> None:
+    for planes, part in planes_on(levels, result.path):
+        view[planes] = part
