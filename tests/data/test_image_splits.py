@@ -47,11 +47,11 @@ def check_apart(splits: ImageSplits) -> None:
 
 
 def test_a_test_part_never_trains_where_no_training_part_is_named(folder: Path) -> None:
-    check_apart(read_splits(folder, SplitRules(shots=3)))
+    check_apart(read_splits(folder, SplitRules(shots=3, validation_shots=3)))
 
 
 def test_a_test_part_of_a_table_never_trains(folder: Path) -> None:
-    check_apart(read_splits(folder.parent / "table.csv", SplitRules(shots=3)))
+    check_apart(read_splits(folder.parent / "table.csv", SplitRules(shots=3, validation_shots=3)))
 
 
 def test_a_test_part_of_an_npz_never_trains(tmp_path: Path) -> None:

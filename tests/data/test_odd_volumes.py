@@ -350,7 +350,7 @@ def test_bombs_cost_no_memory(tmp_path: Path) -> None:
 
 
 def test_damaged_names_and_colour_axes_are_refused(tmp_path: Path) -> None:
-    """Found by the suite of 10,000 headers: a NUL in a MetaImage field, and an axis of colour that has a place in space."""
+    """Found by the suite of 10,000 headers: a NUL in a MetaImage field, and an axis of colour that has a position in space."""
     head = "NDims = 3\nBinaryData = True\nTransformMatrix = 1 0 0 0 1 0 0 0 1\nOffset = 0 0 0\nElementSpacing = 1 1 1\nDimSize = 2 2 2\n"
     for first, fine in (("ObjectType = Image\n", True), ("Obj\0ctType = Image\n", False)):
         (tmp_path / "a.mha").write_bytes((first + head + "ElementType = MET_UCHAR\nElementDataFile = LOCAL\n").encode() + bytes(8))

@@ -78,10 +78,12 @@ def chosen_once(
 def _read(file: Path, fingerprint: str, parts: ImageSplits) -> Chosen:
     content = read_json(file)
     if not isinstance(content, dict) or content.get("fingerprint") != fingerprint:
-        raise CheckpointError(str(file), "a choice of other settings or data", "the choice of this very run", "start anew without --resume")
+        raise CheckpointError(
+            str(file), "a choice of other settings or data", "the choice of this very run", "start again without --resume"
+        )
     try:
         cut = None if content["cut"] is None else Cut(*content["cut"])
         settings = FinetuneSettings.model_validate(content["settings"])
         return Chosen(settings, parts, Reading(cut, content["held_out"]), content["report"])
     except (KeyError, TypeError, pydantic.ValidationError) as error:
-        raise CheckpointError(str(file), "a damaged choice", "the file as it was written", "start anew without --resume") from error
+        raise CheckpointError(str(file), "a damaged choice", "the file as it was written", "start again without --resume") from error

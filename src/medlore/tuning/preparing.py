@@ -113,7 +113,7 @@ def check_parts(settings: FinetuneSettings, splits: ImageSplits) -> None:
     parts = [part for part in (splits.train, splits.validation) if part is not None]
     if settings.parts.per == "group" and not any(group is not None for part in parts for group in part.groups):
         raise InputError(
-            "--per", "'group', but no image has a patient or study", "data that names them", "give --group-pattern, or take --per image"
+            "--per", "'group', but no image has a patient or study", "data that names them", "give --group-pattern, or use --per image"
         )
     refuse_unreadable(splits.train, splits.validation, splits.test)
 
