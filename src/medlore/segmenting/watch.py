@@ -120,7 +120,7 @@ def planes_on(values: Array, path: GridPath, most: int = 16) -> Iterator[tuple[s
 
 
 def _levels(share: Tensor) -> Array:
-    return np.rint(share.float().numpy() * LEVELS).astype(np.uint8)
+    return np.asarray(np.rint(share.float().numpy() * LEVELS), np.uint8)
 
 
 def _border_sums(slab: Tensor, first: int, last: int, threshold: float) -> tuple[float, int]:
