@@ -138,7 +138,7 @@ def test_a_word_too_many_is_named() -> None:
 def test_help_shows_defaults_and_groups(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["finetune", "--help"]) == 0
     printed = capsys.readouterr().out
-    for words in ("Backbone", "Method and ranks", "Training", "Augmentation", "[default: 20]", "[default: sr-lora]", "Segmenter: a pack"):
+    for words in ("Backbone", "Method and ranks", "Training", "Augmentation", "[default: 0.05]", "[default: sr-lora]", "Segmenter: a pack"):
         assert words in printed
 
 

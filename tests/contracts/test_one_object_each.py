@@ -51,7 +51,7 @@ def test_a_method_is_one_object(images: Path, tmp_path: Path, monkeypatch: pytes
 
     toy = replace(METHODS["bitfit"], install=install, learning_rate=0.02, caption="a toy")
     monkeypatch.setitem(METHODS, "toy", toy)
-    report = finetune(images, tmp_path / "run", "--model", str(write_backbone(tmp_path / "vit")), "--method", "toy")
+    report = finetune(images, tmp_path / "run", "--model", str(write_backbone(tmp_path / "vit")), "--method", "toy", "--start", "random")
     assert installed
     assert report["results"]["method"] == "toy"
     assert report["results"]["learning_rate"] == 0.02

@@ -241,7 +241,7 @@ def test_metaimage_fields_mean_what_simpleitk_takes_them_for(tmp_path: Path, mor
         ("= LOCAL", "= gone.raw", "is not there"),
         ("NDims = 3", "NDims = 3\nNDims = 3", "twice"),
         ("ElementType", "ElementNumberOfChannels = 3\nElementType", "of 3 channels"),
-        ("ElementDataFile = LOCAL", "", "no ElementDataFile"),
+        ("ElementDataFile = LOCAL", "", "the field name"),
         ("NDims = 3", "NDims = 3\nCompressedData = True", "damaged or cut-off"),
     ],
 )

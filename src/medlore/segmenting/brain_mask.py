@@ -17,7 +17,6 @@ from medlore.data.formats import existing_image
 from medlore.data.volumes.geometry import Array
 from medlore.data.volumes.nifti import Volume
 from medlore.data.volumes.nifti_affine import AffineChoice
-from medlore.data.volumes.preparation import read_volume
 from medlore.errors import DataError, InputError
 from medlore.models.segmenter.vocabulary import Vocabulary, default_vocabulary
 from medlore.segmenting.labels import ModelFacts, Routes
@@ -38,6 +37,8 @@ def read_brain_mask(path: str | Path, volume: Volume, *, affine_from: AffineChoi
         InputError: no such file.
         DataError: it cannot be read, lies on another grid, or holds no brain.
     """
+    from medlore.data.volumes.preparation import read_volume  # with torch, which a plan does without
+
     where = f"{FLAG}: {existing_image(Path(path))}"
     mask = read_volume(path, affine_from=affine_from)
     faults = []
