@@ -121,6 +121,7 @@ def test_evaluate_and_predict_use_the_run(place: Path, run: Path, tmp_path: Path
     assert main(line) == 2
 
 
+@pytest.mark.full  # every kind of training has its two processes in tests/contracts/test_training_engine.py
 def test_two_processes_train_the_weights_of_one(place: Path, tmp_path: Path) -> None:
     line = ["finetune", "--data", str(place / "data"), "--model", str(place / "vit"), "--shots", "4", "--epochs", "3", "--batch-size", "6"]
     line += ["--method", "lora", "--rank", "2", "--no-augment", "--device", "cpu", "--lr", "5e-3"]

@@ -223,6 +223,7 @@ recipe.decompose(sys.argv[1], sys.argv[2])
 """
 
 
+@pytest.mark.full  # every kind of training has its two processes in tests/contracts/test_training_engine.py
 def test_two_processes_stay_one_network(tmp_path: Path) -> None:
     """Each process sees its own rows: were the gradients of the experts not reduced, the weights of the two would part."""
     study = write_study(tmp_path, variants=["experts"], loss={"beta": 0, "feature": 0}, steps=3, evaluate_every=3)

@@ -86,8 +86,8 @@ def test_wrong_use_ends_with_status_2(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["demo", "--draws", "x"]) == 2
     blocked = tmp_path / "file"
     blocked.write_text("")
-    assert main(["demo", "--draws", "1", "--shots", "1", "--out", str(blocked)]) == 1
-    assert "could not be written" in capsys.readouterr().err
+    assert main(["demo", "--draws", "1", "--shots", "1", "--out", str(blocked)]) == 2
+    assert "is a file. Accepted: a folder" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
 
