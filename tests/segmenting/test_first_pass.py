@@ -122,3 +122,16 @@ def test_a_pack_that_names_a_first_pass_wrongly_is_refused(change: dict[str, Any
     rules = first_pass_rules(RULES)
     assert rules is not None
     assert rules.margin_mm == 4.0
+
+
+def test_all_is_looked_for_inside_the_brain_with_its_margin_or_what_a_stripping_left() -> None:
+    volume, masks = scene()
+    found = look_first(volume, FirstPassRules(**RULES), ["grey matter"], asked(masks))
+    assert found.brain is not None
+    assert np.array_equal(found.brain, grown(masks["brain"], 4.0, np.array([3.0] * 3)))
+    assert (found.volume.array[~found.brain] == 0).all()
+    stripped = replace(volume, array=np.where(masks["brain"], volume.array, 0).astype(np.int16))
+    coarse = {**masks, "brain": masks["brain"] & masks["l"]}  # a part of it
+    found = look_first(stripped, FirstPassRules(**RULES), ["grey matter"], asked(coarse))
+    assert found.brain is not None
+    assert np.array_equal(found.brain, masks["brain"])

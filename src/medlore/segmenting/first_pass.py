@@ -58,7 +58,8 @@ class FirstPass:
         volume: to go on with: without what lies outside of the brain, or as it was, with a note.
         halves: `left` and `right` -> Boolean x y z of the file's grid; empty where no brain was found.
         brain_ml: the volume of the brain, before the margin.
-        brain: Boolean x y z of the file's grid; None where none was found.
+        brain: Boolean x y z of the file's grid, what all structures are looked for inside: the brain with its margin, or what an earlier
+            stripping left; None where none was found.
     """
 
     volume: Volume
@@ -88,9 +89,10 @@ def look_first(volume: Volume, rules: FirstPassRules, labels: Sequence[str], ask
         return FirstPass(_with_sides_unknown(volume, sided, came), brain_ml=brain_ml)
     halves = two_halves(volume, brain, found[rules.halves["left"]], found[rules.halves["right"]])
     if float(np.count_nonzero(volume.array)) * float(np.prod(spacing)) / 1000 < rules.stripped_ml:
-        return FirstPass(volume, halves, brain_ml, brain)
-    kept = np.where(grown(brain, rules.margin_mm, spacing), volume.array, np.zeros((), volume.array.dtype))
-    return FirstPass(replace(volume, array=kept), halves, brain_ml, brain)
+        return FirstPass(volume, halves, brain_ml, volume.array != 0)  # the coarse mask covers a stripped brain in part alone
+    around = grown(brain, rules.margin_mm, spacing)
+    kept = np.where(around, volume.array, np.zeros((), volume.array.dtype))
+    return FirstPass(replace(volume, array=kept), halves, brain_ml, around)
 
 
 def side_of(label: str) -> str | None:
