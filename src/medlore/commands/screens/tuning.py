@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from medlore.commands.screens.answers import print_notes
 
@@ -79,7 +79,7 @@ def print_verdict(text: str, out: Path | None = None) -> None:
 def print_report(report: Mapping[str, Any], *, title: str, per_class: bool = True, probe: Mapping[str, Any] | None = None) -> None:
     """Metrics with their intervals beside the majority answer and the logistic regression, then a row per class."""
     console = Console(highlight=False)
-    table = Table("metric", "value", "95 % interval", "majority answer", title=title)
+    table = Table(Column("metric", no_wrap=True), "value", "95 % interval", "majority answer", title=title)
     if probe is not None:
         table.add_column("logistic regression")
     for name in _SHOWN[report["task"]]:
