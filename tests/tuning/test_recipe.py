@@ -254,9 +254,10 @@ def test_head_and_factors_have_rates_of_their_own(backbone: Path) -> None:
 def test_length_is_counted_in_steps_or_in_epochs() -> None:
     assert FinetuneSettings(steps=10).passes(25) == 2  # seven steps a pass
     assert FinetuneSettings(epochs=3).passes(25) == 3
-    few, many = FinetuneSettings().passes(5), FinetuneSettings().passes(5000)
+    few, some, many = (FinetuneSettings().passes(count) for count in (5, 100, 5000))
     assert 2 * few >= 40  # a floor of steps, however few the images
-    assert many == 1
+    assert 25 * some <= 75  # few images do not carry the network far from the probe
+    assert many == 8
     with pytest.raises(ValueError, match="steps and epochs"):
         FinetuneSettings(steps=10, epochs=3)
 

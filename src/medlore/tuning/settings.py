@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 
 METHOD_GROUP = "Method and ranks"
 # The recipe: found on development sets (docs/tuning.md), none of which is reported on.
-PROBE_RATE_SHARE, HEAD_RATE_SHARE = 0.1, 0.1  # of the method's rate from a probe; of that, for the head
-DEFAULT_EPOCHS, FEWEST_STEPS, MOST_STEPS = 8, 40, 400  # passes, in these limits of steps
+PROBE_RATE_SHARE, HEAD_RATE_SHARE = 0.05, 0.1  # of the method's rate from a probe; of that, for the head
+DEFAULT_EPOCHS, FEWEST_STEPS, MOST_STEPS = 8, 40, 60  # passes, in these limits of steps; the upper one for few images
+FEW_IMAGES = 200
 PUBLISHED_EPOCHS = 20  # from a random start
 
 
@@ -238,7 +239,10 @@ class TrainingSettings(Subject):
     epochs: int | None = setting(None, "Passes over the training images, in place of --steps.", ge=1)
     batch_size: int = setting(4, "Images per step.", ge=1)
     learning_rate: float | None = setting(
-        None, "Peak rate of all but the head; default the method's, from a probe a tenth of it.", gt=0, flags=("--learning-rate", "--lr")
+        None,
+        "Peak rate of all but the head; default the method's, from a probe a twentieth of it.",
+        gt=0,
+        flags=("--learning-rate", "--lr"),
     )
     head_learning_rate: float | None = setting(
         None, "Peak rate of the head; default a tenth of the other from a probe, the same from a random start.", gt=0
@@ -345,7 +349,8 @@ class FinetuneSettings(Settings):
         if training.steps is None and self.probing.start == "random":
             return PUBLISHED_EPOCHS
         each = math.ceil(images / training.batch_size)
-        wanted = training.steps or min(max(DEFAULT_EPOCHS * each, FEWEST_STEPS), max(MOST_STEPS, each))
+        most = MOST_STEPS if images <= FEW_IMAGES else DEFAULT_EPOCHS * each
+        wanted = training.steps or min(max(DEFAULT_EPOCHS * each, FEWEST_STEPS), most)
         return max(1, math.ceil(wanted / each))
 
     def schedule(self, images: int = 1) -> EpochSchedule:
