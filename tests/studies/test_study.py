@@ -107,7 +107,7 @@ def test_one_rank_of_equal_parameters_is_added_once_and_only_where_it_is_missing
 
 def test_every_method_tries_the_same_number_of_settings() -> None:
     study = settings_of(methods=["full", "linear-probe"], tuning={"rate_factors": [1, 0.3, 3]}, draws=1)
-    assert [[round(rate, 6) for rate in cell.rates] for cell in cells_of(study)] == [[1e-5, 3e-6, 3e-5], [1e-3, 3e-4, 3e-3]]
+    assert [[round(rate, 8) for rate in cell.rates] for cell in cells_of(study)] == [[5e-6, 1.5e-6, 1.5e-5], [5e-4, 1.5e-4, 1.5e-3]]
     assert {len(cell.rates) for cell in cells_of(study, trials=2)} == {2}
     published = settings_of(methods=["full", "linear-probe"], tuning={"rate_factors": [1, 0.3, 3]}, draws=1, settings={"start": "random"})
     assert [[round(rate, 6) for rate in cell.rates] for cell in cells_of(published)] == [[1e-4, 3e-5, 3e-4], [1e-2, 3e-3, 3e-2]]
