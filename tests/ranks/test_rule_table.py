@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,17 @@ from safetensors.torch import save_file
 
 import medlore
 from medlore.cli import main
+from medlore.decomposing.classifiers.settings import RankSettings
+from medlore.decomposing.rank_rules import one_of_variants
+from medlore.decomposing.segmenters.settings import ExpertSettings
 from medlore.errors import InputError, TargetError
+from medlore.layers.tuning.methods import METHODS
+from medlore.models.backbones.reading import load_backbone
 from medlore.ranks import RankPlan
 from medlore.ranks.experts import ExpertDemand, expert_plan, fullness_by_depth, write_expert_plans
 from medlore.ranks.rule_table import RULES, LayerDemand, LayerRanks, Rule, expert_ranks
+from medlore.tuning.plans import choose_plan
+from medlore.tuning.settings import FinetuneSettings
 
 SHAPES = {"a.conv": (8, 1, 3, 3, 3), "b.conv": (16, 8, 3, 3, 3), "c.conv": (8, 16, 3, 3, 3)}
 LABELS = {"head": 9.0, "legs": 1.0}
@@ -38,6 +46,23 @@ def test_a_rule_is_one_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert set(expert_ranks("by-depth", ExpertDemand(SHAPES, LABELS, 4)).values()) == {7}
     with pytest.raises(InputError, match="stable-rank, uniform:K with K from 1, given or by-depth"):
         medlore.plan_ranks(tmp_path / "w.safetensors", rule="magic")
+    for kind in (RankSettings, ExpertSettings):
+        assert kind(rule="by-depth").rule == "by-depth"
+        with pytest.raises(ValueError, match=r"accepted are stable-rank, .*by-depth"):
+            kind(rule="magic")
+    check = one_of_variants("shared")
+    assert check("experts-by-depth") == "experts-by-depth"
+    with pytest.raises(ValueError, match=r"accepted are shared, experts-stable-rank, .*experts-by-depth"):
+        check("experts-magic")
+
+
+def test_a_tuning_method_names_any_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ranks of a run are those of its method's rule."""
+    monkeypatch.setitem(RULES, "by-depth", Rule("a toy", by_depth))
+    monkeypatch.setitem(METHODS, "toy", replace(METHODS["lora"], rule="by-depth"))
+    plan = choose_plan(FinetuneSettings(method="toy"), load_backbone("medlore:vit-mini", classes=2))
+    assert plan is not None
+    assert [layer.rank for layer in plan.layers][:5] == [1, 2, 3, 4, 5]
 
 
 def test_rules_say_where_they_have_a_meaning(tmp_path: Path) -> None:

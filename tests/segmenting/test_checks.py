@@ -15,7 +15,8 @@ from medlore.models.segmenter.manifest import CHECK_LIMITS, preprocessing_faults
 from medlore.segmenting.checks import CHECKS
 from medlore.segmenting.evidence import boxed
 from medlore.segmenting.expectations import LIMITS, expectations_of
-from medlore.segmenting.scene import Scene, Structure, mid_plane
+from medlore.segmenting.midplane import midplane_of_mask
+from medlore.segmenting.scene import Scene, Structure
 from medlore.segmenting.verdict import Verdict, judge
 
 SHAPE = (90, 100, 80)
@@ -60,7 +61,7 @@ def test_what_is_plausible_has_no_flags() -> None:
     verdict = judge(seen, level="quick")
     assert verdict.lines() == []
     assert not verdict.flagged
-    assert verdict.untold == {}
+    assert verdict.not_judged == {}
     assert verdict.measured["cerebellum"]["volume_ml"] == pytest.approx(CEREBELLUM.sum() * 0.008, abs=1e-3)
     assert verdict.measured["thalamus"]["smaller_side"] > 0.9
 
@@ -89,7 +90,7 @@ def test_a_crop_is_not_judged_for_what_may_lie_outside_but_for_what_is_too_large
     crop = scene(mm=0.9)  # 72 mm high
     verdict = told("thalamus", RIGHT, crop)
     assert verdict.lines() == []
-    assert set(verdict.untold) == {"volume", "sides"}
+    assert set(verdict.not_judged) == {"volume", "sides"}
     assert told("thalamus", BRAIN, scene(mm=0.9)).lines()
 
 
@@ -119,14 +120,14 @@ def test_the_mid_plane_follows_a_turned_head(degrees: float) -> None:
     brain = ((x / 30) ** 2 + (y / 42) ** 2 + (at[2] / 28) ** 2 < 1) & ~((np.abs(x) < 2) & (y > 25))
     box = boxed(brain.reshape(SHAPE))
     assert box is not None
-    plane = mid_plane(*box, scene().affine)
+    plane = midplane_of_mask(*box, scene().affine)
     expected = np.array([np.cos(turn), -np.sin(turn), 0.0])
-    assert np.degrees(np.arccos(min(abs(float(plane.normal @ expected)), 1.0))) < 4
+    assert np.degrees(np.arccos(min(abs(float(np.dot(plane.normal, expected))), 1.0))) < 4
 
 
 def test_a_label_without_a_partner_is_not_judged_and_one_with_a_partner_is() -> None:
     alone = told("left hippocampus", LEFT, scene())
-    assert alone.untold["sides"] == {"its partner on the other side was not asked for": ["left hippocampus"]}
+    assert alone.not_judged["sides"] == {"its partner on the other side was not asked for": ["left hippocampus"]}
     assert alone.lines() == []
     assert "the other side" in told("left hippocampus", LEFT, scene(), partner=1.0).lines()[0]
     assert told("left hippocampus", LEFT, scene(), partner=5.0).lines() == []
@@ -135,9 +136,9 @@ def test_a_label_without_a_partner_is_not_judged_and_one_with_a_partner_is() -> 
 def test_without_ranges_or_a_brain_the_verdict_says_what_it_could_not_judge() -> None:
     verdict = told("thalamus", RIGHT, scene(None, {"structures": {}}))
     assert verdict.lines() == []
-    assert verdict.untold == {"volume": {"the pack states no range of volumes": ["thalamus"]}}
+    assert verdict.not_judged == {"volume": {"the pack states no range of volumes": ["thalamus"]}}
     blind = told("thalamus", RIGHT | LEFT, scene(None))
-    assert set(blind.untold) == {"outside", "sides"}
+    assert set(blind.not_judged) == {"outside", "sides"}
 
 
 def test_outside_vague_dropped_and_disagreeing_masks_are_told() -> None:

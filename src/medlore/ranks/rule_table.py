@@ -1,6 +1,7 @@
 """Every rule by which rank is shared out, in one table: over the layers of a network, over the experts of a decomposition, or both.
 
-A new rule is one entry of `RULES`; `medlore ranks --rule NAME` and a study's `rule: NAME` know it from then on.
+A new rule is one entry of `RULES`; `medlore ranks --rule NAME`, `rule: NAME` and the variants `experts-NAME` of a decomposition, and the
+`rule` of a tuning method know it from then on.
 """
 
 from __future__ import annotations

@@ -23,12 +23,12 @@ class Finding:
     Args:
         measured: name -> number, for `case.json`.
         says: what is implausible, in a few words; None where nothing is.
-        untold: why it could not judge; None where it could.
+        not_judged: why it could not judge; None where it could.
     """
 
     measured: dict[str, Any] = field(default_factory=dict)
     says: str | None = None
-    untold: str | None = None
+    not_judged: str | None = None
 
 
 NOTHING = Finding()
@@ -54,7 +54,7 @@ def volume(structure: Structure) -> Finding:
     expected, scene, ml = structure.expected, structure.scene, structure.ml
     measured: dict[str, Any] = {"volume_ml": round(ml, 3)}
     if expected is None or expected.ml is None:
-        return Finding(measured, untold="the pack states no range of volumes")
+        return Finding(measured, not_judged="the pack states no range of volumes")
     low, high = expected.ml
     measured["expected_ml"] = [low, high]
     if ml > high:
@@ -62,7 +62,7 @@ def volume(structure: Structure) -> Finding:
     if ml >= low:
         return Finding(measured)
     if not scene.whole:
-        return Finding(measured, untold=f"the image is shorter than {scene.expected.least_mm:g} mm, so a part of it may lie outside")
+        return Finding(measured, not_judged=f"the image is shorter than {scene.expected.least_mm:g} mm, so a part of it may lie outside")
     if structure.found is None:
         why = "; the brain is cut by the edge of the image" if scene.brain_is_cut else ""
         return Finding(measured, f"not found, expected {low:g} to {high:g} ml{why}")
@@ -91,7 +91,7 @@ def outside(structure: Structure) -> Finding:
     if structure.found is None or structure.expected is None or structure.label == around:
         return NOTHING
     if scene.brain is None:
-        return Finding(untold=f"no {around or 'brain'} was found around it")
+        return Finding(not_judged=f"no {around or 'brain'} was found around it")
     share = 1 - scene.inside_share(structure.found)
     says = f"{share:.0%} of it outside of the {around or 'brain'}" if share > scene.expected.limits["outside_share"] else None
     return Finding({"outside_share": round(share, 4)}, says)
@@ -103,13 +103,13 @@ def sides(structure: Structure) -> Finding:
     if structure.partner is not None:
         return _compared(structure, (structure.ml, structure.partner), ("here", "the other side"))
     if structure.label.startswith(("left ", "right ")):
-        return Finding(untold="its partner on the other side was not asked for")
+        return Finding(not_judged="its partner on the other side was not asked for")
     if structure.found is None or expected is None or not expected.paired:
         return NOTHING
     if scene.plane is None:
-        return Finding(untold="no brain is known, so neither is its mid plane")
-    right = scene.plane.right(scene.places(structure.found))
-    one, other = (float(np.count_nonzero(side)) * scene.voxel_ml for side in (right, ~right))
+        return Finding(not_judged="no brain is known, so neither is its mid plane")
+    left = scene.plane.is_left(scene.places(structure.found))
+    one, other = (float(np.count_nonzero(side)) * scene.voxel_ml for side in (~left, left))
     return _compared(structure, (one, other), ("right", "left"))
 
 
@@ -117,7 +117,7 @@ def _compared(structure: Structure, ml: tuple[float, float], names: tuple[str, s
     """Two sides, in millilitres."""
     (one, other), (first, second) = ml, names
     if not structure.scene.whole:
-        return Finding(untold=f"the image is shorter than {structure.scene.expected.least_mm:g} mm: one side may lie outside")
+        return Finding(not_judged=f"the image is shorter than {structure.scene.expected.least_mm:g} mm: one side may lie outside")
     share = min(one, other) / max(one, other) if max(one, other) > 0 else 1.0
     measured = {"side_ml": [round(one, 3), round(other, 3)], "smaller_side": round(share, 3)}
     uneven = share < structure.scene.expected.limits["smaller_side"]
@@ -140,7 +140,7 @@ def border(structure: Structure) -> Finding:
     measured = {"border_entropy": round(structure.entropy, 4)}
     most = structure.scene.expected.limits.get("border_entropy")
     if most is None:
-        return Finding(measured, untold="the pack states no limit of the border's entropy")
+        return Finding(measured, not_judged="the pack states no limit of the border's entropy")
     says = f"a vague border (entropy {structure.entropy:.2f} bits, at most {most:g} expected)" if structure.entropy > most else None
     return Finding(measured, says)
 

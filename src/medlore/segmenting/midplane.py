@@ -9,6 +9,7 @@ mid-sagittal plane in 3-D brain images", IEEE Transactions on Medical Imaging 16
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from scipy import ndimage
 from scipy.optimize import minimize
 
-from medlore.data.volumes.geometry import Array, spacing_of
+from medlore.data.volumes.geometry import Array, Crop, spacing_of
 
 _POINTS = 6000  # of each half
 _UNIT_MM = 50.0  # about the radius of a brain: coordinates are of the order of one
@@ -26,6 +27,9 @@ _COARSE_MM = 3.0  # distance of the voxels that are mirrored
 _BLUR_MM = 2.0
 _TURN, _SHIFT_MM = 0.05, 3.0  # first steps of the refinement: radians, millimetres
 _EVALUATIONS = 120
+_PLANE_MM = 4.0  # grid on which the plane of a mask is looked for
+_TURNS = (0.0, -5.0, 5.0, -10.0, 10.0, -15.0, 15.0)  # degrees about the long and the vertical axis; of equal ones the first is kept
+_SHIFTS = (0.0, -3.0, 3.0, -6.0, 6.0, -9.0, 9.0)  # mm from the centre
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,10 @@ class Plane:
 
     normal: tuple[float, float, float]
     offset: float
+
+    def is_left(self, places: Array) -> Array:
+        """Whether places (n 3, mm) lie on the left side."""
+        return np.asarray(places @ np.asarray(self.normal) > self.offset)
 
     def left_of(self, shape: tuple[int, int, int], affine: Array) -> Array:
         """Which voxels of a grid lie on the left side: Boolean x y z."""
@@ -64,6 +72,41 @@ def midplane(image: Array, brain: Array, left: Array, right: Array, affine: Arra
     begun = _between(*sides)
     grey = np.asarray(image, np.float32)
     return _refined(begun, grey * brain, brain, affine) if brain.any() and np.ptp(grey[brain]) > 0 else begun
+
+
+def midplane_of_mask(crop: Crop, mask: Array, affine: Array) -> Plane:
+    """The plane in which a brain is most like its mirror image, near the patient's mid plane, where only its mask is known.
+
+    Turned by up to 15 degrees about the long and the vertical axis and moved by up to 9 mm from the centre; the best of a coarse search.
+
+    Args:
+        crop: where the mask lies in the image.
+        mask: Boolean x y z.
+        affine: of the image.
+    """
+    step = [max(round(_PLANE_MM / float(mm)), 1) for mm in spacing_of(affine)]
+    thinned = np.ascontiguousarray(mask[tuple(slice(s // 2 if n > s // 2 else 0, None, s) for n, s in zip(mask.shape, step, strict=True))])
+    coarse = np.asarray(affine, float) @ np.diag([*step, 1.0])
+    first = [a + (s // 2 if n > s // 2 else 0) for a, s, n in zip(crop.start, step, mask.shape, strict=True)]
+    coarse[:3, 3] = _in_mm(np.asarray(first, float), np.asarray(affine, float))
+    places = _in_mm(np.argwhere(thinned), coarse)
+    if not len(places):
+        return Plane((-1.0, 0.0, 0.0), 0.0)
+    centre, back = places.mean(axis=0), np.linalg.inv(coarse)
+    best, plane = -1, Plane((-1.0, 0.0, 0.0), -float(centre[0]))
+    for yaw, roll in itertools.product(_TURNS, _TURNS):
+        normal = -np.array([1.0, np.tan(np.radians(yaw)), np.tan(np.radians(roll))])
+        normal /= np.linalg.norm(normal)
+        away = places @ normal
+        for shift in _SHIFTS:
+            offset = float(centre @ normal) - shift
+            mirrored = places - 2 * (away - offset)[:, None] * normal
+            at = np.rint(_in_mm(mirrored, back)).astype(np.int64)
+            inside = ((at >= 0) & (at < thinned.shape)).all(axis=1)
+            agree = int(np.count_nonzero(thinned[tuple(at[inside].T)]))
+            if agree > best:
+                best, plane = agree, _plane(normal, offset)
+    return plane
 
 
 def _some_points(mask: Array, affine: Array, rng: np.random.Generator) -> Array:

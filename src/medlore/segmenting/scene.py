@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -11,25 +10,11 @@ import numpy as np
 
 from medlore.data.volumes.geometry import Array, Crop, Shape, spacing_of
 from medlore.segmenting.expectations import Expectation, Expectations
+from medlore.segmenting.midplane import Plane, midplane_of_mask
 
 _CUT_SHARE = 0.05  # of the area of a cube of the same volume: with more of it on the image's edge a structure is cut off there
-_PLANE_MM = 4.0  # grid on which the mid plane is looked for
-_TURNS = (0.0, -5.0, 5.0, -10.0, 10.0, -15.0, 15.0)  # degrees about the long and the vertical axis; of equal ones the first is kept
-_SHIFTS = (0.0, -3.0, 3.0, -6.0, 6.0, -9.0, 9.0)  # mm from the centre
 Edges = tuple[tuple[bool, bool], ...]
 Boxed = tuple[Crop, Array]
-
-
-@dataclass(frozen=True)
-class Plane:
-    """The mid-sagittal plane: `normal @ place == offset`, in RAS mm; the right side is above it."""
-
-    normal: Array
-    offset: float
-
-    def right(self, places: Array) -> Array:
-        """Whether places (n 3, RAS mm) lie on the patient's right."""
-        return np.asarray(places @ self.normal > self.offset)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +53,7 @@ class Scene:
     @functools.cached_property
     def plane(self) -> Plane | None:
         """Between the halves of the brain; None where no brain is known."""
-        return None if self.brain is None else mid_plane(*self.brain, self.affine)
+        return None if self.brain is None else midplane_of_mask(*self.brain, self.affine)
 
     @functools.cached_property
     def brain_is_cut(self) -> bool:
@@ -124,36 +109,6 @@ class Structure:
     def ml(self) -> float:
         """Its volume."""
         return 0.0 if self.found is None else float(np.count_nonzero(self.found[1])) * self.scene.voxel_ml
-
-
-def mid_plane(crop: Crop, mask: Array, affine: Array) -> Plane:
-    """The plane in which a brain is most like its mirror image, near the patient's mid plane.
-
-    Turned by up to 15 degrees about the long and the vertical axis and moved by up to 9 mm from the centre; the best of a coarse search.
-    """
-    step = [max(round(_PLANE_MM / float(mm)), 1) for mm in spacing_of(affine)]
-    thinned = np.ascontiguousarray(mask[tuple(slice(s // 2 if n > s // 2 else 0, None, s) for n, s in zip(mask.shape, step, strict=True))])
-    coarse = np.asarray(affine, float) @ np.diag([*step, 1.0])
-    first = [a + (s // 2 if n > s // 2 else 0) for a, s, n in zip(crop.start, step, mask.shape, strict=True)]
-    coarse[:3, 3] = np.asarray(affine, float)[:3, :3] @ np.asarray(first, float) + np.asarray(affine, float)[:3, 3]
-    places = _places(Crop((0, 0, 0), thinned.shape), thinned, coarse)
-    if not len(places):
-        return Plane(np.array([1.0, 0, 0]), 0.0)
-    centre, back = places.mean(axis=0), np.linalg.inv(coarse)
-    best, plane = -1, Plane(np.array([1.0, 0, 0]), float(centre[0]))
-    for yaw, roll in itertools.product(_TURNS, _TURNS):
-        normal = np.array([1.0, np.tan(np.radians(yaw)), np.tan(np.radians(roll))])
-        normal /= np.linalg.norm(normal)
-        away = places @ normal
-        for shift in _SHIFTS:
-            offset = float(centre @ normal) + shift
-            mirrored = places - 2 * (away - offset)[:, None] * normal
-            at = np.rint(mirrored @ back[:3, :3].T + back[:3, 3]).astype(np.int64)
-            inside = ((at >= 0) & (at < thinned.shape)).all(axis=1)
-            agree = int(np.count_nonzero(thinned[tuple(at[inside].T)]))
-            if agree > best:
-                best, plane = agree, Plane(normal, offset)
-    return plane
 
 
 def _places(crop: Crop, mask: Array, affine: Array) -> Array:

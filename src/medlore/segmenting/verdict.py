@@ -35,14 +35,14 @@ class Verdict:
         flags: in the order of the labels.
         image: what is odd about the image as a whole: another part of the body, another modality.
         measured: label -> what was measured.
-        untold: check -> reason -> labels that could not be judged.
+        not_judged: check -> reason -> labels that could not be judged.
     """
 
     level: CheckLevel
     flags: tuple[Flag, ...] = ()
     image: tuple[str, ...] = ()
     measured: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    untold: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)
+    not_judged: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)
 
     @property
     def flagged(self) -> bool:
@@ -65,7 +65,7 @@ class Verdict:
             "flags": [{"label": flag.label, "check": flag.check, "says": flag.says} for flag in self.flags],
             "image": list(self.image),
             "measured": {label: dict(values) for label, values in self.measured.items()},
-            "not_judged": {check: {why: list(labels) for why, labels in told.items()} for check, told in self.untold.items()},
+            "not_judged": {check: {why: list(labels) for why, labels in told.items()} for check, told in self.not_judged.items()},
         }
 
 
@@ -79,13 +79,13 @@ def judge(structures: Sequence[Structure], *, level: CheckLevel, image: Sequence
     """
     flags: list[Flag] = []
     measured: dict[str, dict[str, Any]] = {}
-    untold: dict[str, dict[str, list[str]]] = {}
+    not_judged: dict[str, dict[str, list[str]]] = {}
     for structure in structures:
         for check in CHECKS:
             finding = check.look(structure)
             measured.setdefault(structure.label, {}).update(finding.measured)
             if finding.says is not None:
                 flags.append(Flag(structure.label, check.name, finding.says))
-            if finding.untold is not None:
-                untold.setdefault(check.name, {}).setdefault(finding.untold, []).append(structure.label)
-    return Verdict(level, tuple(flags), tuple(image), measured, untold)
+            if finding.not_judged is not None:
+                not_judged.setdefault(check.name, {}).setdefault(finding.not_judged, []).append(structure.label)
+    return Verdict(level, tuple(flags), tuple(image), measured, not_judged)

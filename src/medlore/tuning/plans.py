@@ -8,6 +8,7 @@ from medlore.models.backbones.reading import Backbone
 from medlore.models.backbones.store import BackboneStore
 from medlore.ranks.allocate import plan_ranks
 from medlore.ranks.plan import RankPlan
+from medlore.ranks.rule_table import RULES
 from medlore.tuning.rank_tracking import RankTracking
 from medlore.tuning.settings import FinetuneSettings
 
@@ -58,12 +59,13 @@ def choose_plan(settings: FinetuneSettings, backbone: Backbone) -> RankPlan | No
 
     if wanted.ranks is not None:
         return planned("given")
-    if method.rule == "stable-rank":
-        return planned("stable-rank", wanted.scale, wanted.budget)
+    rule = RULES[method.rule]
+    if not rule.numbered:
+        return planned(method.rule, wanted.scale, wanted.budget) if rule.measures else planned(method.rule)
     if wanted.rank == "equal":
         pairs = method.pairs(settings.method_options())  # that share the parameters of one
         return planned(f"uniform:{pairs * max(1, round(planned('stable-rank', wanted.scale, wanted.budget).uniform_rank))}")
-    return planned(f"uniform:{wanted.rank}")
+    return planned(f"{method.rule}:{wanted.rank}")
 
 
 def tracking_of(settings: FinetuneSettings, backbone: Backbone, plan: RankPlan | None) -> RankTracking | None:

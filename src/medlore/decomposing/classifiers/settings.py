@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 
 from medlore.data.images.missing_labels import HELP, MissingLabels
 from medlore.data.images.words import Flip
+from medlore.decomposing.rank_rules import ExpertRule, one_of_variants
 from medlore.linalg.matricize import Layout
 from medlore.models.backbones.shufflenet import Norm
 from medlore.models.backbones.students import StudentKind
@@ -17,10 +18,7 @@ from medlore.ranks.experts import GivenRank
 from medlore.runs.hardware import DeviceChoice
 from medlore.runs.settings import Settings, setting
 
-Rule = Literal["uniform", "given", "task-size", "stable-rank"]
-Variant = Literal[
-    "teacher", "experts", "shared", "shared-distilled", "single", "experts-uniform", "experts-task-size", "experts-stable-rank"
-]
+Variant = Annotated[str, pydantic.AfterValidator(one_of_variants("teacher", "experts", "shared", "shared-distilled", "single"))]
 
 
 _STUDENTS = ("students",)  # settings that decide the students' weights and not the teacher's
@@ -77,7 +75,7 @@ class ClassifierStudentSettings(Settings):
 class RankSettings(Settings):
     """Ranks of the experts."""
 
-    rule: Rule = setting(
+    rule: ExpertRule = setting(
         "uniform",
         "`uniform`; `given`; `task-size` (proportional to the square root of the task's training images, the mean being `rank`); "
         "`stable-rank` (per layer, proportional to the stable rank of the teacher's weight at the same relative depth, the mean over "

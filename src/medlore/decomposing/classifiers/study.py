@@ -19,9 +19,10 @@ from medlore.data.images.transforms import Preprocessing
 from medlore.decomposing.classifiers.export import write_backbone
 from medlore.decomposing.classifiers.ranks import adapted_layers, choose_ranks
 from medlore.decomposing.classifiers.report import measure, table_rows
-from medlore.decomposing.classifiers.settings import DecomposeSettings, RankSettings, Rule
+from medlore.decomposing.classifiers.settings import DecomposeSettings, RankSettings
 from medlore.decomposing.classifiers.tasks import TaskData, fingerprint, read_tasks
 from medlore.decomposing.classifiers.training import ClassifierTrainingPlan, Distillation, train_network
+from medlore.decomposing.rank_rules import rule_of_variant
 from medlore.decomposing.stored_weights import as_stored
 from medlore.decomposing.trained_once import TrainedOnce, identity_of
 from medlore.errors import UnknownNameError
@@ -190,8 +191,7 @@ def _train_all(context: _Context, teacher: MultiTaskNetwork | None) -> tuple[lis
         for name, task in context.tasks.items():
             rows += _compare(context, f"single-{name}", context.network(context.student(), {name: task}), only=name)
     for variant in settings.variants:
-        if variant.startswith("experts-"):
-            rule = cast("Rule", variant.removeprefix("experts-"))
+        if (rule := rule_of_variant(variant)) is not None:
             ranks = settings.ranks.changed(rule=rule)
             rows += _compare(context, variant, _with_experts(context, teacher, ranks), _distillation(context, teacher))
     experts = _with_experts(context, teacher)

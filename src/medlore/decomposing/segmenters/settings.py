@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 
+from medlore.decomposing.rank_rules import ExpertRule, one_of_variants
 from medlore.decomposing.segmenters.rule_settings import checked_patches, checked_synthesis
 from medlore.errors import InputError
 from medlore.linalg.matricize import Layout
@@ -19,8 +20,7 @@ from medlore.ranks.experts import GivenRank
 from medlore.runs.hardware import DeviceChoice
 from medlore.runs.settings import Settings, setting
 
-Variant = Literal["teacher", "experts", "shared", "single", "experts-uniform", "experts-given", "experts-stable-rank"]
-RankRule = Literal["uniform", "given", "stable-rank"]
+Variant = Annotated[str, pydantic.AfterValidator(one_of_variants("teacher", "experts", "shared", "single"))]
 BatchMode = Literal["mixed", "region"]
 Precision = Literal["fp32", "bf16"]
 Positive = pydantic.PositiveInt
@@ -139,7 +139,7 @@ class SegmenterStudentSettings(ScheduleSettings):
 class ExpertSettings(Settings):
     """One expert per region in every 3x3x3 convolution of the U-Net."""
 
-    rule: RankRule = setting(
+    rule: ExpertRule = setting(
         "uniform",
         "`uniform`: `rank` everywhere; `given`: region -> rank; `stable-rank`: per layer proportional to the stable rank of the "
         "teacher's weight there, per region to the root of its number of labels. All three at the same number of parameters.",
@@ -242,7 +242,7 @@ class SegmentationSettings(Settings):
         """The defaults with this study's values laid over them."""
         return {**DEFAULT_PREPROCESSING, **self.preprocessing}
 
-    def with_rule(self, rule: RankRule) -> SegmentationSettings:
+    def with_rule(self, rule: str) -> SegmentationSettings:
         """The same study with experts of another rank rule."""
         return self.changed(experts=self.experts.changed(rule=rule))
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from medlore.assets import PREFIX
+from medlore.decomposing.rank_rules import rule_of_variant
 from medlore.decomposing.segmenters.batches import region_shares
 from medlore.decomposing.segmenters.cohort import Cohort, check_experts_have_cases
 from medlore.decomposing.segmenters.context import Narrator, NetworkJob, StudyContext, open_context, silent
@@ -22,7 +23,7 @@ from medlore.decomposing.segmenters.expert_ranks import Ranks, choose_expert_ran
 from medlore.decomposing.segmenters.initialisation import start_from_teacher
 from medlore.decomposing.segmenters.network import PromptedSegmenter, new_prompts
 from medlore.decomposing.segmenters.packs import write_trained_pack
-from medlore.decomposing.segmenters.settings import RankRule, SegmentationSettings
+from medlore.decomposing.segmenters.settings import SegmentationSettings
 from medlore.decomposing.segmenters.table import measure_network
 from medlore.decomposing.stored_weights import as_stored
 from medlore.errors import InputError
@@ -130,8 +131,8 @@ def _students(context: StudyContext, teacher: PromptedSegmenter) -> Iterator[tup
         job = single_job(context, region)
         yield job.name, context.finish(job, plain_student(context, teacher), teacher=teacher), job.cohort
     for variant in settings.variants:
-        if variant.startswith("experts-"):
-            other = replace(context, settings=settings.with_rule(cast("RankRule", variant.removeprefix("experts-"))))
+        if (rule := rule_of_variant(variant)) is not None:
+            other = replace(context, settings=settings.with_rule(rule))
             yield variant, _experts(other, teacher, variant), cohort
     yield "experts", _experts(context, teacher, "experts"), cohort
 

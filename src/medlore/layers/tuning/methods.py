@@ -1,4 +1,4 @@
-"""The tuning methods: one table. A new method, with whatever options it has, is one new entry; nothing else names the methods.
+"""The tuning methods: one table. A new method, with whatever options it has, is one new entry; nothing else must be changed for it.
 
 A method receives a model, a `Request` and its own options, installs itself and returns a `Tuning`: the model to train, what to do
 around a step, and how to write what was learnt. The training loop knows nothing else about it.
@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from medlore.errors import DataError, InputError, UnknownNameError
 from medlore.layers.tuning.options import (
@@ -44,7 +44,7 @@ class Method:
 
     Attributes:
         install: put it into a model: model, request, options.
-        rule: how its ranks are chosen when the user says nothing; None for methods without factors.
+        rule: of `ranks.rule_table.RULES`, how its ranks are chosen when the user says nothing; None for methods without factors.
         learning_rate: where it starts when the user says nothing.
         caption: one line for help texts and tables.
         options: dataclass of the options that it alone, or it with few others, has; their defaults are its own.
@@ -58,7 +58,7 @@ class Method:
     """
 
     install: Install
-    rule: Literal["stable-rank", "uniform"] | None
+    rule: str | None
     learning_rate: float
     caption: str
     options: type[Any] = NoOptions
