@@ -56,6 +56,8 @@ def labels_of_ct(count: int) -> list[str]:
 
 def check(measured: dict[str, Any], limit: int | None = None) -> None:
     plan = measured["case"]["plan"]
+    peak, planned = measured["peak"] >> 20, plan["expected_peak_bytes"] >> 20
+    sys.stdout.write(f"peak {peak} MiB, plan {planned} MiB, ratio {planned / peak:.2f}, {plan['passes']} passes\n")  # pytest -rP shows it
     assert measured["peak"] <= plan["expected_peak_bytes"], (measured["peak"] >> 20, plan)
     assert plan["expected_peak_bytes"] <= 1.3 * measured["peak"], (measured["peak"] >> 20, plan)
     assert plan["expected_peak_bytes"] <= plan["memory_bytes"]

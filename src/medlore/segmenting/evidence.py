@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 import numpy as np
@@ -39,11 +40,14 @@ def verdict_of(
     own = result.boxed(expected.inside) if expected.inside in result.masks else None
     scene = _scene(result, expected, boxed(brain) if brain is not None else own)
     entropies = {} if result.maps is None else result.maps.entropies()
-    seen = [_structure(result, label, scene, entropies, dropped_ml or {}, agreement or {}) for label in labels]
+    seen = (
+        _structure(result, label, scene, entropies, dropped_ml or {}, agreement or {}) for label in labels
+    )  # one mask unpacked at a time
+    beside: list[Structure] = []
     if expected.inside in result.masks and expected.inside not in labels:  # asked beside the labels, for this
-        seen.append(Structure(str(expected.inside), own, scene, expected.structures.get(str(expected.inside))))
+        beside.append(Structure(str(expected.inside), own, scene, expected.structures.get(str(expected.inside))))
     odd = oddities(result.volume, result.routes.modality, regions_of(result.routes.by_region))
-    return judge(seen, level=result.plan.extras.check, image=odd)
+    return judge(itertools.chain(seen, beside), level=result.plan.extras.check, image=odd)
 
 
 def regions_of(by_region: Mapping[str, list[str]]) -> list[str]:

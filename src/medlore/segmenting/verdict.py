@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,11 +69,11 @@ class Verdict:
         }
 
 
-def judge(structures: Sequence[Structure], *, level: CheckLevel, image: Sequence[str] = ()) -> Verdict:
+def judge(structures: Iterable[Structure], *, level: CheckLevel, image: Sequence[str] = ()) -> Verdict:
     """Look at every structure with every check.
 
     Args:
-        structures: in the order of the labels.
+        structures: in the order of the labels; gone through once, so that one mask is unpacked at a time.
         level: what the evidence was gathered for.
         image: what is odd about the image as a whole.
     """

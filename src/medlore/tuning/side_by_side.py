@@ -147,7 +147,7 @@ def _verdict(rows: Sequence[dict[str, Any]]) -> str:
         words.append(f"Better than the logistic regression on the frozen features, as far as these images can show: {', '.join(better)}.")
     else:
         words.append(
-            "No method is better than the logistic regression on the frozen features, as far as these images can show: take linear-probe."
+            "No method is better than the logistic regression on the frozen features, as far as these images can show: use linear-probe."
         )
     if worse:
         words.append(f"Worse: {', '.join(worse)}.")
