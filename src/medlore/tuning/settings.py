@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from medlore.tuning.training import EpochSchedule
 
 METHOD_GROUP = "Method and ranks"
-# The recipe: found on development sets (docs/tuning.md), none of which is reported on.
+# The recipe: between two points that were measured on development sets, none of which is reported on; not run itself (docs/tuning.md).
 PROBE_RATE_SHARE, HEAD_RATE_SHARE = 0.05, 0.1  # of the method's rate from a probe; of that, for the head
 DEFAULT_EPOCHS, FEWEST_STEPS, MOST_STEPS = 8, 40, 60  # passes, in these limits of steps; the upper one for few images
 FEW_IMAGES = 200
