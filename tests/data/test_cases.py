@@ -89,6 +89,7 @@ def test_images_of_a_folder(tmp_path: Path) -> None:
     assert [p.name for p in find_images(tmp_path)] == ["a.nii", "b.nii.gz", "c.nrrd"]
 
 
+@pytest.mark.case("small_things")
 def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
     """Other characters that Python counts as ends of lines may stand in a text of JSON."""
     extra = {"note": "a\u2028b\x85c\x0bd"}

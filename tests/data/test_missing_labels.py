@@ -38,6 +38,7 @@ def chexpert_blanks(tmp_path: Path) -> Path:
     return tmp_path / "t.csv"
 
 
+@pytest.mark.case("chexpert_blanks")
 def test_chexpert_blanks_are_faults_with_line_and_column(chexpert_blanks: Path) -> None:
     with pytest.raises(DataError, match=r"--missing-labels negative .* --missing-labels ignore") as caught:
         read_images(chexpert_blanks)
@@ -46,6 +47,7 @@ def test_chexpert_blanks_are_faults_with_line_and_column(chexpert_blanks: Path) 
     assert caught.value.faults[6] == "line 9: column 'Cardiomegaly' is empty; column 'Fracture' is empty"
 
 
+@pytest.mark.case("chexpert_blanks")
 @pytest.mark.parametrize(("policy", "blank", "missing"), [("negative", 0.0, 0), ("ignore", np.nan, 13)])
 def test_a_stated_policy_keeps_every_class(chexpert_blanks: Path, policy: Any, blank: float, missing: int) -> None:
     found = read_images(chexpert_blanks, missing_labels=policy)

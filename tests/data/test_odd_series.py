@@ -72,6 +72,7 @@ def test_a_damaged_slice_is_not_left_out_in_silence(tmp_path: Path) -> None:
         read_volume(tmp_path / "s")
 
 
+@pytest.mark.case("nifti_in_dicom_folder")
 def test_a_folder_with_an_image_file_and_dicom_names_both(tmp_path: Path) -> None:
     import nibabel as nib
 
@@ -137,6 +138,7 @@ def spaced(by: float) -> Callable[[Any, int], None]:
     return each
 
 
+@pytest.mark.case("inplane_shift")
 @pytest.mark.parametrize(
     ("each", "reason"),
     [
@@ -164,6 +166,7 @@ def test_rounding_is_no_fault(tmp_path: Path, each: Any) -> None:
         assert np.abs(place - np.array(header.ImagePositionPatient, float)).max() < 0.05
 
 
+@pytest.mark.case("healthy_series_refused")
 def test_sound_series_are_read_whatever_edge_the_rounding_falls_on(tmp_path: Path) -> None:
     def noise(d: Any, z: int) -> None:
         d.ImageOrientationPatient = [1, 0, -0.00049 if z % 2 else -0.00051, 0, 1, 0]
@@ -257,6 +260,7 @@ def test_padding_is_air_whatever_sign_its_header_gives_it(tmp_path: Path, pad: i
 # -- empty, absent and damaged attributes ------------------------------------------------------------------------------
 
 
+@pytest.mark.case("dicom_empty_tags")
 @pytest.mark.parametrize("how", [None, GONE], ids=["empty", "absent"])
 @pytest.mark.parametrize("names", ["RescaleSlope RescaleIntercept", "NumberOfFrames", "Modality", "SliceThickness", "SeriesInstanceUID"])
 def test_what_is_empty_counts_as_absent(tmp_path: Path, names: str, how: Any) -> None:
@@ -281,6 +285,7 @@ def test_numbers_with_commas_are_refused_by_name(tmp_path: Path) -> None:
         read_volume(folder)
 
 
+@pytest.mark.case("small_things")
 def test_a_series_without_uid_is_one_series_and_said(tmp_path: Path) -> None:
     volume = read_volume(write_slices(tmp_path / "s", ARRAY, SeriesInstanceUID=GONE))
     assert "no SeriesInstanceUID" in volume.notes[0]
@@ -300,6 +305,7 @@ def test_dicom_without_its_preamble_is_read(tmp_path: Path) -> None:
 # -- hostile -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.case("small_things")
 def test_an_encrypted_zip_is_refused(tmp_path: Path) -> None:
     folder = write_slices(tmp_path / "s", ARRAY)
     with zipfile.ZipFile(tmp_path / "e.zip", "w") as archive:

@@ -38,6 +38,7 @@ def nifti_bytes(array: np.ndarray[Any, Any] = ARRAY, affine: np.ndarray[Any, Any
 # -- NIfTI: where ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.case("units")
 @pytest.mark.parametrize(("code", "scale"), [(0, 1), (1, 1000), (2, 1), (3, 0.001), (3 + 8, 0.001), (1 + 16, 1000)])
 def test_units_of_length_count(tmp_path: Path, code: int, scale: float) -> None:
     affine = np.diag([-0.05 / scale, -0.05 / scale, 0.06 / scale, 1.0])
@@ -68,6 +69,7 @@ def test_lengths_of_the_wrong_unit_are_refused(tmp_path: Path) -> None:
         read_nifti(tmp_path / "a.nii")
 
 
+@pytest.mark.case("quaternion")
 @pytest.mark.parametrize("longer", [1.0000003, 1.0004])
 @pytest.mark.parametrize("choice", ["auto", "sform", "qform"])
 def test_a_quaternion_longer_than_one_by_rounding_is_scaled(tmp_path: Path, longer: float, choice: Any) -> None:
@@ -145,6 +147,7 @@ def ct_without_intercept(padding: int, kind: type) -> np.ndarray[Any, Any]:
     return values.astype(kind)
 
 
+@pytest.mark.case("lost_intercept_padding")
 @pytest.mark.parametrize(
     ("padding", "kind"),
     [(0, np.uint16), (-2000, np.int16), (-3024, np.int16), (-2000, np.float32), (63536, np.uint16), (62512, np.int32), (-32768, np.int16)],
@@ -217,6 +220,7 @@ LITTLE = "endian: little\nencoding: raw\n"
 PACKED = "endian: little\nencoding: gzip\n"
 
 
+@pytest.mark.case("nrrd_skip")
 @pytest.mark.parametrize("apart", [True, False], ids=["nhdr", "nrrd"])
 @pytest.mark.parametrize(
     ("fields", "body"),
@@ -262,6 +266,7 @@ def test_units_of_nrrd_count(tmp_path: Path) -> None:
     assert np.allclose(spacing_of(read_volume(tmp_path / "a.nrrd").affine), (10, 10, 20))
 
 
+@pytest.mark.case("small_things")
 @pytest.mark.parametrize(
     ("old", "new", "reason"),
     [

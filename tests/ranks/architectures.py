@@ -206,6 +206,8 @@ CASES = [
     Case("DINOv3ViTModel", IMAGE, PROJ),
     Case("BlipVisionModel", IMAGE, ("qkv", "qkv", "projection"), stacked, fast=True),
     Case("Blip2VisionModel", IMAGE, ("qkv", "qkv", "projection"), stacked),
+    Case("InternVLVisionModel", {**IMAGE, "image_size": [32, 32], "patch_size": [8, 8]},
+         ("q_proj", "v_proj", "projection_layer"), fast=True),
     Case("SamVisionModel",
          {**WIDTHS, "image_size": 32, "patch_size": 8, "window_size": 2, "global_attn_indexes": [1], "output_channels": 16, "mlp_dim": 48},
          ("qkv", "qkv", "proj"), stacked),

@@ -49,6 +49,7 @@ def identity(case: Case) -> str:
 MARKED = [pytest.param(c, id=identity(c), marks=() if c.fast else pytest.mark.full) for c in CASES]
 
 
+@pytest.mark.case("output_projection_missed")
 @pytest.mark.parametrize("case", MARKED)
 def test_a_plan_is_q_v_and_output_of_every_attention_or_says_why_not(case: Case) -> None:
     model = case.build()

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 import medlore
 from medlore.errors import CheckpointError, DataError, TargetError
 from medlore.ranks import RankPlan
+from medlore.ranks.planned import row_indices
 from medlore.ranks.targets import find_targets
 
 D, HEADS = 16, 2
@@ -104,11 +105,18 @@ def test_rows_of_a_module_are_found_by_trying(order: str, extra: str) -> None:
         assert layer.lower * (1 - 1e-9) <= exact <= layer.upper * (1 + 1e-9)  # type: ignore[operator]
 
 
+@pytest.mark.case("fused_qkv_interleaved")
 def test_zeroing_the_rows_called_k_leaves_v_alive() -> None:
     """The case of a public report: two heads, (q_h, k_h, v_h) rows."""
     net = nn.ModuleDict({"attn": Fused("qkv", "heads")})
     key = next(layer for layer in medlore.plan_ranks(net, include_k=True).layers if layer.part == "k")
     assert (key.rows, key.period, key.shape) == ((8, 16), 24, (16, 16))
+    weight = net["attn"].qkv.weight  # type: ignore[union-attr]
+    with torch.no_grad():
+        weight[row_indices(key, len(weight))] = 0  # type: ignore[index,arg-type]
+    left = {part: float(net["attn"].rows(part).norm()) for part in "qkv"}  # type: ignore[operator]
+    assert left["k"] == 0
+    assert left["q"] > 1 < left["v"]
 
 
 def test_a_gate_among_the_rows_is_not_taken_for_q() -> None:
@@ -193,6 +201,7 @@ def test_a_name_with_several_orders_is_left_out_of_a_file_and_tried_in_a_folder(
     assert direct.layers[0].period == 24
 
 
+@pytest.mark.case("mlp_missing_silently")
 @pytest.mark.parametrize("family", ["Mixtral", "ModernBert"])
 def test_an_mlp_is_found_by_its_shapes_or_as_stacked_experts(family: str) -> None:
     more = {"Mixtral": {"num_key_value_heads": 2, "num_local_experts": 4}, "ModernBert": {"cls_token_id": 1, "sep_token_id": 2}}[family]
@@ -269,6 +278,7 @@ def test_an_index_that_promises_more_than_its_shards_hold(tmp_path: Path) -> Non
         medlore.plan_ranks(tmp_path)
 
 
+@pytest.mark.case("timm_hub_folder")
 def test_a_timm_folder_is_read_by_its_names(tmp_path: Path) -> None:
     state = {f"blocks.{i}.attn.{n}.weight": torch.randn(s, 48) for i in range(2) for n, s in (("qkv", 144), ("proj", 48))}
     save_file(state, tmp_path / "model.safetensors")

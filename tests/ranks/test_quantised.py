@@ -67,6 +67,7 @@ def bitsandbytes(w: Tensor) -> dict[str, Tensor]:
 FORMS = [by_row, by_row_flat, by_tensor, by_block, whole_numbers, with_zero_points, bitsandbytes]
 
 
+@pytest.mark.case("fp8_scales")
 @pytest.mark.parametrize("form", FORMS)
 def test_ranks_are_those_of_the_product(form: object, tmp_path: Path) -> None:
     large = weights(200, 160)

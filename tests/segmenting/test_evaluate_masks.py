@@ -145,6 +145,7 @@ def record_of(image: str, **more: object) -> str:
     return json.dumps({"labels": labels, "modality": "ct", "image": image, **more})
 
 
+@pytest.mark.case("evaluate_other_patient")
 def test_the_prediction_of_another_patient_is_refused_though_the_names_are_equal(cohort: Path) -> None:
     (cohort / "pred" / "a" / "case.json").write_text(record_of("/data/p1/a.nii.gz"))
     with pytest.raises(StepError, match=r"(?s)a prediction of /data/p1/a\.nii\.gz\. Accepted: one of .*/a\.nii\.gz"):

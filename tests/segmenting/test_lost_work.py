@@ -72,6 +72,7 @@ class Plans(Silence):
 # -- names -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.case("same_name_overwritten")
 def test_two_patients_of_one_name_keep_their_results_in_one_folder(pack: Path, tmp_path: Path) -> None:
     images = [save(tmp_path / patient / "t1.nii.gz", seed) for seed, patient in enumerate(("p1", "p2"))]
     out = tmp_path / "masks"
@@ -101,6 +102,7 @@ def test_frames_of_one_file_in_two_runs_are_two_results(pack: Path, tmp_path: Pa
     assert len(list((tmp_path / "out").glob("*/case.json"))) == 2
 
 
+@pytest.mark.case("latin1_name")
 def test_names_that_no_folder_can_have_and_those_behind_them(pack: Path, tmp_path: Path) -> None:
     long = "a" * 200
     images = [
@@ -165,6 +167,7 @@ def test_dicom_seg_of_slices_without_what_anonymisers_remove(pack: Path, tmp_pat
     assert (read > 0).sum() == mask.sum() > 0
 
 
+@pytest.mark.case("dicom_seg_lost_work")
 def test_a_dicom_seg_that_cannot_be_is_refused_before_the_network_runs(pack: Path, tmp_path: Path) -> None:
     write_slices(tmp_path / "series", (voxels() + 1024).astype(np.uint16), FrameOfReferenceUID=GONE)
     plans = Plans()
@@ -191,6 +194,7 @@ def test_a_result_without_a_voxel_has_masks_and_no_dicom_seg(pack: Path, tmp_pat
     assert nib.load(tmp_path / "out" / "series" / "liver.nii.gz").shape == SHAPE
 
 
+@pytest.mark.case("dicom_seg_lost_work")
 def test_a_file_beside_the_masks_that_fails_costs_no_mask_and_is_said(pack: Path, tmp_path: Path) -> None:
     image = save(tmp_path / "ct.nii.gz")
     plans = Plans(lambda: image.write_bytes(b"\x1f\x8b"))  # damaged when its copy is to be made

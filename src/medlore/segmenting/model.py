@@ -275,6 +275,7 @@ class SegmentingModel:
                         restorer.add(slab.start, slab.probability)
                         for keeper in keepers:
                             keeper.keep(group, slab.start, slab.probability)
+                    del slab  # as large as the band: it must not rest beside the maps of the next windows
                 result.masks |= {label: (restorer.masks, index) for index, label in enumerate(group)}
                 done += count
         result.windows, result.skipped = total, skip.count

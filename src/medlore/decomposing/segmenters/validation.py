@@ -136,6 +136,7 @@ def _counts(
     for slab in slabs:
         answer = (slab.probability > 0.5).cpu().numpy()
         codes = np.asarray(case.codes[slab.start : slab.start + answer.shape[1]])
+        del slab  # as large as the band: it must not rest beside the maps of the next windows
         for index, table in enumerate(tables):
             truth = table[codes]
             counts[index] += (np.count_nonzero(answer[index] & truth), np.count_nonzero(answer[index]), np.count_nonzero(truth))
