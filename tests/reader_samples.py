@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import struct
 import tempfile
+import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -434,7 +435,8 @@ def dicom_samples(draw: st.DrawFn) -> Sample:
     files = {}
     with tempfile.TemporaryDirectory() as folder:
         try:
-            write_slices(Path(folder) / "s", array, each=each, mr=draw(st.booleans()), seed="drawn")
+            with warnings.catch_warnings(action="ignore"):  # pydicom warns of some values, and writes them
+                write_slices(Path(folder) / "s", array, each=each, mr=draw(st.booleans()), seed="drawn")
         except (OSError, ValueError, TypeError, AttributeError, KeyError):  # a value that pydicom does not write
             reject()
         for number, file in enumerate(sorted((Path(folder) / "s").iterdir())):

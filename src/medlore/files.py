@@ -324,15 +324,49 @@ def existing_file(path: str | Path, *, where: str = "") -> Path:
     """`path`, if it is a readable file.
 
     Raises:
-        InputError: it does not exist, or is a folder.
+        InputError: it does not exist, or is a folder, a device or a pipe.
     """
     path = Path(path)
     place = f"{where} {path}".strip()
     if path.is_dir():
         raise InputError(place, "is a folder", "a file", "name a file in it")
+    refuse_device(path, where=where)
     if not path.is_file():
         raise InputError(place, "no such file", "the path of an existing file", "check the spelling and the current folder")
     return path
+
+
+def existing_path(path: str | Path, accepted: str = "an existing file or folder", *, where: str = "") -> Path:
+    """`path`, if it is a file or a folder.
+
+    Args:
+        path: the file or folder.
+        accepted: which ones, in words.
+        where: the option that named it.
+
+    Raises:
+        InputError: nothing is there, or a device or a pipe.
+    """
+    path = Path(path)
+    if "\0" in str(path) or not path.exists():
+        place = f"{where} {path}".strip()
+        raise InputError(place, "no such file or folder", accepted, "check the spelling and the current folder")
+    if not path.is_dir():
+        refuse_device(path, where=where)
+    return path
+
+
+def refuse_device(path: Path, *, where: str = "") -> None:
+    """Refuse what would be waited for, or read, without end.
+
+    Raises:
+        InputError: a device, a pipe or a socket stands at `path`, or lies in the folder `path`.
+    """
+    for inside in path.iterdir() if path.is_dir() else ():
+        if not inside.is_dir():
+            refuse_device(inside, where=where)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise InputError(f"{where} {path}".strip(), "is a device or a pipe", "a file or a folder", "save the content to a file")
 
 
 def sha256_of(path: str | Path, *, leave_out: Callable[[Path], bool] = lambda _: False) -> str:

@@ -61,7 +61,9 @@ def judge(sample: Sample, kind: Kind, name: str, outcomes: Counter[str]) -> None
     wanted = wanted.reshape(array.shape)
     large = float(np.nanmax(np.abs(np.nan_to_num(wanted.astype(float), posinf=0, neginf=0)), initial=0))
     with np.errstate(all="ignore"):
-        assert np.allclose(array, wanted.astype(np.float32), rtol=1e-5, atol=1e-5 * min(large, 1e4), equal_nan=True)
+        assert np.allclose(
+            array, wanted.astype(np.result_type(array.dtype, np.float32)), rtol=1e-5, atol=1e-5 * min(large, 1e4), equal_nan=True
+        )
     if place is not None and affine is not None:
         corners = np.array(np.meshgrid(*[(0, n - 1) for n in array.shape], (1,))).reshape(4, -1)
         assert np.allclose(affine @ corners, place @ corners, atol=0.1, rtol=1e-5), f"{affine} against {place}"

@@ -209,7 +209,7 @@ def test_a_text_that_is_called_npz_and_a_folder_that_is_not_there(tmp_path: Path
     (tmp_path / "x.npz").write_text("hello")
     with pytest.raises(DataError, match="no archive of arrays"):
         read_images(tmp_path / "x.npz")
-    with pytest.raises(InputError, match=r"images .*nowhere: no such folder"):
+    with pytest.raises(InputError, match=r"images .*nowhere: no such file or folder"):
         read_images(pets, images=tmp_path / "nowhere")
 
 

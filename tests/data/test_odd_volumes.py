@@ -305,6 +305,14 @@ def test_nrrd_that_cannot_be_read_names_the_field(tmp_path: Path, old: str, new:
         read_volume(tmp_path / "a.nrrd")
 
 
+def test_the_end_of_packed_voxels_is_not_guessed_behind_other_bytes(tmp_path: Path) -> None:
+    """Counted from the end, the voxels would lie elsewhere: SimpleITK shifts them by a byte, gzip reads over the zero."""
+    fields = (FIELDS + PACKED + "byte skip: -1\n").encode() + b"\n"
+    (tmp_path / "a.nrrd").write_bytes(fields + gzip.compress(b"J" * 10 + RAW) + b"\0")
+    with pytest.raises(DataError, match="bytes behind the packed voxels"):
+        read_volume(tmp_path / "a.nrrd")
+
+
 # -- bombs -------------------------------------------------------------------------------------------------------------
 
 BOMB = """

@@ -21,7 +21,7 @@ from medlore.data.volumes.nifti import Volume
 from medlore.data.volumes.nifti_affine import AffineChoice
 from medlore.data.volumes.voxel_bytes import unpacked
 from medlore.errors import DataError, InputError, MedloreError, reason_of
-from medlore.files import sha256_of
+from medlore.files import existing_path, sha256_of
 
 _HEAD = 352  # bytes by which a format is recognised
 
@@ -203,12 +203,7 @@ def existing_image(path: str | Path) -> Path:
     Raises:
         InputError: nothing is there, or a device or a pipe, which would be waited for without end.
     """
-    path = Path(path)
-    if "\0" in str(path) or not path.exists():
-        raise InputError(str(path), "no such file or folder", "an existing image", "check the spelling and the current folder")
-    if not (path.is_file() or path.is_dir()):
-        raise InputError(str(path), "is a device or a pipe", "an image file or a folder", "save the image to a file")
-    return path
+    return existing_path(path, "an existing image")
 
 
 def read_volume_as(format_: VolumeFormat, path: Path, options: ReadOptions) -> Volume:

@@ -10,7 +10,7 @@ from typing import Any
 from medlore.assets import PREFIX, asset_path
 from medlore.data.formats import is_volume_name
 from medlore.errors import CheckpointError, InputError, UnknownNameError
-from medlore.files import read_json, sha256_of
+from medlore.files import existing_path, read_json, sha256_of
 from medlore.inspecting.folders import describe_case, describe_network_file, describe_network_folder, describe_run
 from medlore.models import packs
 from medlore.models.segmenter.bundle import KIND, PROMPTS_FILE, load_segmenter
@@ -36,8 +36,7 @@ def describe(path: str | Path, *, lora_alpha: float | None = None) -> Facts:
         CheckpointError: weights that are broken, foreign in part, or fit only in part.
     """
     path = asset_path(str(path)) if str(path).startswith(PREFIX) else Path(path)
-    if not path.exists():
-        raise InputError(str(path), "no such file or folder", "a weights file, a pack, a plan, images", "check the spelling")
+    existing_path(path, "a weights file, a pack, a plan, images")
     for describer in _DESCRIBERS:
         facts = describer(path, lora_alpha)
         if facts is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from medlore.errors import DataError, InputError
-from medlore.files import read_json
+from medlore.files import existing_path, read_json
 from medlore.pages import Notes, Page, Picture, Piece, Section, Table, write_page
 from medlore.pages.demo import demo_page
 from medlore.pages.masks import case_sections, is_case_folder
@@ -52,8 +52,7 @@ def page_of(source: Path) -> Page:
         if source.suffix.casefold() != ".json":
             raise InputError(str(source), "a file of another kind", _ACCEPTED, "name the folder of the run or of the masks")
         return Page(f"Ranks of {source.stem}", [Section("Ranks", plan_pieces(source))])
-    if not source.is_dir():
-        raise InputError(str(source), "no such file or folder", _ACCEPTED, "check the spelling")
+    existing_path(source, _ACCEPTED)
     if (source / _REPORT).is_file():
         return _run_page(source)
     if is_case_folder(source):

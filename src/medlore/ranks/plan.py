@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -15,7 +14,7 @@ import pydantic
 from torch import nn
 
 from medlore.assets import PREFIX
-from medlore.errors import DataError, TargetError
+from medlore.errors import DataError, MedloreError, TargetError
 from medlore.files import read_json, write_json
 from medlore.ranks.export import lora_config
 from medlore.ranks.measure import Granularity
@@ -260,8 +259,8 @@ def place_of(plan: RankPlan) -> str | None:
 def is_plan_file(path: str | Path) -> bool:
     """Whether a file says that it is a plan, right or wrong."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = read_json(path)
+    except (MedloreError, OSError):
         return False
     return isinstance(content, dict) and str(content.get("schema", "")).startswith(_FAMILY)
 

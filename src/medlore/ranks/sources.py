@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from medlore.assets import PREFIX, asset_path
 from medlore.errors import CheckpointError, InputError
-from medlore.files import existing_file, read_json
+from medlore.files import existing_file, read_json, refuse_device
 from medlore.ranks.model_folders import adapter_in_place_of_a_model, check_counts, read_config, refuse_a_tuned_model
 from medlore.ranks.quantised import dequantised, is_quantised
 from medlore.ranks.roles import split_name
@@ -239,7 +239,7 @@ def open_source(source: nn.Module | str | Path, *, averaged: bool = False) -> We
         path = asset_path(label)
     else:
         path = Path(source)
-        if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", label) and not path.suffix:
+        if is_hub_name(label):
             path = _from_hub(label)
     if path.is_dir():
         return _open_folder(label, path)
@@ -264,7 +264,20 @@ def _open_file(label: str, path: Path, *, averaged: bool = False) -> WeightSourc
     raise InputError(label, f"a file of type {suffix or 'without suffix'!r}", _ACCEPTED, "give the weights file itself")
 
 
+def is_hub_name(label: str) -> bool:
+    """Whether a text can only be meant as OWNER/NAME of a hub: nothing of this name is here, and no file is called so.
+
+    Examples:
+        >>> is_hub_name("facebook/dinov2-small"), is_hub_name("weights/model.safetensors"), is_hub_name("model")
+        (True, False, False)
+    """
+    path = Path(label)
+    called_a_file = path.suffix.casefold() in (*TORCH_SUFFIXES, ".safetensors", ".npz", ".npy", ".json")
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", label) is not None and not called_a_file and not path.exists()
+
+
 def _open_folder(label: str, folder: Path) -> WeightSource:
+    refuse_device(folder)
     present = [folder / name for name in _FOLDER_FILES if (folder / name).is_file()]
     if not present and (folder / "adapter_config.json").is_file():
         raise adapter_in_place_of_a_model(label, folder, _ACCEPTED)

@@ -21,7 +21,7 @@ from medlore.data.volumes import dicom
 from medlore.data.volumes.cases import Case, folder_names, only_known_faults, read_cases
 from medlore.data.volumes.geometry import check_orientation
 from medlore.errors import DataError, InputError, MedloreError
-from medlore.files import read_json, refuse_strangers, sha256_of
+from medlore.files import existing_path, read_json, refuse_strangers, sha256_of
 from medlore.models.segmenter.vocabulary import canonical_modality, default_vocabulary
 from medlore.runs.hardware import Hardware, Work, decide_hardware
 from medlore.runs.journal import append_line
@@ -79,9 +79,7 @@ def collect_cases(settings: SegmentSettings) -> list[Case]:
     if (settings.cases is None) == (settings.image is None):
         came = "neither a list of cases nor an image" if settings.cases is None else "a list of cases and an image"
         raise InputError("segment", came, "one of them", "give cases.jsonl, or --image FILE --labels NAMES --modality ct")
-    source = settings.cases if settings.cases is not None else settings.image
-    if source is None or not source.exists():
-        raise InputError(str(source), "no such file or folder", "a jsonl, an image, or a folder of them", "check the spelling")
+    source = existing_path(settings.cases or settings.image or Path(), "a jsonl, an image, or a folder of them")
     if source == settings.cases and source.is_file() and source.suffix.casefold() in (".jsonl", ".json"):
         cases = read_cases(source)
         return [replace(c, labels=settings.labels or c.labels, modality=settings.modality or c.modality) for c in cases]

@@ -86,8 +86,8 @@ def gather_images(sources: Sequence[str | Path], card: TunedCard) -> ImageSet:
     items: list[ImageItem] = []
     faults: list[str] = []
     for source in map(Path, sources):
-        if not source.exists():
-            faults.append(f"{source}: no such file or folder")
+        if not (source.is_file() or source.is_dir()):
+            faults.append(f"{source}: {'is a device or a pipe' if source.exists() else 'no such file or folder'}")
         elif source.suffix.lower() == ".txt":
             items += _listed(source, faults)
         elif source.is_dir() or source.suffix.lower() == ".zip":

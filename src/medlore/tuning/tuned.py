@@ -250,7 +250,7 @@ def _tuned_folder(path: Path) -> Path:
     if not path.is_dir():
         raise InputError(
             str(path),
-            "a file" if path.exists() else "no such folder",
+            "a file" if path.is_file() else "is a device or a pipe" if path.exists() else "no such folder",
             "the folder of a run of `medlore finetune`, or the adapter in it",
             "check the spelling",
         )

@@ -32,6 +32,7 @@ from medlore.data.images.imageset import ImageItem
 from medlore.data.images.trees import ArchiveMember, read_member
 from medlore.errors import DataError
 from medlore.extras import require
+from medlore.files import refuse_device
 
 MOST_PIXELS = 178_000_000  # the bound at which Pillow suspects a decompression bomb
 MOST_BYTES = 2 << 30  # of one file
@@ -168,6 +169,7 @@ def _content(source: Path | ArchiveMember | NDArray[Any]) -> bytes:
         return read_member(source)
     if not isinstance(source, Path):
         raise DataError("", f"a source of type {type(source).__name__}", "a path, an archive member or an array", "give one")
+    refuse_device(source)
     if not source.is_file():
         raise DataError("", "no such file" if not source.is_dir() else "is a folder", "an image file", "check the list and the folder")
     if source.stat().st_size == 0:

@@ -18,6 +18,7 @@ from medlore.data.images.lists import (
 )
 from medlore.data.images.trees import FolderTree, Tree, tree_of
 from medlore.errors import DataError, InputError, UnknownNameError
+from medlore.files import existing_path
 
 Published = Literal["medfmc-chest", "medfmc-colon", "medfmc-endo", "vtab", "radimagenet"]
 
@@ -161,8 +162,7 @@ def _vtab_classes(tree: Tree, name: str) -> int:
 def _place_of_images(tree: Tree, name: str, parsed: ParsedList, images: Path | None) -> tuple[Tree, str]:
     """The tree and the folder in it where most of the first listed files are."""
     if images is not None:
-        if not images.exists():
-            raise InputError("images", f"{images}: no such folder", "the folder of the images", "check the spelling")
+        existing_path(images, "the folder of the images", where="images")
         options = [(tree_of(images), ""), (tree_of(images), "images/")]
     else:
         options = [(tree, "images/"), (tree, "")]

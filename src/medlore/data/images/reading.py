@@ -17,6 +17,7 @@ from medlore.data.images.published import kind_of, read_published
 from medlore.data.images.tables import read_table, table_of
 from medlore.data.images.trees import FolderTree, is_image_name, tree_of
 from medlore.errors import DataError, InputError, UnknownNameError
+from medlore.files import existing_path
 
 __all__ = ["Format", "ImageItem", "ImageSet", "Task", "format_of", "from_arrays", "read_images"]
 
@@ -53,8 +54,8 @@ def read_images(
         DataError: the content cannot be used; all faults of one file are reported at once.
     """
     path, place = Path(path), None if images is None else Path(images)
-    if place is not None and not place.exists():
-        raise InputError(f"images {place}", "no such folder", "the folder or zip of the images", "check the spelling")
+    if place is not None:
+        existing_path(place, "the folder or zip of the images", where="images")
     how: dict[str, Any] = {"split": split, "classes": classes, "task": task, "missing_labels": missing_labels}
     found = _read(path, format_of(path, format), place, how)
     return found if group_pattern is None else _grouped(found, group_pattern)
@@ -68,8 +69,7 @@ def format_of(path: Path, format: Format = "auto") -> Format:  # noqa: A002
         DataError: a list of no known format.
         UnknownNameError: a format that is not known.
     """
-    if not path.exists():
-        raise InputError(str(path), "no such file or folder", "an image folder, list, table, npz or zip", "check the spelling")
+    existing_path(path, "an image folder, list, table, npz or zip")
     if format not in get_args(Format):
         raise UnknownNameError("format", format, get_args(Format))
     suffix = path.suffix.lower()

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medlore.errors import DataError, InputError
+from medlore.files import refuse_device
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp", ".pgm", ".ppm", ".dcm")
 # Files that lie beside images and are none; they are passed over in silence.
@@ -142,6 +143,7 @@ class FolderTree(Tree):
 
     def read_bytes(self, name: str) -> bytes:
         """The content of one small file."""
+        refuse_device(self.root / name)
         return (self.root / name).read_bytes()
 
 

@@ -23,7 +23,7 @@ from medlore.data.volumes.label_tables import table_beside
 from medlore.data.volumes.mask_files import MaskFile
 from medlore.data.volumes.nifti import Volume
 from medlore.errors import DataError, MedloreError, nearest_names
-from medlore.files import read_json
+from medlore.files import read_json, refuse_device
 
 _SAME_MM = 1e-2
 _SAME_PART_MM = 0.05  # a part of the grid whose places went through the decimals of DICOM
@@ -82,6 +82,7 @@ def read_masks(case: Case, volume: Volume) -> LabelMap:
         found = _separate(case, volume, {label: Path(file) for label, file in files.items()})
     else:
         path = Path(case.mask)  # type: ignore[arg-type]
+        refuse_device(path)
         if not path.exists():
             raise DataError(_where(case), f"the mask {path} does not exist", "an existing file or folder", "check the key `mask`")
         parts = files_of_masks(path) if path.is_dir() else {}

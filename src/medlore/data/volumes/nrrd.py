@@ -7,6 +7,7 @@ bytes after it, -1 means that the voxels end the file. What is not read here is 
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -253,6 +254,8 @@ def read_voxels(header: NrrdHeader, shape: tuple[int, ...], *, most_bytes: int |
                 stream = closing.enter_context(igzip.open(stream, "rb"))
             if count < 0:
                 content = read_last(stream, size, path)
+                if packed and stream.tell() % (1 << 32) != _stated_length(path):
+                    raise header.refuse("byte skip -1, and bytes behind the packed voxels", "voxels that end the file", "write it again")
             else:
                 skip(stream, count, path)
                 content = read_exactly(stream, size, path)
@@ -260,6 +263,13 @@ def read_voxels(header: NrrdHeader, shape: tuple[int, ...], *, most_bytes: int |
     except GZIP_FAULTS as error:
         raise damaged(path, error) from error
     return as_voxels(content, kind, shape)
+
+
+def _stated_length(path: Path) -> int:
+    """What the last four bytes of a gzip file say of its length when it is unpacked, modulo 2^32."""
+    with path.open("rb") as stream:
+        stream.seek(-4, os.SEEK_END)
+        return int.from_bytes(stream.read(4), "little")
 
 
 def _kind_of(header: NrrdHeader) -> tuple[np.dtype[Any], str]:

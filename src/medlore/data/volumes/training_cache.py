@@ -28,7 +28,7 @@ from medlore.data.volumes.masks import LabelMap, read_masks
 from medlore.data.volumes.nifti import Volume
 from medlore.data.volumes.preparation import NETWORK_SPACING_MM, prepare, read_volume
 from medlore.errors import DataError, MedloreError
-from medlore.files import atomic_path, sha256_of, write_json
+from medlore.files import atomic_path, existing_path, sha256_of, write_json
 
 FORMAT = "medlore/training-case/1"
 SPLITS = ("train", "validation", "test")
@@ -216,8 +216,7 @@ def _names_beside(case: Case, values: Any) -> dict[str, str]:
 
 
 def _hash(path: Path) -> str:
-    if not path.exists():
-        raise DataError(str(path), "no such file or folder", "an existing image or mask", "check the spelling; paths count from the list")
+    existing_path(path, "an existing image or mask; paths count from the list")
     if path.is_dir():
         return sha256_of(path)
     return "".join(_hash_of(file, (status := file.stat()).st_size, status.st_mtime_ns) for file in files_of(path))

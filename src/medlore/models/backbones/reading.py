@@ -11,18 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 from medlore.assets import PREFIX, asset_path
 from medlore.errors import CheckpointError, InputError, UnknownNameError
+from medlore.files import existing_path, refuse_device
 from medlore.models.backbones.bounds import refuse_more_than_the_files_hold, values_beside
 from medlore.models.backbones.families import FAMILIES, Family, Triple, family_of
 from medlore.models.backbones.identity import backbone_hash, is_hash_of
 from medlore.models.backbones.keymaps import convert_state_dict, read_weights
 from medlore.models.backbones.statistics import Interpolation, Statistics, read_statistics
 from medlore.ranks.model_folders import own_code, refuse_own_code, timm_weights
+from medlore.ranks.sources import is_hub_name
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
 _NETWORK_FILES = "a .safetensors, .bin, .pth, .pt, .th or .ckpt file of timm, DINOv2 or mmpretrain, or a transformers folder"
+ACCEPTED_BACKBONES = "medlore:NAME, a transformers folder, a weights file (.safetensors, .pth), or OWNER/NAME of a hub"
 _OTHER_FORM = "give the transformers folder of this model (`medlore ranks` reads more forms, but a network is built from these alone)"
 
 
@@ -138,6 +141,8 @@ def read_backbone(
                 raise InputError("keep_head", f"True with the weights file {path}", "a transformers folder", "name the folder")
             family, model, notes, beside = *_from_file(path, heads), path.parent
         else:
+            if not path.is_dir() and not is_hub_name(str(source)):
+                existing_path(path, ACCEPTED_BACKBONES, where="model")
             family, model, beside = *_from_transformers(path if path.is_dir() else None, str(source), keep_head=keep_head), path
             notes = ()
     _check_values(model, str(source))
@@ -229,6 +234,8 @@ def _from_transformers(folder: Path | None, name: str, *, keep_head: bool) -> tu
 
     import medlore.models.backbones.students  # noqa: F401 - makes its configurations known to transformers
 
+    if folder is not None:
+        refuse_device(folder)
     if folder is not None and not (folder / "config.json").is_file():
         raise InputError(
             str(folder),
@@ -309,7 +316,7 @@ def _not_found(name: str, error: Exception, *, local: bool) -> InputError:
     return InputError(
         "model",
         f"{name!r} is no file, no folder, and could not be fetched from the hub ({_first_line(error)})",
-        "medlore:NAME, a transformers folder, a weights file (.safetensors, .pth), or a hub name",
+        ACCEPTED_BACKBONES,
         "check the spelling and the current folder; for hub names check the network",
     )
 
