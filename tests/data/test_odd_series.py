@@ -72,6 +72,16 @@ def test_a_damaged_slice_is_not_left_out_in_silence(tmp_path: Path) -> None:
         read_volume(tmp_path / "s")
 
 
+def test_a_slice_whose_kind_and_height_are_damaged_is_not_left_out(tmp_path: Path) -> None:
+    def damage(d: Any, z: int) -> None:
+        if z == 2:
+            d.SOPClassUID = "1.2.840.10008.5.1.1.2.4.1"
+            del d.Rows
+
+    with pytest.raises(DataError, match=r"1 DICOM file\(s\) that cannot be read"):
+        read_volume(write_slices(tmp_path / "s", ARRAY, each=damage))
+
+
 @pytest.mark.case("nifti_in_dicom_folder")
 def test_a_folder_with_an_image_file_and_dicom_names_both(tmp_path: Path) -> None:
     import nibabel as nib

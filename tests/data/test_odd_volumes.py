@@ -305,6 +305,17 @@ def test_nrrd_that_cannot_be_read_names_the_field(tmp_path: Path, old: str, new:
         read_volume(tmp_path / "a.nrrd")
 
 
+@pytest.mark.parametrize(("late", "named"), [("space", "space directions"), ("dimension", "sizes")])
+def test_fields_of_nrrd_that_come_too_late_are_refused_as_by_simpleitk(tmp_path: Path, late: str, named: str) -> None:
+    lines = (FIELDS + LITTLE).splitlines(keepends=True)
+    moved = [line for line in lines if not line.startswith(f"{late}:")] + [line for line in lines if line.startswith(f"{late}:")]
+    (tmp_path / "a.nrrd").write_bytes("".join(moved).encode() + b"\n" + RAW)
+    with pytest.raises(RuntimeError):
+        SimpleITK.ReadImage(str(tmp_path / "a.nrrd"))
+    with pytest.raises(DataError, match=f"the field '{named}' before '{late}'"):
+        read_volume(tmp_path / "a.nrrd")
+
+
 def test_the_end_of_packed_voxels_is_not_guessed_behind_other_bytes(tmp_path: Path) -> None:
     """Counted from the end, the voxels would lie elsewhere: SimpleITK shifts them by a byte, gzip reads over the zero."""
     fields = (FIELDS + PACKED + "byte skip: -1\n").encode() + b"\n"

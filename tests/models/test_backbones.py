@@ -260,7 +260,9 @@ def test_a_pickle_is_never_executed(tmp_path: Path) -> None:
 
 def wrong_uses(folders: dict[str, Path], empty: Path) -> dict[str, tuple[dict[str, Any], type[MedloreError], str]]:
     return {
-        "no such": ({"source": "no/such/model"}, InputError, "no file, no folder"),
+        "no such": ({"source": "no/such/model"}, InputError, "no such file or folder.*OWNER/NAME of a hub"),
+        "a misspelt file": ({"source": "no/model.safetensors"}, InputError, "no such file or folder"),
+        "not on the hub": ({"source": "no/such"}, InputError, "no file, no folder, and could not be fetched"),
         "empty folder": ({"source": empty}, InputError, "without config.json"),
         "asset": ({"source": "medlore:vit-maxi"}, UnknownNameError, "vit-maxi"),
         "classes": ({"source": folders["vit"], "classes": 0}, InputError, "classes"),
@@ -271,7 +273,9 @@ def wrong_uses(folders: dict[str, Path], empty: Path) -> dict[str, tuple[dict[st
     }
 
 
-@pytest.mark.parametrize("case", ["no such", "empty folder", "asset", "classes", "size", "swin size", "head", "no head"])
+@pytest.mark.parametrize(
+    "case", ["no such", "a misspelt file", "not on the hub", "empty folder", "asset", "classes", "size", "swin size", "head", "no head"]
+)
 def test_wrong_use(folders: dict[str, Path], tmp_path: Path, case: str) -> None:
     arguments, kind, message = wrong_uses(folders, tmp_path)[case]
     with pytest.raises(kind, match=message):

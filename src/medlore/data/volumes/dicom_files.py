@@ -21,6 +21,7 @@ from medlore.extras import require
 _MARK = b"DICM"
 _ZIP = b"PK\x03\x04"
 _FIRST_TAGS = (b"\x08\x00\x00\x00", b"\x08\x00\x01\x00", b"\x08\x00\x05\x00", b"\x08\x00\x08\x00", b"\x08\x00\x16\x00")
+_OF_AN_IMAGE = ("Columns", "BitsAllocated", "SamplesPerPixel")
 _NO_IMAGE = frozenset({"SEG", "RTSTRUCT", "RTPLAN", "RTDOSE", "SR", "PR", "KO", "REG", "FID", "DOC"})
 
 
@@ -174,7 +175,7 @@ def _is_whole(dataset: Any) -> bool:
     if "Rows" in dataset or "DirectoryRecordSequence" in dataset:
         return True
     kind = dataset.get("SOPClassUID")
-    return kind is not None and not kind.name.endswith("Image Storage")
+    return kind is not None and not kind.name.endswith("Image Storage") and not any(name in dataset for name in _OF_AN_IMAGE)
 
 
 def _is_wanted(header: Any, *, segmentations: bool) -> bool:

@@ -53,6 +53,9 @@ _TO_RAS = {
 _MM = {"": 1.0, "mm": 1.0, "millimeter": 1.0, "um": 1e-3, "µm": 1e-3, "micron": 1e-3, "microns": 1e-3, "cm": 10.0, "m": 1000.0}
 _PACKED = ("gzip", "gz")
 _KINDS_OF_SPACE = ("domain", "space", "???", "none")
+_AFTER = {
+    "sizes": "dimension", "kinds": "dimension", "space directions": "space", "space origin": "space", "space units": "space",
+}  # fmt: skip
 _MOST_HEADER = 16 << 20
 _MENDED = "convert it to NIfTI"
 
@@ -153,7 +156,12 @@ def read_header(path: Path) -> NrrdHeader:
             if name in fields:
                 raise DataError(str(path), f"the field {name!r} twice", "every field once", "correct the header")
             fields[name] = entry.strip()
-    return NrrdHeader(path, fields, keys, blank.end() if blank else len(content))
+    header = NrrdHeader(path, fields, keys, blank.end() if blank else len(content))
+    for name, first in _AFTER.items():
+        order = list(fields)
+        if name in fields and first in fields and order.index(name) < order.index(first):
+            raise header.refuse(f"the field {name!r} before {first!r}", f"{first!r} first, as the standard asks", "correct the header")
+    return header
 
 
 def grid_of(header: NrrdHeader) -> tuple[Shape, Array, tuple[str, ...]]:
