@@ -295,6 +295,7 @@ def test_units_of_nrrd_count(tmp_path: Path) -> None:
         ("encoding: raw\n", "encoding: raw\ndata file: LIST\n", "several files"),
         ("encoding: raw\n", "encoding: raw\ndata file: gone.raw\n", "is not there"),
         ("NRRD0004", "NRRD0009", "not NRRD"),
+        ("space origin:", "space origin8,20:", "the field 'space origin8,20'"),
         ("encoding: raw\n", 'encoding: raw\nspace units: "inch" "inch" "inch"\n', "space units"),
     ],
 )

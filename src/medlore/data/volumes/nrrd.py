@@ -53,6 +53,12 @@ _TO_RAS = {
 _MM = {"": 1.0, "mm": 1.0, "millimeter": 1.0, "um": 1e-3, "µm": 1e-3, "micron": 1e-3, "microns": 1e-3, "cm": 10.0, "m": 1000.0}
 _PACKED = ("gzip", "gz")
 _KINDS_OF_SPACE = ("domain", "space", "???", "none")
+_FIELDS = frozenset({
+    "number", "type", "block size", "dimension", "space", "space dimension", "sizes", "spacings", "thicknesses", "axis mins", "axis maxs",
+    "centers", "centerings", "labels", "units", "min", "max", "old min", "old max", "data file", "endian", "encoding", "content", "kinds",
+    "sample units", "space units", "space origin", "space directions", "measurement frame", "line skip", "byte skip",
+})  # fmt: skip
+_SPELLINGS = {name.replace(" ", ""): name for name in _FIELDS if name.count(" ") == 1}  # `datafile` and `data file` are one
 _AFTER = {
     "sizes": "dimension", "kinds": "dimension", "space directions": "space", "space origin": "space", "space units": "space",
 }  # fmt: skip
@@ -152,7 +158,10 @@ def read_header(path: Path) -> NrrdHeader:
         if is_key and ": " not in key:
             keys[key.strip()] = value.strip()
         elif is_field:
-            name = " ".join(name.split()).casefold().replace("datafile", "data file")
+            name = _spelling(name)
+            if name not in _FIELDS:
+                accepted = "the fields of the NRRD standard, and KEY:=VALUE"
+                raise DataError(str(path), f"the field {name[:40]!r}", accepted, "correct the header")
             if name in fields:
                 raise DataError(str(path), f"the field {name!r} twice", "every field once", "correct the header")
             fields[name] = entry.strip()
@@ -162,6 +171,11 @@ def read_header(path: Path) -> NrrdHeader:
         if name in fields and first in fields and order.index(name) < order.index(first):
             raise header.refuse(f"the field {name!r} before {first!r}", f"{first!r} first, as the standard asks", "correct the header")
     return header
+
+
+def _spelling(name: str) -> str:
+    plain = " ".join(name.split()).casefold()
+    return _SPELLINGS.get(plain, plain)
 
 
 def grid_of(header: NrrdHeader) -> tuple[Shape, Array, tuple[str, ...]]:
