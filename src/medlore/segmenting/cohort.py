@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from medlore.data.formats import ReadOptions, content_hash, existing_image, find_images, modality_of, read_grid
-from medlore.data.volumes import dicom
 from medlore.data.volumes.cases import Case, folder_names, only_known_faults, read_cases
 from medlore.data.volumes.geometry import check_orientation
 from medlore.errors import DataError, InputError, MedloreError
@@ -30,6 +29,7 @@ from medlore.runs.workers import spread
 from medlore.segmenting.brain_mask import read_brain_mask, refuse_flags_together
 from medlore.segmenting.case_folders import folder_for
 from medlore.segmenting.labels import ModelFacts, Routes, facts_of_bundle, facts_of_pack, route_labels
+from medlore.segmenting.mask_formats import formats_named
 from medlore.segmenting.plan import CasePlan
 from medlore.segmenting.planner import Choices, Planner
 from medlore.segmenting.settings import RULES_VERSION, SegmentSettings
@@ -37,6 +37,7 @@ from medlore.segmenting.settings import RULES_VERSION, SegmentSettings
 if TYPE_CHECKING:
     from medlore.data.volumes.nifti import Volume
     from medlore.data.volumes.nifti_affine import AffineChoice
+    from medlore.data.volumes.reference import Reference
     from medlore.segmenting.model import SegmentingModel
 
 State = Literal["done", "skipped", "failed"]
@@ -214,7 +215,7 @@ def segment_case(settings: SegmentSettings, model: SegmentingModel, case: Case, 
 
 def _segment_case(settings: SegmentSettings, model: SegmentingModel, case: Case, name: str, watcher: CohortWatcher) -> dict[str, Any]:
     from medlore.data.volumes.preparation import read_volume
-    from medlore.segmenting.outputs import fault_of, write_outputs
+    from medlore.segmenting.outputs import Wanted, fault_of, write_outputs
 
     routes = _routes(settings, model.facts, case)
     existing_image(case.image)
@@ -232,7 +233,7 @@ def _segment_case(settings: SegmentSettings, model: SegmentingModel, case: Case,
     most = model.planner.hardware.memory_bytes
     volume = read_volume(case.image, affine_from=settings.affine_from, frame=case.frame, series=case.series, most_bytes=most)
     read = time.perf_counter() - start
-    _check_what_fails_late(settings, folder, volume, routes)
+    reference = _check_what_fails_late(settings, folder, volume, routes)
     watcher.plan(name, plan)
     brain = None if settings.brain_mask is None else read_brain_mask(settings.brain_mask, volume, affine_from=settings.affine_from)
     result = model.execute(
@@ -249,16 +250,8 @@ def _segment_case(settings: SegmentSettings, model: SegmentingModel, case: Case,
         "fingerprint": fingerprint,
     }
     kept: list[str] = []
-    record = write_outputs(
-        folder,
-        result,
-        about=about,
-        overlap_rule=settings.overlap_rule,
-        image=settings.image_copy,
-        picture=settings.picture,
-        dicom_seg=settings.dicom_seg,
-        kept=kept,
-    )
+    wanted = Wanted(settings.formats, settings.overlap_rule, settings.image_copy, settings.picture, reference)
+    record = write_outputs(folder, result, about=about, wanted=wanted, kept=kept)
     notes += [*record["notes"], *([f"not written by the run before, so kept: {', '.join(kept)}"] if kept else [])]
     fault = fault_of(record, folder)
     return {
@@ -271,19 +264,23 @@ def _segment_case(settings: SegmentSettings, model: SegmentingModel, case: Case,
     }
 
 
-def _check_what_fails_late(settings: SegmentSettings, folder: Path, volume: Volume, routes: Routes) -> None:
-    """What would fail when the network has run is said before it runs: the folder, the disk, the attributes of a DICOM-SEG."""
+def _check_what_fails_late(settings: SegmentSettings, folder: Path, volume: Volume, routes: Routes) -> Reference | None:
+    """What would fail when the network has run is said before it runs: the folder, the disk, what formats of DICOM refer to."""
+    from medlore.data.volumes.reference import read_reference
     from medlore.segmenting.outputs import RECORDS, check_room
 
     refuse_strangers(folder, set(RECORDS))
     check_room(settings.out, volume, len(routes.labels), image=settings.image_copy)
-    if not settings.dicom_seg:
-        return
-    if not volume.slices:
-        raise InputError(f"--dicom-seg: {volume.path}", "an image that is not DICOM", "a DICOM series", "leave --dicom-seg out")
+    needing = [made for made in formats_named(settings.formats) if made.check is not None]
+    names = ", ".join(made.name for made in needing)
+    if not needing:
+        return None
     if settings.grid != "original":
-        raise InputError("--dicom-seg", "given with --grid processed", "masks on the grid of the series", "leave one of them out")
-    dicom.check_dicom_seg(volume)
+        raise InputError(f"--format {names}", "given with --grid processed", "masks on the grid of the series", "leave one of them out")
+    reference = None if settings.dicom_reference is None else read_reference(settings.dicom_reference, volume)
+    for made in needing:
+        made.check(volume if reference is None else reference.volume)  # type: ignore[misc]
+    return reference
 
 
 def _entries(
@@ -357,7 +354,7 @@ def _fingerprint(settings: SegmentSettings, model: SegmentingModel, case: Case, 
     decisive = settings.decisive() | {"precision": model.precision}
     orientation = case.orientation_code or settings.orientation_code
     part = [case.frame, case.series]
-    beside = (settings.prompt_embeddings, settings.text, settings.tokenizer, settings.brain_mask)
+    beside = (settings.prompt_embeddings, settings.text, settings.tokenizer, settings.brain_mask, settings.dicom_reference)
     prompts = [sha256_of(file) for file in beside if file is not None]
     weights = [model.bundle.sha256, *prompts]
     decisive_parts = [RULES_VERSION, digest, weights, routes.modality, routes.by_region, routes.labels, orientation, part, decisive]
@@ -372,7 +369,7 @@ def _is_finished(folder: Path, fingerprint: str, settings: SegmentSettings) -> b
         record = read_json(folder / "case.json")
         if record["state"] != "done" or record["fingerprint"] != fingerprint:
             return False
-        names = output_names([entry["file"] for entry in record["labels"]], image=settings.image_copy, picture=settings.picture)
+        names = output_names(record, settings.formats, image=settings.image_copy, picture=settings.picture)
         return all((folder / name).is_file() for name in (*names, *record["maps"]))
     except (InputError, DataError, KeyError, TypeError):
         return False

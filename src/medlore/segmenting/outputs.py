@@ -12,7 +12,9 @@
     ├── uncertainty.nii.gz      entropy of every voxel in bits, the largest of all labels (--uncertainty)
     ├── probabilities/          LABEL.nii.gz, the network's probability of each label (--probabilities)
     ├── brain_mask.nii.gz       the brain that a first pass found
-    ├── segmentation.dcm        DICOM-SEG, on request, where the input was DICOM; overlapping labels in segmentation_2.dcm, ...
+    ├── segmentation.dcm        DICOM-SEG (--format dicom-seg); overlapping labels in segmentation_2.dcm, ...
+    ├── structures.dcm          RTSTRUCT (--format rtstruct)
+    ├── segmentation.seg.nrrd   for 3D Slicer (--format seg-nrrd)
     └── case.json               the verdict, volumes, experts, windows, seconds, memory, what was odd
 """
 
@@ -21,23 +23,25 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from medlore.data.formats import write_volume
 from medlore.data.volumes.cases import only_known_faults
-from medlore.data.volumes.dicom import write_dicom_seg
-from medlore.data.volumes.geometry import Array
 from medlore.data.volumes.nifti import Volume, copy_image, label_table
+from medlore.data.volumes.reference import Reference
 from medlore.errors import MedloreError, StepError
 from medlore.extras import is_installed
 from medlore.files import atomic_folder, write_json, write_text
 from medlore.pages.colours import label_colour
 from medlore.runs.report import peak_memory_bytes
-from medlore.segmenting.maps import canvas_of, map_names, write_maps
+from medlore.segmenting.case_masks import CaseMasks, OverlapRule
+from medlore.segmenting.maps import map_names, write_maps
+from medlore.segmenting.mask_formats import NIFTI, formats_named
 from medlore.segmenting.quality_control import write_quality_control
 from medlore.segmenting.segmentation import Segmentation
 
@@ -46,23 +50,33 @@ RECORDS = ("case.json", "labels.json")
 _MASK_PACKS, _MAP_PACKS, _IMAGE_PACKS, _SPARE_BYTES = 500, 200, 4, 1 << 20
 _LONGEST_STEM = 60  # characters of a label in a file's name; each takes up to four of 255 bytes
 CASE_SCHEMA = "medlore/case/1"
-OverlapRule = Literal["small-over-large", "given"]
 _RULE_WORDS = {
     "small-over-large": "where labels overlap, the smaller structure keeps the voxel",
     "given": "where labels overlap, the label that was named later keeps the voxel",
 }
 
 
+@dataclass(frozen=True, eq=False)
+class Wanted:
+    """What of a case is written, and how.
+
+    Args:
+        formats: names of `MASK_FORMATS`; the first of them in the table's order holds the masks.
+        overlap_rule: who keeps a voxel of the label map.
+        image: write `image.nii.gz`.
+        picture: write `quality_control.png`, where matplotlib is installed (extra `plots`).
+        reference: the DICOM series that DICOM-SEG and RTSTRUCT refer to, where the image is none.
+    """
+
+    formats: Sequence[str] = (NIFTI.name,)
+    overlap_rule: OverlapRule = "small-over-large"
+    image: bool = True
+    picture: bool = True
+    reference: Reference | None = None
+
+
 def write_outputs(
-    folder: str | Path,
-    result: Segmentation,
-    *,
-    about: Mapping[str, Any],
-    overlap_rule: OverlapRule = "small-over-large",
-    image: bool = True,
-    picture: bool = True,
-    dicom_seg: bool = False,
-    kept: list[str] | None = None,
+    folder: str | Path, result: Segmentation, *, about: Mapping[str, Any], wanted: Wanted | None = None, kept: list[str] | None = None
 ) -> dict[str, Any]:
     """Write the folder of a case and return what its `case.json` says.
 
@@ -70,39 +84,44 @@ def write_outputs(
         folder: what an earlier run wrote there is replaced as a whole; what somebody added or changed is kept.
         result: of the model.
         about: further values for `case.json`.
-        overlap_rule: who keeps a voxel of the label map.
-        image: write `image.nii.gz`.
-        picture: write `quality_control.png`, where matplotlib is installed (extra `plots`).
-        dicom_seg: write `segmentation.dcm`.
+        wanted: what is written, and how.
         kept: gets the names of files that the earlier run did not write.
 
     Raises:
         StepError: the folder cannot be written, or the geometry of a mask differs from the input's when it is read back. Image,
-            picture and DICOM-SEG may fail: the record then has the state `incomplete` and names them under `not_written`.
+            picture and further formats may fail: the record then has the state `incomplete` and names them under `not_written`.
     """
     start = time.perf_counter()
     folder = Path(folder)
+    wanted = wanted or Wanted()
+    first, *further = formats_named(wanted.formats)
     files = file_names(result.routes.labels)
+    case = CaseMasks(result, files, wanted.overlap_rule, wanted.reference)
+    any_voxel = any(map(result.voxels, result.routes.labels))
     with atomic_folder(folder, kept=kept) as temporary:
-        _write_masks(temporary, result, files)
+        written = {made.name: made.file for made in (first, *further) if any_voxel or made.empty}
+        if first.name in written:
+            first.write(temporary, case)
         values = {index + 1: label for index, label in enumerate(result.routes.labels)}
-        grid = {"affine": result.affine}
-        write_volume(temporary / "prediction.nii.gz", label_map(result, overlap_rule), result.volume, labels=values, **grid)
-        write_json(temporary / "labels.json", {**label_table(values), "overlap_rule": _RULE_WORDS[overlap_rule]})
+        write_json(temporary / "labels.json", {**label_table(values), "overlap_rule": _RULE_WORDS[wanted.overlap_rule]})
         write_text(temporary / "labels_itksnap.txt", itksnap_labels(result.routes.labels))
         beside = _Beside(temporary)
-        if image:
+        if wanted.image:
             beside.write("image.nii.gz", lambda path: _write_image(path, result))
-        if picture and is_installed("matplotlib"):
+        if wanted.picture and is_installed("matplotlib"):
             beside.write("quality_control.png", lambda path: write_quality_control(path, result, folder.name))
         write_maps(temporary, result, files)
-        notes = []
-        if dicom_seg and (masks := _OneByOne(result)):
-            beside.write("segmentation.dcm", lambda path: write_dicom_seg(path, result.volume, masks))
-        elif dicom_seg:
-            notes.append("no label has a voxel, so there is no segmentation.dcm")
+        for made in further:
+            if made.name in written:
+                beside.write(made.file, lambda path, made=made: made.write(path.parent, case))  # type: ignore[misc]
+        notes = [f"no label has a voxel, so there is no {made.file}" for made in (first, *further) if made.name not in written]
         result.seconds["write"] = time.perf_counter() - start
-        record = {**case_record(result, files), "overlap_rule": _RULE_WORDS[overlap_rule], **about}
+        record = {
+            **case_record(result, files if first is NIFTI else {}),
+            "formats": written,
+            "overlap_rule": _RULE_WORDS[wanted.overlap_rule],
+            **about,
+        }
         record["notes"] += notes
         record |= {"state": "incomplete" if beside.faults else "done", "not_written": beside.faults}
         write_json(temporary / "case.json", record)
@@ -164,21 +183,13 @@ def check_room(out: Path, volume: Volume, labels: int, *, image: bool) -> None:
         raise StepError(str(out), came, "a disk with room", "free space, name another folder, or give --no-image-copy")
 
 
-def label_map(result: Segmentation, rule: OverlapRule = "small-over-large") -> Array:
-    """One integer per voxel: the label's place in the list, from 1; 0 is background. The smallest type that holds all of them."""
-    labels = result.routes.labels
-    kind = np.uint8 if len(labels) < 256 else np.uint16
-    values, view = canvas_of(result, kind)
-    order = sorted(labels, key=result.voxels, reverse=True) if rule == "small-over-large" else list(labels)
-    for label in order:  # later ones are painted over earlier ones
-        if (found := result.boxed(label)) is not None:
-            crop, mask = found
-            np.copyto(crop.apply(view), labels.index(label) + 1, where=mask)
-    return values
-
-
 def case_record(result: Segmentation, files: Mapping[str, str]) -> dict[str, Any]:
-    """The facts of a finished case."""
+    """The facts of a finished case.
+
+    Args:
+        result: of the model.
+        files: label -> file of its own mask; none where the masks lie in one file of another format.
+    """
     ml = result.voxel_ml()
     experts = {label: region for region, labels in result.routes.by_region.items() for label in labels}
     labels = [
@@ -186,7 +197,7 @@ def case_record(result: Segmentation, files: Mapping[str, str]) -> dict[str, Any
             "value": index + 1,
             "label": label,
             "expert": experts[label],
-            "file": files[label],
+            "file": files.get(label),
             "voxels": result.voxels(label),
             "volume_ml": round(result.voxels(label) * ml, 4),
         }
@@ -231,16 +242,27 @@ def file_names(labels: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def output_names(masks: Sequence[str], *, image: bool, picture: bool) -> list[str]:
-    """What the folder of a finished case holds, DICOM-SEG apart.
+def output_names(record: Mapping[str, Any], formats: Sequence[str], *, image: bool, picture: bool) -> list[str]:
+    """What the folder of a finished case holds.
+
+    Args:
+        record: its `case.json`; a format that could not hold a case without a voxel is named neither there nor here.
+        formats: that were asked for.
+        image: whether the image is copied.
+        picture: whether a picture is drawn.
 
     Examples:
-        >>> output_names(["liver.nii.gz"], image=False, picture=False)
-        ['liver.nii.gz', 'prediction.nii.gz', 'labels.json', 'labels_itksnap.txt', 'case.json']
+        >>> record = {"labels": [{"file": "liver.nii.gz", "voxels": 3}]}
+        >>> output_names(record, ["nifti", "rtstruct"], image=False, picture=False)
+        ['liver.nii.gz', 'prediction.nii.gz', 'structures.dcm', 'labels.json', 'labels_itksnap.txt', 'case.json']
     """
     drawn = picture and is_installed("matplotlib")
     optional = [*(["image.nii.gz"] if image else []), *(["quality_control.png"] if drawn else [])]
-    return [*masks, "prediction.nii.gz", *optional, "labels.json", "labels_itksnap.txt", "case.json"]
+    any_voxel = any(entry["voxels"] for entry in record["labels"])
+    wanted = formats_named(formats)
+    masks = [entry["file"] for entry in record["labels"]] if NIFTI in wanted else []
+    whole = [made.file for made in wanted if made.empty or any_voxel]
+    return [*masks, *whole, *optional, "labels.json", "labels_itksnap.txt", "case.json"]
 
 
 def itksnap_labels(labels: Sequence[str]) -> str:
@@ -251,34 +273,6 @@ def itksnap_labels(labels: Sequence[str]) -> str:
         red, green, blue = label_colour(index)
         lines.append(f'{index + 1:>5} {red:>5} {green:>4} {blue:>4}        1  1  1    "{label}"')
     return head + "\n".join(lines) + "\n"
-
-
-class _OneByOne(Mapping[str, Array]):
-    """The masks that have voxels, each made when it is asked for."""
-
-    def __init__(self, result: Segmentation) -> None:
-        self._result = result
-        self._labels = [label for label in result.routes.labels if result.voxels(label)]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._labels)
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def __getitem__(self, label: str) -> Array:
-        return self._result.mask(label)
-
-
-def _write_masks(folder: Path, result: Segmentation, files: Mapping[str, str]) -> None:
-    values, view = canvas_of(result, np.uint8)
-    for label in result.routes.labels:
-        found = result.boxed(label)
-        if found is not None:
-            found[0].apply(view)[...] = found[1]
-        write_volume(folder / files[label], values, result.volume, labels={1: label}, affine=result.affine)
-        if found is not None:
-            found[0].apply(view)[...] = 0
 
 
 def _write_image(path: Path, result: Segmentation) -> None:

@@ -19,10 +19,12 @@ from medlore.models.segmenter import bundle as bundles
 from medlore.models.segmenter.vocabulary import canonical_modality
 from medlore.runs.hardware import DeviceChoice, Precision, Work, decide_hardware
 from medlore.segmenting.brain_mask import read_brain_mask
+from medlore.segmenting.case_masks import OverlapRule, label_map
 from medlore.segmenting.expectations import CheckLevel
 from medlore.segmenting.labels import EVERYTHING, route_labels
+from medlore.segmenting.mask_formats import NIFTI, checked_formats
 from medlore.segmenting.model import SegmentingModel
-from medlore.segmenting.outputs import OverlapRule, fault_of, label_map, write_outputs
+from medlore.segmenting.outputs import Wanted, fault_of, write_outputs
 from medlore.segmenting.plan import Grid
 from medlore.segmenting.planner import Choices
 from medlore.segmenting.segmentation import Segmentation
@@ -68,18 +70,25 @@ class Masks:
         """One integer a voxel, x y z: 0 is background, `labels[i - 1]` is i. The overlap rule decides where labels overlap."""
         return label_map(self.segmentation, self._rule)
 
-    def save(self, folder: str | Path, *, image: bool = True, picture: bool = True) -> Path:
+    def save(self, folder: str | Path, *, image: bool = True, picture: bool = True, formats: Sequence[str] = (NIFTI.name,)) -> Path:
         """Write what `medlore segment` writes for a case: a mask a label, the label map, tables, a picture, `case.json`.
 
         Args:
             folder: written whole or not at all; replaced if it is there.
             image: write the image too.
             picture: write `quality_control.png`.
+            formats: nifti, dicom-seg, rtstruct, seg-nrrd.
 
         Raises:
+            InputError: an unknown format, or one that needs a DICOM series.
             StepError: the folder cannot be written; or the masks are there and a file beside them is not.
         """
-        record = write_outputs(folder, self.segmentation, about=self._about, overlap_rule=self._rule, image=image, picture=picture)
+        volume = self.segmentation.volume
+        for made in checked_formats(formats):
+            if made.check is not None:
+                made.check(volume)
+        wanted = Wanted(formats, self._rule, image, picture)
+        record = write_outputs(folder, self.segmentation, about=self._about, wanted=wanted)
         if (fault := fault_of(record, Path(folder))) is not None:
             raise fault
         return Path(folder)

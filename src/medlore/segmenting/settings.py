@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+import pydantic
+
 from medlore.runs.hardware import DeviceChoice, Precision
-from medlore.runs.settings import Settings, setting
+from medlore.runs.settings import Settings, known_name, setting
 from medlore.segmenting.expectations import CheckLevel
+from medlore.segmenting.mask_formats import MASK_FORMATS
 
 # Counts up when the same image, model and settings give other masks, so that older results are not taken over.
 RULES_VERSION = 3
@@ -60,7 +63,13 @@ class SegmentSettings(Settings):
     )
     image_copy: bool = setting(True, "Write image.nii.gz beside the masks.", group=_MASKS, decides=False)
     picture: bool = setting(True, "Write quality_control.png.", group=_MASKS, decides=False)
-    dicom_seg: bool = setting(False, "Write segmentation.dcm too (DICOM input, extra dicom).", group=_MASKS)
+    format: tuple[str, ...] = setting(
+        ("nifti",), f"Comma-separated formats of the masks: {', '.join(MASK_FORMATS)}.", group=_MASKS, decides=False
+    )
+    dicom_reference: Path | None = setting(
+        None, "The DICOM series that the image was converted from, for dicom-seg and rtstruct.", group=_MASKS, decides=False
+    )
+    dicom_seg: bool = setting(False, "Earlier word for adding dicom-seg to --format.", group=_MASKS)
 
     check: CheckLevel = setting(
         "quick", "How closely masks are checked; thorough: also in shifted windows and mirrored, at three times the time.", group=_CHECKS
@@ -83,6 +92,18 @@ class SegmentSettings(Settings):
     resume: bool = setting(True, "Skip cases that are finished with the same input and settings.", group=_RUN, decides=False)
     engine: Literal["local", "ray"] = setting("local", "Local processes, or Ray.", group=_RUN, decides=False)
     workers: int = setting(1, "Cases processed at the same time; each worker loads its own model.", group=_RUN, ge=1, decides=False)
+
+    @pydantic.field_validator("format", mode="after")
+    @classmethod
+    def _known_formats(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if not names:
+            raise ValueError(f"no format; known are {', '.join(MASK_FORMATS)}")
+        return tuple(dict.fromkeys(known_name(name, MASK_FORMATS) for name in names))
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Names of all formats that are asked for."""
+        return (*self.format, *(("dicom-seg",) if self.dicom_seg and "dicom-seg" not in self.format else ()))
 
 
 class MaskEvaluationSettings(Settings):

@@ -15,6 +15,7 @@ from medlore.data.volumes.dicom_files import DicomFile, find_files, read_header
 from medlore.data.volumes.dicom_series import check_kind, check_one_owner, choose_series, stack, values_of
 from medlore.data.volumes.geometry import Array, Shape, check_affine, spacing_of
 from medlore.data.volumes.nifti import Volume, header_for
+from medlore.data.volumes.structures import Structure, structure_of
 from medlore.data.volumes.voxel_bytes import check_frame, check_memory
 from medlore.errors import DataError, InputError, MedloreError, reason_of
 from medlore.extras import require
@@ -150,7 +151,7 @@ def write_dicom_seg(path: str | Path, volume: Volume, masks: Mapping[str, Array]
     left = list(masks)
     if not volume.slices or not left:
         came = "an image that is not DICOM" if not volume.slices else "no label with a voxel"
-        raise InputError("--dicom-seg", came, "a DICOM series and at least one mask that is not empty", "leave --dicom-seg out")
+        raise InputError("DICOM-SEG", came, "a DICOM series and at least one mask that is not empty", "leave dicom-seg out of --format")
     number = 1
     while left:
         chosen, pixels, left = _layer(left, masks, volume.shape)
@@ -166,8 +167,11 @@ def check_dicom_seg(volume: Volume) -> None:
 
     Raises:
         MissingExtraError: highdicom is not installed.
+        InputError: the volume did not come from DICOM.
         DataError: the headers of the slices do not allow one.
     """
+    if not volume.slices:
+        raise InputError(str(volume.path), "an image that is not DICOM", "a DICOM series", "give --dicom-reference, or leave dicom-seg out")
     x, y, z = volume.shape
     pixels: Array = np.zeros((z, y, x), np.uint8)
     pixels[0, 0, 0] = 1
@@ -176,7 +180,7 @@ def check_dicom_seg(volume: Volume) -> None:
     except MedloreError:
         raise
     except Exception as error:  # highdicom and pydicom share no parent of their errors
-        accepted, fix = "the attributes that the standard asks for", "leave --dicom-seg out, or export the series with its attributes"
+        accepted, fix = "the attributes that the standard asks for", "leave dicom-seg out, or export the series with its attributes"
         raise DataError(str(volume.path), f"no DICOM-SEG can refer to its slices ({reason_of(error)})", accepted, fix) from error
 
 
@@ -196,7 +200,7 @@ def _layer(labels: Sequence[str], masks: Mapping[str, Array], shape: Sequence[in
 
 
 def _layer_object(volume: Volume, labels: Sequence[str], pixels: Array, series_number: int) -> Any:
-    highdicom = require("highdicom", "--dicom-seg")
+    highdicom = require("highdicom", "DICOM-SEG")
     from highdicom.sr.coding import CodedConcept
 
     from medlore import __version__
@@ -204,17 +208,7 @@ def _layer_object(volume: Volume, labels: Sequence[str], pixels: Array, series_n
     algorithm = highdicom.AlgorithmIdentificationSequence(
         name="MedLoRE", version=__version__, family=CodedConcept("123109", "DCM", "Artificial Intelligence")
     )
-    segments = [
-        highdicom.seg.SegmentDescription(
-            segment_number=number,
-            segment_label=label[:64],
-            segmented_property_category=CodedConcept("123037004", "SCT", "Anatomical structure"),
-            segmented_property_type=CodedConcept(f"label-{number}", "99MEDLORE", label[:64]),
-            algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
-            algorithm_identification=algorithm,
-        )
-        for number, label in enumerate(labels, start=1)
-    ]
+    segments = [_described(number, structure_of(label), algorithm) for number, label in enumerate(labels, start=1)]
     return highdicom.seg.Segmentation(
         source_images=_sources(volume),
         pixel_array=pixels,
@@ -231,6 +225,27 @@ def _layer_object(volume: Volume, labels: Sequence[str], pixels: Array, series_n
         series_description="MedLoRE segmentation (research, not for diagnosis)",
         omit_empty_frames=True,
     )
+
+
+def _described(number: int, structure: Structure, algorithm: Any) -> Any:
+    """A segment: what it is, on which side, where it lies, and its colour."""
+    import highdicom
+    from pydicom.sr.coding import Code as Coded
+
+    made = highdicom.seg.SegmentDescription(
+        segment_number=number,
+        segment_label=structure.label[:64],
+        segmented_property_category=Coded(structure.kind.value, "SCT", structure.kind.meaning),
+        segmented_property_type=Coded(structure.code.value, "SCT", structure.code.meaning),
+        algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
+        algorithm_identification=algorithm,
+        anatomic_regions=None if structure.site is None else [Coded(structure.site.value, "SCT", structure.site.meaning)],
+        display_color=highdicom.color.CIELabColor.from_rgb(*structure.colour),
+    )
+    if structure.side is not None:
+        side = highdicom.sr.CodedConcept(structure.side.value, "SCT", structure.side.meaning)
+        made.SegmentedPropertyTypeCodeSequence[0].SegmentedPropertyTypeModifierCodeSequence = [side]
+    return made
 
 
 def _sources(volume: Volume) -> list[Any]:

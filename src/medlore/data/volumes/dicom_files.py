@@ -71,12 +71,12 @@ class DicomFile:
         return DataError(str(self.source), f"{name} cannot be used ({what})", "what the DICOM standard says", "correct or export it again")
 
 
-def find_files(path: Path, *, segmentations: bool = False) -> list[DicomFile]:
+def find_files(path: Path, *, modality: str | None = None) -> list[DicomFile]:
     """All image objects in a folder (searched through and through) or a zip, or in one file.
 
     Args:
         path: the folder, zip or file.
-        segmentations: look for DICOM-SEG objects in place of images.
+        modality: `SEG` or `RTSTRUCT`: look for these objects in place of images.
 
     Raises:
         DataError: the zip cannot be read, or some files are DICOM and cannot be read: one of them may be a missing slice.
@@ -92,7 +92,7 @@ def find_files(path: Path, *, segmentations: bool = False) -> list[DicomFile]:
         except MedloreError as error:
             faults.append(f"{source}: {error.came}")
             continue
-        if header is not None and _is_wanted(header, segmentations=segmentations):
+        if header is not None and _is_wanted(header, modality):
             found.append(DicomFile(source, header))
     if faults:
         accepted, fix = "whole files: each may be a slice that would be missing", "copy them again, or take them out of the folder"
@@ -129,7 +129,7 @@ def holds_images(folder: Path, *, beside: Sequence[Path] = ()) -> bool:
                 return True
             except MedloreError:
                 continue
-            if header is not None and _is_wanted(header, segmentations=False):
+            if header is not None and _is_wanted(header, None):
                 return True
     return False
 
@@ -177,10 +177,10 @@ def _is_whole(dataset: Any) -> bool:
     return kind is not None and not kind.name.endswith("Image Storage")
 
 
-def _is_wanted(header: Any, *, segmentations: bool) -> bool:
+def _is_wanted(header: Any, wanted: str | None) -> bool:
     modality = str(header.get("Modality") or "")
-    if segmentations:
-        return modality == "SEG"
+    if wanted is not None:
+        return modality == wanted
     return modality not in _NO_IMAGE and "Rows" in header
 
 
