@@ -106,7 +106,7 @@ DICOM = VolumeFormat(
     "DICOM",
     (".dcm", ".zip"),
     lambda path, o: dicom.read_dicom(path, series=o.series, frame=o.frame, most_bytes=o.most_bytes),
-    lambda path, o: dicom.read_dicom_grid(path, series=o.series),
+    lambda path, o: dicom.read_dicom_grid(path, series=o.series, frame=o.frame),
     dicom_files.is_dicom,
     _dicom_folders,
     masks=lambda _, path, on: _dicom_masks(path, on),
@@ -313,6 +313,15 @@ def modality_of(path: str | Path) -> str | None:
         return None
     with refusing(path, format_.name):
         return format_.modality(path)
+
+
+def slice_headers(path: str | Path, options: ReadOptions) -> tuple[Any, ...]:
+    """The headers of the slices of a DICOM series, by which masks are known to be drawn on it; none for any other format."""
+    path = Path(path)
+    if format_of(path) is not DICOM:
+        return ()
+    with refusing(path, DICOM.name):
+        return dicom.read_slice_headers(path, series=options.series, frame=options.frame)
 
 
 def write_volume(

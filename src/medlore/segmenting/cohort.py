@@ -84,14 +84,20 @@ def collect_cases(settings: SegmentSettings) -> list[Case]:
     if source is None or not source.exists():
         raise InputError(str(source), "no such file or folder", "a jsonl, an image, or a folder of them", "check the spelling")
     if source == settings.cases and source.is_file() and source.suffix.casefold() in (".jsonl", ".json"):
-        cases = read_cases(source)
-        return [replace(c, labels=settings.labels or c.labels, modality=settings.modality or c.modality) for c in cases]
+        return [_with_flags(case, settings) for case in read_cases(source)]
     images = (find_images(source) or [source]) if source.is_dir() else [source]
     if not settings.labels:
         fix = "give --labels liver,spleen, a region's name, or all"
         raise InputError("--labels", "none were given", "names of structures, beside an image or a folder", fix)
     modality = settings.modality or _modality_recorded_by(source)
-    return [Case(image, settings.labels, modality) for image in images]
+    return [Case(image, settings.labels, modality, frame=settings.frame, series=settings.series) for image in images]
+
+
+def _with_flags(case: Case, settings: SegmentSettings) -> Case:
+    """A line of a list under what the flags say for all lines; its own frame and series stay."""
+    frame = settings.frame if case.frame is None else case.frame
+    named = {"labels": settings.labels or case.labels, "modality": settings.modality or case.modality}
+    return replace(case, frame=frame, series=case.series or settings.series, **named)
 
 
 def segment_cases(settings: SegmentSettings, *, watcher: CohortWatcher | None = None) -> dict[str, Any]:

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from medlore.data.formats import ReadOptions, content_hash, read_grid
+from medlore.data.formats import ReadOptions, content_hash, read_grid, slice_headers
 from medlore.data.volumes.cases import Case, folder_names, only_known_faults, read_cases
 from medlore.data.volumes.geometry import Array, spacing_of
 from medlore.data.volumes.masks import check_mask_grid, read_masks, read_segments
@@ -92,6 +93,7 @@ def measure_case(folder: Path, case: Case, tolerance_mm: float) -> list[dict[str
     first, predict = _predictions(folder, case, record)
     if case.image.exists():
         check_mask_grid(*read_grid(case.image, ReadOptions(frame=case.frame, series=case.series)), first, str(case.image), what="an image")
+        first = replace(first, slices=slice_headers(case.image, ReadOptions(frame=case.frame, series=case.series)))
     truth = read_masks(case, first)  # the masks of the image lie on the grid of what was predicted for it
     spacing = spacing_of(first.affine)
     rows = []

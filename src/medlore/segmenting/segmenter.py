@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from medlore.data.volumes.geometry import Array
+from medlore.data.volumes.in_memory import volume_of
 from medlore.data.volumes.nifti import Volume
 from medlore.data.volumes.nifti_affine import AffineChoice
 from medlore.data.volumes.preparation import Resample, read_volume
@@ -120,7 +121,7 @@ class LoadedSegmenter:
 
     def segment(  # noqa: PLR0913 - each is a choice of the command
         self,
-        volume: str | Path | Volume,
+        volume: Any,
         prompts: str | Sequence[str],
         *,
         modality: str | None = None,
@@ -138,7 +139,8 @@ class LoadedSegmenter:
         """Segment one volume.
 
         Args:
-            volume: a NIfTI or NRRD file, a DICOM folder or zip, or a `Volume` from `medlore.data.volumes.preparation.read_volume`.
+            volume: a file of any format, a DICOM folder or zip, or an image in memory: a `Volume` from `medlore.read_volume`, a SimpleITK
+                or nibabel image, or a pair of an array or tensor (x y z) and its affine (voxel index -> RAS+ mm).
             prompts: names of structures or synonyms, a region's name, or `all`.
             modality: ct, mri (also t1, t2, flair ...), pet or us; DICOM files record it.
             region: this region's expert answers for every label.
@@ -148,7 +150,7 @@ class LoadedSegmenter:
             overlap_rule: who keeps a voxel of the label map that two labels claim.
             orientation_code: in which the network sees the volume, e.g. `ASR`.
             affine_from: which NIfTI matrix to believe.
-            frame: which volume of a 4D file.
+            frame: which volume of a 4D image.
             series: which DICOM series, where there are several.
             brain_mask: a file, or a Boolean array x y z, on the volume's grid: everything of the brain is looked for inside it.
 
@@ -156,7 +158,10 @@ class LoadedSegmenter:
             InputError: no such file, unknown labels, no modality, or more than fits the memory.
             DataError: a file that cannot be read as one grey volume, or nothing in it.
         """
-        read = volume if isinstance(volume, Volume) else read_volume(volume, affine_from=affine_from, frame=frame, series=series)
+        if isinstance(volume, str | Path):
+            read = read_volume(volume, affine_from=affine_from, frame=frame, series=series)
+        else:
+            read = volume if isinstance(volume, Volume) else volume_of(volume, affine_from=affine_from, frame=frame)
         modality = modality or read.modality
         if modality is None:
             fix = 'give modality="ct"; only DICOM files record it'

@@ -34,6 +34,9 @@ class SegmentSettings(Settings):
     out: Path = setting(..., "Folder for the results: one folder per image, and report.json.", group=_CASES, decides=False)
     image: Path | None = setting(None, "One image instead of a list of cases.", group=_CASES, decides=False)
 
+    series: str | None = setting(None, "UID, or its end, of the DICOM series, where there are several.", group=_CASES, decides=False)
+    frame: int | None = setting(None, "Which volume of a 4D image, from 0.", group=_CASES, ge=0, decides=False)
+
     labels: tuple[str, ...] = setting((), "Comma-separated names, the name of a region, or all.", group=_LABELS, decides=False)
     modality: str | None = setting(None, "ct, mri (also t1, t2, flair, dwi ...), pet or us.", group=_LABELS, decides=False)
     region: str | None = setting(None, "Use this region's expert for every label.", group=_LABELS)

@@ -1,4 +1,4 @@
-"""DICOM in (one series of single-frame images, in a folder or zip) and DICOM-SEG out. Needs the extra `dicom`."""
+"""DICOM in (one series of images, single-frame or enhanced multi-frame, in a folder or zip) and DICOM-SEG out. Needs the extra `dicom`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from medlore.data.codestreams import check_codestream
 from medlore.data.volumes.dicom_files import DicomFile, find_files, read_header
+from medlore.data.volumes.dicom_frames import frames_of, is_multi_frame, one_volume
 from medlore.data.volumes.dicom_series import check_kind, check_one_owner, choose_series, stack, values_of
 from medlore.data.volumes.geometry import Array, Shape, check_affine, spacing_of
 from medlore.data.volumes.nifti import Volume, header_for
@@ -37,17 +38,16 @@ def read_dicom(path: str | Path, *, series: str | None = None, frame: int | None
     Args:
         path: a folder (searched through and through), a zip, or one file of a series, whose other files lie in the same folder.
         series: SeriesInstanceUID, or its end, where there are several.
-        frame: None or 0: a series is one volume.
+        frame: which volume of an enhanced multi-frame series that holds several, from 0.
         most_bytes: voxels that need more than this are refused before they are read.
 
     Raises:
         MissingExtraError: pydicom is not installed.
         DataError: no image, several series, patients, studies or frames of reference, damaged, missing, doubled or shifted slices,
-            uneven spacing, multi-frame, colour.
+            uneven spacing, several volumes, colour.
     """
     path = Path(path)
-    check_frame(frame, path)
-    slices, affine, notes = _stack_of(path, series)
+    slices, affine, notes = _stack_of(path, series, frame)
     x, y, z = _shape_of(slices)
     check_memory(x * y * z * 4, f"a series of {x} x {y} x {z} voxels", path, most_bytes=most_bytes)
     array = _voxels(slices)
@@ -57,14 +57,23 @@ def read_dicom(path: str | Path, *, series: str | None = None, frame: int | None
     return Volume(array, affine, header_for(affine, (x, y, z)), (x, y, z), path, tuple(notes), modality, headers)
 
 
-def read_dicom_grid(path: str | Path, *, series: str | None = None) -> tuple[Shape, Array]:
+def read_dicom_grid(path: str | Path, *, series: str | None = None, frame: int | None = None) -> tuple[Shape, Array]:
     """Shape and affine of a series, from its headers alone.
 
     Raises:
         DataError: as `read_dicom`, as far as the headers show.
     """
-    slices, affine, _ = _stack_of(Path(path), series)
+    slices, affine, _ = _stack_of(Path(path), series, frame)
     return _shape_of(slices), affine
+
+
+def read_slice_headers(path: str | Path, *, series: str | None = None, frame: int | None = None) -> tuple[Any, ...]:
+    """The headers of a series, in the order of z, without its pixels.
+
+    Raises:
+        DataError: as `read_dicom`, as far as the headers show.
+    """
+    return tuple(file.header for file in _stack_of(Path(path), series, frame)[0])
 
 
 def dicom_modality(path: str | Path) -> str | None:
@@ -73,14 +82,24 @@ def dicom_modality(path: str | Path) -> str | None:
     return None if first is None else _MODALITIES.get(first.text("Modality"))
 
 
-def _stack_of(path: Path, series: str | None) -> tuple[list[DicomFile], Array, list[str]]:
+def _files_of(path: Path, series: str | None) -> tuple[list[DicomFile], str | None]:
+    """The files in which a series is looked for, and its UID where that is still to be chosen: one file names its own."""
     files = find_files(path)
     if path.is_file() and len(files) == 1 and files[0].source == path:  # one slice: the series is the one that it belongs to
         own = files[0].text("SeriesInstanceUID")
         if series is not None and not own.endswith(series):
             raise DataError(str(path), f"an image of series {own}, not of {series!r}", "a file of the series", "name another file")
-        files, series = [file for file in find_files(path.parent) if file.text("SeriesInstanceUID") == own], None
+        return [file for file in find_files(path.parent) if file.text("SeriesInstanceUID") == own], None
+    return files, series
+
+
+def _stack_of(path: Path, series: str | None, frame: int | None) -> tuple[list[DicomFile], Array, list[str]]:
+    files, series = _files_of(path, series)
     chosen = choose_series(files, series, path)
+    if any(map(is_multi_frame, chosen)):
+        chosen = one_volume([part for file in chosen for part in frames_of(file)], frame, path)
+    else:
+        check_frame(frame, path)
     check_kind(chosen, path)
     slices, affine, notes = stack(chosen, path)
     check_affine(affine, str(path))
@@ -104,9 +123,12 @@ def _shape_of(slices: Sequence[DicomFile]) -> Shape:
 def _voxels(slices: Sequence[DicomFile]) -> Array:
     """Voxels x y z; int16 or int32 where slopes and intercepts leave whole numbers that fit, else floating point."""
     planes, all_whole = [], True
+    read: dict[Any, Any] = {}  # the object that was read last: all frames of one lie in it
     for file in slices:
-        dataset = read_header(file.source, pixels=True)
-        check_codestream(dataset, file.source)
+        if file.source not in read:
+            read = {file.source: read_header(file.source, pixels=True)}
+        dataset = read[file.source]
+        check_codestream(dataset, file.source, file.frame)
         values, whole = values_of(file, dataset, file.source)
         all_whole = all_whole and whole
         planes.append(_narrow(values, whole=whole))
@@ -224,6 +246,7 @@ def _layer_object(volume: Volume, labels: Sequence[str], pixels: Array, series_n
         device_serial_number="0",
         series_description="MedLoRE segmentation (research, not for diagnosis)",
         omit_empty_frames=True,
+        **_places(volume),
     )
 
 
@@ -248,11 +271,39 @@ def _described(number: int, structure: Structure, algorithm: Any) -> Any:
     return made
 
 
+def _places(volume: Volume) -> dict[str, Any]:
+    """Where the slices lie, said outright where they are frames: those of one volume of several, in the order of z."""
+    import highdicom
+
+    if not _in_frames(volume):
+        return {}
+    row, column, between = (float(v) for v in (*volume.slices[0].PixelSpacing, spacing_of(volume.affine)[2]))
+    thick = float(volume.slices[0].get("SliceThickness") or between)
+    return {
+        "plane_positions": [highdicom.PlanePositionSequence("PATIENT", list(map(float, h.ImagePositionPatient))) for h in volume.slices],
+        "plane_orientation": highdicom.PlaneOrientationSequence("PATIENT", list(map(float, volume.slices[0].ImageOrientationPatient))),
+        "pixel_measures": highdicom.PixelMeasuresSequence([row, column], thick, between),
+    }
+
+
+def _in_frames(volume: Volume) -> bool:
+    return any("ReferencedFrameNumber" in header for header in volume.slices)
+
+
+def _objects(volume: Volume) -> Sequence[Any]:
+    """Headers of the objects that the slices are, or of the one whose frames they are."""
+    if not _in_frames(volume):
+        return volume.slices
+    wanted = {header.SOPInstanceUID for header in volume.slices}
+    files, _ = _files_of(volume.path, None)
+    return [file.header for file in files if file.header.get("SOPInstanceUID") in wanted]
+
+
 def _sources(volume: Volume) -> list[Any]:
     """Headers of the slices with all that a DICOM-SEG takes over: what is absent and may be empty by the standard (type 2) is empty."""
     spacing = float(spacing_of(volume.affine)[2])
     found = []
-    for header in volume.slices:
+    for header in _objects(volume):
         whole = copy.copy(header)
         for name in _MAY_BE_EMPTY:
             if name not in whole:

@@ -31,10 +31,12 @@ class DicomFile:
     Args:
         source: a file, or a member of a zip.
         header: the pydicom data set.
+        frame: of an enhanced multi-frame object, from 0; None for an image of one frame.
     """
 
     source: Path | ArchiveMember
     header: Any
+    frame: int | None = None
 
     def text(self, name: str) -> str:
         """An attribute as text; empty where it is absent or empty."""

@@ -110,14 +110,18 @@ def _structure_set(volume: Volume, masks: Mapping[str, Array]) -> Any:
 def _references(volume: Volume) -> list[Any]:
     """The frame of reference, study, series and slices on which contours lie."""
     first = volume.slices[0]
-    images = [_image(header) for header in volume.slices]
+    images = list({header.SOPInstanceUID: _image(header, whole=True) for header in volume.slices}.values())
     series = _item(SeriesInstanceUID=first.SeriesInstanceUID, ContourImageSequence=images)
     study = _item(ReferencedSOPClassUID=_STUDY, ReferencedSOPInstanceUID=first.StudyInstanceUID, RTReferencedSeriesSequence=[series])
     return [_item(FrameOfReferenceUID=first.FrameOfReferenceUID, RTReferencedStudySequence=[study])]
 
 
-def _image(header: Any) -> Any:
-    return _item(ReferencedSOPClassUID=header.SOPClassUID, ReferencedSOPInstanceUID=header.SOPInstanceUID)
+def _image(header: Any, *, whole: bool = False) -> Any:
+    """A slice, which may be a frame of an object, or the whole object."""
+    made = _item(ReferencedSOPClassUID=header.SOPClassUID, ReferencedSOPInstanceUID=header.SOPInstanceUID)
+    if not whole and "ReferencedFrameNumber" in header:
+        made.ReferencedFrameNumber = header.ReferencedFrameNumber
+    return made
 
 
 def _roi(number: int, structure: Structure, contours: list[Any]) -> Any:
