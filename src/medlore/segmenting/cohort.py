@@ -16,8 +16,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from medlore.data.formats import ReadOptions, content_hash, existing_image, find_images, modality_of, read_grid
-from medlore.data.volumes.cases import Case, folder_names, only_known_faults, read_cases
+from medlore.data.formats import ReadOptions, content_hash, existing_image, read_grid
+from medlore.data.volumes.cases import Case, folder_names, only_known_faults
 from medlore.data.volumes.geometry import check_orientation
 from medlore.errors import DataError, InputError, MedloreError
 from medlore.files import read_json, refuse_strangers, sha256_of
@@ -28,17 +28,20 @@ from medlore.runs.report import Run
 from medlore.runs.workers import spread
 from medlore.segmenting.brain_mask import read_brain_mask, refuse_flags_together
 from medlore.segmenting.case_folders import folder_for
+from medlore.segmenting.collecting import collect_cases
 from medlore.segmenting.labels import ModelFacts, Routes, facts_of_bundle, facts_of_pack, route_labels
 from medlore.segmenting.mask_formats import formats_named
 from medlore.segmenting.plan import CasePlan
 from medlore.segmenting.planner import Choices, Planner
 from medlore.segmenting.settings import RULES_VERSION, SegmentSettings
+from medlore.segmenting.statistics import write_cohort_table
 
 if TYPE_CHECKING:
     from medlore.data.volumes.nifti import Volume
     from medlore.data.volumes.nifti_affine import AffineChoice
     from medlore.data.volumes.reference import Reference
     from medlore.segmenting.model import SegmentingModel
+    from medlore.segmenting.outputs import Wanted
 
 State = Literal["done", "skipped", "failed"]
 JOURNAL = "report.cases.jsonl"  # the entries of a run that goes on, or was killed
@@ -70,36 +73,6 @@ class Silence:
         """Nothing."""
 
 
-def collect_cases(settings: SegmentSettings) -> list[Case]:
-    """All cases of a run.
-
-    Raises:
-        InputError: neither or both of a list and an image; no labels; no modality; nothing in a folder.
-        DataError: broken lines in a jsonl.
-    """
-    if (settings.cases is None) == (settings.image is None):
-        came = "neither a list of cases nor an image" if settings.cases is None else "a list of cases and an image"
-        raise InputError("segment", came, "one of them", "give cases.jsonl, or --image FILE --labels NAMES --modality ct")
-    source = settings.cases if settings.cases is not None else settings.image
-    if source is None or not source.exists():
-        raise InputError(str(source), "no such file or folder", "a jsonl, an image, or a folder of them", "check the spelling")
-    if source == settings.cases and source.is_file() and source.suffix.casefold() in (".jsonl", ".json"):
-        return [_with_flags(case, settings) for case in read_cases(source)]
-    images = (find_images(source) or [source]) if source.is_dir() else [source]
-    if not settings.labels:
-        fix = "give --labels liver,spleen, a region's name, or all"
-        raise InputError("--labels", "none were given", "names of structures, beside an image or a folder", fix)
-    modality = settings.modality or _modality_recorded_by(source)
-    return [Case(image, settings.labels, modality, frame=settings.frame, series=settings.series) for image in images]
-
-
-def _with_flags(case: Case, settings: SegmentSettings) -> Case:
-    """A line of a list under what the flags say for all lines; its own frame and series stay."""
-    frame = settings.frame if case.frame is None else case.frame
-    named = {"labels": settings.labels or case.labels, "modality": settings.modality or case.modality}
-    return replace(case, frame=frame, series=case.series or settings.series, **named)
-
-
 def segment_cases(settings: SegmentSettings, *, watcher: CohortWatcher | None = None) -> dict[str, Any]:
     """Segment a cohort; returns what `report.json` says under `results`.
 
@@ -128,6 +101,8 @@ def segment_cases(settings: SegmentSettings, *, watcher: CohortWatcher | None = 
                 append_line(journal, entry)  # the report is written whole at the end alone: a case costs the same in any cohort
                 watcher.case(len(entries), len(cases), entry)
         entries.sort(key=lambda entry: entry["index"])
+        for path in write_cohort_table(settings.out, (entry["folder"] for entry in entries if "folder" in entry)):
+            run.add_output(path.name, path)
         run.results["counts"] = {state: sum(e["state"] == state for e in entries) for state in ("done", "skipped", "failed")}
         run.results["flagged"] = [entry["name"] for entry in entries if entry.get("check")]
     journal.unlink(missing_ok=True)  # all of it is in the report
@@ -221,7 +196,7 @@ def segment_case(settings: SegmentSettings, model: SegmentingModel, case: Case, 
 
 def _segment_case(settings: SegmentSettings, model: SegmentingModel, case: Case, name: str, watcher: CohortWatcher) -> dict[str, Any]:
     from medlore.data.volumes.preparation import read_volume
-    from medlore.segmenting.outputs import Wanted, fault_of, write_outputs
+    from medlore.segmenting.outputs import fault_of, write_outputs
 
     routes = _routes(settings, model.facts, case)
     existing_image(case.image)
@@ -256,7 +231,7 @@ def _segment_case(settings: SegmentSettings, model: SegmentingModel, case: Case,
         "fingerprint": fingerprint,
     }
     kept: list[str] = []
-    wanted = Wanted(settings.formats, settings.overlap_rule, settings.image_copy, settings.picture, reference)
+    wanted = replace(_wanted_by(settings), reference=reference)
     record = write_outputs(folder, result, about=about, wanted=wanted, kept=kept)
     notes += [*record["notes"], *([f"not written by the run before, so kept: {', '.join(kept)}"] if kept else [])]
     fault = fault_of(record, folder)
@@ -367,15 +342,26 @@ def _fingerprint(settings: SegmentSettings, model: SegmentingModel, case: Case, 
     return hashlib.sha256(json.dumps(decisive_parts, sort_keys=True).encode()).hexdigest()
 
 
+def _wanted_by(settings: SegmentSettings) -> Wanted:
+    """What of a case is written."""
+    from medlore.segmenting.outputs import Wanted
+
+    how = {"names": settings.names, "binary": settings.binary, "crop_mm": settings.crop_output}
+    return Wanted(settings.formats, settings.overlap_rule, settings.image_copy, settings.picture, **how)  # type: ignore[arg-type]
+
+
 def _is_finished(folder: Path, fingerprint: str, settings: SegmentSettings) -> bool:
     """Whether the same run was done, and every file that this one would write is there."""
-    from medlore.segmenting.outputs import output_names
+    from medlore.segmenting.outputs import Wanted, output_names
 
     try:
         record = read_json(folder / "case.json")
         if record["state"] != "done" or record["fingerprint"] != fingerprint:
             return False
-        names = output_names(record, settings.formats, image=settings.image_copy, picture=settings.picture)
+        wanted = _wanted_by(settings)
+        if record.get("layout", Wanted().layout()) != wanted.layout():
+            return False
+        names = output_names(record, wanted)
         return all((folder / name).is_file() for name in (*names, *record["maps"]))
     except (InputError, DataError, KeyError, TypeError):
         return False
@@ -385,10 +371,3 @@ def _verdict_of_before(folder: Path) -> list[str]:
     """What the verdict of a finished case said."""
     record = read_json(folder / "case.json").get("check")
     return [] if record is None else list(record["says"])
-
-
-def _modality_recorded_by(source: Path) -> str:
-    found = modality_of(source)
-    if found is not None:
-        return found
-    raise InputError("--modality", "none was given", "ct, mri, pet or us", "give --modality; only DICOM files record it")

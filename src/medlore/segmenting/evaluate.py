@@ -20,7 +20,7 @@ import numpy as np
 
 from medlore.data.formats import ReadOptions, content_hash, read_grid, slice_headers
 from medlore.data.volumes.cases import Case, folder_names, only_known_faults, read_cases
-from medlore.data.volumes.geometry import Array, spacing_of
+from medlore.data.volumes.geometry import Array, Crop, spacing_of
 from medlore.data.volumes.masks import check_mask_grid, read_masks, read_segments
 from medlore.data.volumes.nifti import Volume
 from medlore.data.volumes.preparation import read_volume
@@ -160,14 +160,29 @@ def _predictions(folder: Path, case: Case, record: Any | None) -> tuple[Volume, 
     if isinstance(written, Mapping) and written and NIFTI.name not in written:
         return _segments_of(folder, case, formats_named(list(written))[0], record)
     files = _predicted_files(folder, case.labels, record)
-    first = read_volume(folder / files[case.labels[0]])
+    crop = record.get("crop") if isinstance(record, Mapping) else None
+    first = _uncropped(read_volume(folder / files[case.labels[0]]), crop)
 
     def mask(label: str) -> Array:
-        predicted = read_volume(folder / files[label])
+        predicted = _uncropped(read_volume(folder / files[label]), crop)
         check_mask_grid(predicted.shape, predicted.affine, first, str(predicted.path))
         return np.asarray(predicted.array > 0)
 
     return first, mask
+
+
+def _uncropped(volume: Volume, crop: Any) -> Volume:
+    """A part of the grid in its place, as `case.json` says; what is no part stays as it is."""
+    if crop is None:
+        return volume
+    try:
+        box, shape = Crop(tuple(crop["start"]), tuple(crop["stop"])), tuple(crop["shape"])
+        array = box.undo(volume.array, shape)
+    except (KeyError, TypeError, ValueError) as error:
+        came = "no part of the grid that case.json names"
+        raise DataError(str(volume.path), came, "files as they were written", "segment the case again") from error
+    affine = Crop(tuple(-n for n in box.start), shape).apply_to_affine(volume.affine)  # type: ignore[arg-type]
+    return replace(volume, array=array, affine=affine)
 
 
 def _segments_of(folder: Path, case: Case, made: MaskFormat, record: Any) -> tuple[Volume, Callable[[str], Array]]:

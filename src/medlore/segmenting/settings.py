@@ -72,6 +72,13 @@ class SegmentSettings(Settings):
     dicom_reference: Path | None = setting(
         None, "The DICOM series that the image was converted from, for dicom-seg and rtstruct.", group=_MASKS, decides=False
     )
+    names: Literal["plain", "safe"] = setting(
+        "plain", "File names: plain, as the label; safe: without blanks and brackets, for shells.", group=_MASKS, decides=False
+    )
+    binary: bool = setting(False, "Write union.nii.gz too: all labels in one mask.", group=_MASKS, decides=False)
+    crop_output: float | None = setting(
+        None, "Write only the box around all labels, with so many mm on each side.", group=_MASKS, ge=0, decides=False
+    )
     dicom_seg: bool = setting(False, "Earlier word for adding dicom-seg to --format.", group=_MASKS)
 
     check: CheckLevel = setting(

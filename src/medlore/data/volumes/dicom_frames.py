@@ -62,10 +62,11 @@ def _alone(bare: Any, shared: Any, own: Any, index: int) -> Any:
     """The header of one frame: that of the object, and what its groups say."""
     made = _copied(bare)
     for group, names in _GROUPS.items():
-        items = own.get(group) or (shared[0].get(group) if shared else None)
-        for name in names if items else ():
-            if name in items[0]:
-                setattr(made, name, items[0].get(name))
+        items: Any = own.get(group) or (shared[0].get(group) if shared else ())
+        for item in items or ():
+            for name in names:
+                if name in item:
+                    setattr(made, name, item.get(name))
     for item in own.get("FrameContentSequence") or ():
         if "DimensionIndexValues" in item:
             made.DimensionIndexValues = item.DimensionIndexValues
