@@ -18,6 +18,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
+from medlore.commands.screens.voice import is_verbose, set_loudness
 from medlore.errors import InputError, MedloreError, StepError, UnknownNameError
 from medlore.runs.stopping import ends_when_asked
 
@@ -85,6 +86,7 @@ def _medlore(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit status; the installed `medlore` script calls this."""
+    set_loudness("usual")
     with ends_when_asked() as heard:
         try:
             status = _answered(arguments)
@@ -114,7 +116,7 @@ def _answered(arguments: Sequence[str] | None) -> int:
         fault = _of_system(error)
         return _report(str(fault), fault.exit_status)
     except Exception as error:
-        if os.environ.get("MEDLORE_TRACEBACK"):
+        if os.environ.get("MEDLORE_TRACEBACK") or is_verbose():
             raise
         what = f"a fault of MedLoRE itself: {type(error).__name__}: {error}"
         return _report(f"{what}. To do: run again with MEDLORE_TRACEBACK=1 and report what it prints", 1)

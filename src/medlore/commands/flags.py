@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin
 
+import pydantic
 import typer
 from typer.core import TyperCommand
 
+from medlore.commands.screens.voice import set_loudness
 from medlore.errors import nearest_names
 from medlore.runs.settings import Settings, flags_of, setting
 from medlore.runs.settings_file import fault_of, laid_over, lines_left, validated, with_paths_beside
@@ -30,6 +32,14 @@ class Output(Settings):
     """How a verb answers."""
 
     as_json: bool = setting(False, "Print one JSON object.", flags=("--json",), decides=False)
+    quiet: bool = setting(False, "Print the answer and errors alone: no progress, no notes.", flags=("--quiet", "-q"), decides=False)
+    verbose: bool = setting(False, "Print everything: whole tables, and tracebacks of faults.", flags=("--verbose", "-v"), decides=False)
+
+    @pydantic.model_validator(mode="after")
+    def _not_both(self) -> Self:
+        if self.quiet and self.verbose:
+            raise ValueError("--quiet and --verbose ask for opposite things")
+        return self
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,8 @@ class Given:
         if faults or one is None or two is None:
             where = f"medlore {self.verb}" if self.file is None else str(self.file)
             raise fault_of(faults, where=where, accepted=f"what `medlore {self.verb} --help` lists")
+        if isinstance(two, Output):
+            set_loudness("quiet" if two.quiet else "verbose" if two.verbose else "usual")
         return one, two
 
     def names(self, setting_name: str) -> bool:

@@ -7,21 +7,24 @@ size needs the memory of one case, and cases that an earlier run finished are in
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from medlore.data.volumes.geometry import Array, Crop
 from medlore.errors import DataError, InputError
 from medlore.files import atomic_path, json_text, read_json
-from medlore.segmenting.segmentation import Segmentation
+
+if TYPE_CHECKING:
+    from medlore.segmenting.segmentation import Segmentation
 
 SCHEMA = "medlore/statistics/1"
 CSV, JSON = "statistics.csv", "statistics.json"
 PERCENTILES = {"p5": 5, "p25": 25, "median": 50, "p75": 75, "p95": 95}
 _AXES = "xyz"
+_STRANGE = "backslashreplace"  # names of files that are no UTF-8 stand as \\udcXX, in JSON an escape
 GREY = ("mean", "sd", "min", *PERCENTILES, "max")
 COLUMNS = (
     "case", "image", "modality", "label", "value", "voxels", "volume_ml", *GREY,
@@ -90,20 +93,21 @@ def write_cohort_table(out: Path, folders: Iterable[str]) -> list[Path]:
         StepError: a file cannot be written.
     """
     names = list(folders)
-    with atomic_path(out / CSV) as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
+    with atomic_path(out / CSV) as temporary, temporary.open("w", encoding="utf-8", errors=_STRANGE, newline="") as stream:
         writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        for row in _rows(out, names):
+        for row in rows_of(out, names):
             writer.writerow({name: "" if value is None else value for name, value in row.items()})
-    with atomic_path(out / JSON) as temporary, temporary.open("w", encoding="utf-8") as stream:
+    with atomic_path(out / JSON) as temporary, temporary.open("w", encoding="utf-8", errors=_STRANGE) as stream:
         stream.write(f'{{"schema": "{SCHEMA}", "rows": [')
-        for number, row in enumerate(_rows(out, names)):
+        for number, row in enumerate(rows_of(out, names)):
             stream.write(("," if number else "") + "\n  " + json_text(row, indent=None))
         stream.write("\n]}\n")
     return [out / CSV, out / JSON]
 
 
-def _rows(out: Path, folders: Sequence[str]) -> Iterator[dict[str, Any]]:
+def rows_of(out: Path, folders: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """The rows of the table, one case after the other; a folder without a readable record has none."""
     for folder in folders:
         try:
             record = read_json(out / folder / "case.json")
