@@ -207,6 +207,8 @@ def _parameter(kind: type[Settings], name: str) -> inspect.Parameter:
     words, annotation = flags_of(kind, name), _plain(info.annotation)
     shown: Any = None if info.is_required() else info.default
     common: dict[str, Any] = {"help": facts.help, "rich_help_panel": kind.group_of(name) or None}
+    if (complete := _completer(kind, name)) is not None:
+        common["autocompletion"] = complete
     many = facts.repeated
     if facts.argument is not None:
         default: Any = typer.Argument([] if many else None, metavar=facts.argument, show_default=False, **common)
@@ -219,6 +221,23 @@ def _parameter(kind: type[Settings], name: str) -> inspect.Parameter:
         return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=list[str])
     default = typer.Option(text_of(shown), *words, metavar=metavar_of(annotation), **common)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=str | None)
+
+
+def _completer(kind: type[Settings], name: str) -> Callable[[typer.Context, str], list[str]] | None:
+    """What a shell offers for a setting: its words, or the values that its type names; after a comma the next of them."""
+    words, annotation = kind.facts(name).words, _plain(kind.fields()[name].annotation)
+    if words is None and get_origin(annotation) is Literal:
+        words = lambda _: [str(part) for part in get_args(annotation)]  # noqa: E731
+    if words is None:
+        return None
+    many = get_origin(annotation) is tuple
+
+    def complete(ctx: typer.Context, incomplete: str) -> list[str]:
+        before, comma, begun = incomplete.rpartition(",") if many else ("", "", incomplete)
+        taken = before.split(",")
+        return [f"{before}{comma}{word}" for word in words(ctx.params) if word.startswith(begun) and word not in taken]
+
+    return complete
 
 
 def text_of(value: Any) -> str | None:

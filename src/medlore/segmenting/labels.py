@@ -155,6 +155,23 @@ def route_labels(
     return Routes(modality, tuple(regions), by_region)
 
 
+def known_labels(pack: str | None, modality: str | None) -> list[str]:
+    """Labels that a pack has prompts for, of one modality or of all, and `all`; of the vocabulary where no pack is named that says it.
+
+    Example:
+        >>> "hippocampus" in known_labels("medlore:seg-mini", "t1"), "left_lung" in known_labels(None, "ct")
+        (True, False)
+    """
+    try:
+        facts = None if pack is None else facts_of_pack(pack)
+        wanted = None if modality is None else canonical_modality(modality)
+    except InputError:  # half a name, while it is typed
+        facts, wanted = None, None
+    keys = [entry.key for entry in default_vocabulary().entries()] if facts is None or facts.prompts is None else sorted(facts.prompts)
+    labels = [label for kind, _, label in (key.partition("/") for key in keys) if wanted in (None, kind)]
+    return [*dict.fromkeys(labels), EVERYTHING]
+
+
 def tissues_of(facts: ModelFacts, routes: Routes) -> tuple[str, ...]:
     """The model's tissues of a modality, if one of them is asked for and all of them have a prompt; else none."""
     tissues = tuple(facts.preprocessing.get("tissues", {}).get(routes.modality, ()))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pydantic
 
@@ -18,6 +19,13 @@ RULES_VERSION = 3
 _CASES, _LABELS, _GEOMETRY, _NETWORK, _MASKS = "Cases", "Labels and experts", "Geometry", "Network", "Masks"
 _CHECKS = "Checks and maps"
 _HARDWARE, _PUBLISHED, _RUN = "Hardware", "Published files", "Run"
+
+
+def _label_words(given: Mapping[str, Any]) -> list[str]:
+    """Labels that can be asked for, with underscores for blanks: those of the pack on the line, else of the vocabulary."""
+    from medlore.segmenting.labels import known_labels
+
+    return [label.replace(" ", "_") for label in known_labels(given.get("model"), given.get("modality"))]
 
 
 class SegmentSettings(Settings):
@@ -37,7 +45,9 @@ class SegmentSettings(Settings):
     series: str | None = setting(None, "UID, or its end, of the DICOM series, where there are several.", group=_CASES, decides=False)
     frame: int | None = setting(None, "Which volume of a 4D image, from 0.", group=_CASES, ge=0, decides=False)
 
-    labels: tuple[str, ...] = setting((), "Comma-separated names, the name of a region, or all.", group=_LABELS, decides=False)
+    labels: tuple[str, ...] = setting(
+        (), "Comma-separated names, the name of a region, or all.", group=_LABELS, decides=False, words=_label_words
+    )
     modality: str | None = setting(None, "ct, mri (also t1, t2, flair, dwi ...), pet or us.", group=_LABELS, decides=False)
     region: str | None = setting(None, "Use this region's expert for every label.", group=_LABELS)
     expert_by: Literal["label", "dataset"] = setting(
@@ -67,7 +77,11 @@ class SegmentSettings(Settings):
     image_copy: bool = setting(True, "Write image.nii.gz beside the masks.", group=_MASKS, decides=False)
     picture: bool = setting(True, "Write quality_control.png.", group=_MASKS, decides=False)
     format: tuple[str, ...] = setting(
-        ("nifti",), f"Comma-separated formats of the masks: {', '.join(MASK_FORMATS)}.", group=_MASKS, decides=False
+        ("nifti",),
+        f"Comma-separated formats of the masks: {', '.join(MASK_FORMATS)}.",
+        group=_MASKS,
+        decides=False,
+        words=lambda _: MASK_FORMATS,
     )
     dicom_reference: Path | None = setting(
         None, "The DICOM series that the image was converted from, for dicom-seg and rtstruct.", group=_MASKS, decides=False

@@ -13,7 +13,7 @@ from rich.table import Table
 from medlore.commands.screens.answers import print_json, print_notes
 from medlore.commands.screens.voice import is_verbose
 
-_MOST_LINES, _MOST_ENTRIES, _MOST_ROWS = 3, 4, 8  # of what is nested, of a mapping in a line, of a table
+_MOST_LINES, _MOST_ENTRIES, _MOST_ROWS = 2, 4, 8  # of what is nested, of a mapping in a line, of a table
 
 
 def print_facts(facts: dict[str, Any], *, as_json: bool) -> None:
@@ -68,8 +68,10 @@ def _mapping_lines(name: str, value: Mapping[str, Any], width: int) -> list[str]
     pieces = [_cut(f"{key}: {_inner(item)}", width - 2) for key, item in value.items()]
     head, *rest = _flowing([f"{name.replace('_', ' ')}: {len(value)} entries", *pieces], width)
     shown = [head, *(f"  {line}" for line in _flowing(pieces[head.count("; ") :], width - 2))] if rest else [head]
-    left = len(shown) - _MOST_LINES
-    return [*shown[:_MOST_LINES], *([f"  ... {left} more lines"] if left > 0 else [])]
+    if len(shown) <= _MOST_LINES:
+        return shown
+    more = f" ... {len(shown) - _MOST_LINES} more lines"
+    return [*shown[: _MOST_LINES - 1], _cut(shown[_MOST_LINES - 1], width - len(more)) + more]
 
 
 def _inner(item: Any) -> str:
