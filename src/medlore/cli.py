@@ -10,6 +10,7 @@ import ast
 import errno
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
+from medlore.commands.screens.voice import is_verbose, set_loudness
 from medlore.errors import InputError, MedloreError, StepError, UnknownNameError
 from medlore.runs.stopping import ends_when_asked
 
@@ -65,7 +67,7 @@ _STOPPED = 130
 _STOPPED_MESSAGE = "stopped by the user; finished files are whole, nothing is half-written"
 _ASKED_MESSAGE = "stopped by a signal; finished files are whole, nothing is half-written"
 
-app = typer.Typer(cls=_Verbs, no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
+app = typer.Typer(cls=_Verbs, no_args_is_help=True, rich_markup_mode="rich")
 
 
 def _print_version(wanted: bool) -> None:
@@ -85,6 +87,7 @@ def _medlore(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit status; the installed `medlore` script calls this."""
+    set_loudness("usual")
     with ends_when_asked() as heard:
         try:
             status = _answered(arguments)
@@ -99,7 +102,10 @@ def _answered(arguments: Sequence[str] | None) -> int:
     """The exit status of a command line whose faults were reported."""
     command = typer.main.get_command(app)
     try:
-        _refuse_empty(sys.argv[1:] if arguments is None else arguments)
+        if _COMPLETING in os.environ:
+            _rejoin_words()
+        else:
+            _refuse_empty(sys.argv[1:] if arguments is None else arguments)
         status = command.main(args=None if arguments is None else list(arguments), prog_name="medlore", standalone_mode=False)
     except MedloreError as error:
         return _report(str(error), error.exit_status)
@@ -114,11 +120,22 @@ def _answered(arguments: Sequence[str] | None) -> int:
         fault = _of_system(error)
         return _report(str(fault), fault.exit_status)
     except Exception as error:
-        if os.environ.get("MEDLORE_TRACEBACK"):
+        if os.environ.get("MEDLORE_TRACEBACK") or is_verbose():
             raise
         what = f"a fault of MedLoRE itself: {type(error).__name__}: {error}"
         return _report(f"{what}. To do: run again with MEDLORE_TRACEBACK=1 and report what it prints", 1)
     return status if isinstance(status, int) else 0  # 130 where Typer has caught the Ctrl-C itself
+
+
+_COMPLETING = "_MEDLORE_COMPLETE"  # set by the shell that asks what could come next
+
+
+def _rejoin_words() -> None:
+    """Put together what bash took apart at colons and equals signs: `medlore:seg-mini` is one word."""
+    words, at = os.environ.get("COMP_WORDS", ""), os.environ.get("COMP_CWORD", "")
+    if at.isdecimal():
+        joined, count = re.subn(r"(?<=\S)\s([:=])\s(?=\S)", r"\1", words)
+        os.environ["COMP_WORDS"], os.environ["COMP_CWORD"] = joined, str(int(at) - 2 * count)
 
 
 def _of_system(error: OSError) -> MedloreError:

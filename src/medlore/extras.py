@@ -15,7 +15,7 @@ from medlore.errors import MissingExtraError
 # extra -> the packages that it brings, as they are imported; pyproject.toml holds the versions (a test compares both)
 EXTRAS: dict[str, tuple[str, ...]] = {
     "demo": ("nilearn", "sklearn"),
-    "dicom": ("pydicom", "highdicom"),
+    "dicom": ("pydicom", "highdicom", "contourpy"),
     "fast": ("threadpoolctl",),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "pages": ("jinja2",),

@@ -19,6 +19,7 @@ from medlore.cli import main
 from medlore.layers.tuning.methods import METHODS
 from medlore.models.backbones.families import FAMILIES, Family
 from medlore.models.segmenter.encoders import ENCODERS, Encoder, LiveMaps, Sizes
+from medlore.segmenting.mask_formats import MASK_FORMATS, MaskFormat
 from small_segmenter import SIZES, write_small_pack
 from tiny_backbone import write_backbone
 
@@ -134,3 +135,20 @@ def test_an_encoder_is_one_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert np.mean(one != other) < 1e-3
     assert "encoder" not in write_small_pack(tmp_path / "unet", experts=False).joinpath("manifest.json").read_text()
     capsys.readouterr()
+
+
+def test_a_mask_format_is_one_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def write(folder: Path, case: Any) -> None:
+        (folder / "sums.json").write_text(json.dumps({label: int(mask.sum()) for label, mask in case.on_image().items()}))
+
+    monkeypatch.setitem(MASK_FORMATS, "toy", MaskFormat("toy", "a toy", "sums.json", write))
+    nib.save(nib.Nifti1Image(np.random.default_rng(0).normal(0, 60, (16, 16, 8)).astype(np.int16), np.eye(4)), tmp_path / "ct.nii.gz")
+    pack = write_small_pack(tmp_path / "pack", roi_size=(16, 16, 8))
+    line = ["segment", "--image", str(tmp_path / "ct.nii.gz"), "--labels", "liver", "--modality", "ct", "--model", str(pack), "--json"]
+    for state in ("done", "skipped"):
+        assert main([*line, "--out", str(tmp_path / "out"), "--format", "toy", "--no-picture", "--memory", "4GiB"]) == 0
+        assert json.loads(capsys.readouterr().out)["counts"][state] == 1
+    case = json.loads((tmp_path / "out" / "ct" / "case.json").read_text())
+    assert json.loads((tmp_path / "out" / "ct" / "sums.json").read_text()) == {"liver": case["labels"][0]["voxels"]}
+    assert main([*line, "--out", str(tmp_path / "none"), "--format", "tory"]) == 2
+    assert "of 5 are toy" in capsys.readouterr().err

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from medlore.assets import asset_path
 from medlore.errors import DataError, InputError, UnknownNameError
+from medlore.models.segmenter.spellings import folded
 from medlore.models.segmenter.vocabulary import REGIONS, WHOLE_BODY, Vocabulary, canonical_modality, default_vocabulary
 
 WORDS = default_vocabulary()
@@ -167,3 +169,63 @@ def test_faulty_vocabulary_files_are_refused(content: dict[str, object], said: s
     (tmp_path / "words.json").write_text(json.dumps(content))
     with pytest.raises(DataError, match=said):
         Vocabulary.read(tmp_path / "words.json")
+
+
+# -- other spellings and languages -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "modality", "label"),
+    [
+        ("hippocampi", "mri", "hippocampus"),
+        ("Kidneys", "ct", "kidney"),
+        ("pancreas tumours", "ct", "pancreas tumor"),
+        ("Oesophagus", "ct", "esophagus"),
+        ("vertebra", "ct", "vertebrae"),
+        ("iliac arteries", "ct", "iliac artery"),
+        ("left humeri", "ct", "left humerus"),
+        ("lenses", "ct", "lens"),
+        ("linke Niere", "ct", "left kidney"),
+        ("Niere rechts", "ct", "right kidney"),
+        ("rein gauche", "ct", "left kidney"),
+        ("riñón_derecho", "ct", "right kidney"),
+        ("RINON DERECHO", "ct", "right kidney"),
+        ("pulmão esquerdo", "ct", "left lung"),
+        ("cœur", "ct", "heart"),
+        ("Schaedel", "ct", "skull"),
+        ("vesica urinaria", "ct", "urinary bladder"),
+    ],
+)
+def test_plurals_spellings_and_languages_are_understood(asked: str, modality: str, label: str) -> None:
+    assert WORDS.lookup(asked, modality).label == label
+
+
+def test_the_form_for_comparison_keeps_all_labels_and_synonyms_apart() -> None:
+    entries = {e.label: e for e in WORDS.entries()}
+    forms: dict[str, set[str]] = {}
+    for label, entry in entries.items():
+        for name in (label, *entry.synonyms):
+            forms.setdefault(folded(name), set()).add(label)
+    assert [labels for labels in forms.values() if len(labels) > 1] == []
+
+
+def test_forty_structures_have_names_in_five_languages_and_each_name_leads_back() -> None:
+    raw = json.loads(asset_path("vocabulary.json").read_text(encoding="utf-8"))["translations"]
+    assert len(raw) == 40
+    for label, names in raw.items():
+        assert set(names) == {"de", "fr", "es", "it", "pt", "la"}
+        assert {WORDS.label_of(name) for known in names.values() for name in known} == {label}
+
+
+def test_what_could_mean_two_labels_means_none() -> None:
+    where = {"regions": {"ct": "abdomen"}}
+    words = Vocabulary({"lobe": where, "node": where}, translations={"lobe": {"xx": ["dies"]}, "node": {"xx": ["dies"]}})
+    assert words.label_of("lobes") == "lobe"
+    assert words.label_of("dies") is None
+
+
+def test_the_nearest_are_those_that_can_be_answered() -> None:
+    with pytest.raises(UnknownNameError, match="3 labels of ct") as caught:
+        WORDS.lookup("spleeen", "ct", among={"heart", "spleen", "liver"})
+    assert set(re.findall("'([^']+)'", caught.value.accepted)) == {"heart", "spleen", "liver"}
+    assert "names are English" in caught.value.fix

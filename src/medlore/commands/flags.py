@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin
 
+import pydantic
 import typer
 from typer.core import TyperCommand
 
+from medlore.commands.screens.voice import set_loudness
 from medlore.errors import nearest_names
 from medlore.runs.settings import Settings, flags_of, setting
 from medlore.runs.settings_file import fault_of, laid_over, lines_left, validated, with_paths_beside
@@ -30,6 +32,14 @@ class Output(Settings):
     """How a verb answers."""
 
     as_json: bool = setting(False, "Print one JSON object.", flags=("--json",), decides=False)
+    quiet: bool = setting(False, "Print the answer and errors alone: no progress, no notes.", flags=("--quiet", "-q"), decides=False)
+    verbose: bool = setting(False, "Print everything: whole tables, and tracebacks of faults.", flags=("--verbose", "-v"), decides=False)
+
+    @pydantic.model_validator(mode="after")
+    def _not_both(self) -> Self:
+        if self.quiet and self.verbose:
+            raise ValueError("--quiet and --verbose ask for opposite things")
+        return self
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,8 @@ class Given:
         if faults or one is None or two is None:
             where = f"medlore {self.verb}" if self.file is None else str(self.file)
             raise fault_of(faults, where=where, accepted=f"what `medlore {self.verb} --help` lists")
+        if isinstance(two, Output):
+            set_loudness("quiet" if two.quiet else "verbose" if two.verbose else "usual")
         return one, two
 
     def names(self, setting_name: str) -> bool:
@@ -195,6 +207,8 @@ def _parameter(kind: type[Settings], name: str) -> inspect.Parameter:
     words, annotation = flags_of(kind, name), _plain(info.annotation)
     shown: Any = None if info.is_required() else info.default
     common: dict[str, Any] = {"help": facts.help, "rich_help_panel": kind.group_of(name) or None}
+    if (complete := _completer(kind, name)) is not None:
+        common["autocompletion"] = complete
     many = facts.repeated
     if facts.argument is not None:
         default: Any = typer.Argument([] if many else None, metavar=facts.argument, show_default=False, **common)
@@ -207,6 +221,23 @@ def _parameter(kind: type[Settings], name: str) -> inspect.Parameter:
         return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=list[str])
     default = typer.Option(text_of(shown), *words, metavar=metavar_of(annotation), **common)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=str | None)
+
+
+def _completer(kind: type[Settings], name: str) -> Callable[[typer.Context, str], list[str]] | None:
+    """What a shell offers for a setting: its words, or the values that its type names; after a comma the next of them."""
+    words, annotation = kind.facts(name).words, _plain(kind.fields()[name].annotation)
+    if words is None and get_origin(annotation) is Literal:
+        words = lambda _: [str(part) for part in get_args(annotation)]  # noqa: E731
+    if words is None:
+        return None
+    many = get_origin(annotation) is tuple
+
+    def complete(ctx: typer.Context, incomplete: str) -> list[str]:
+        before, comma, begun = incomplete.rpartition(",") if many else ("", "", incomplete)
+        taken = before.split(",")
+        return [f"{before}{comma}{word}" for word in words(ctx.params) if word.startswith(begun) and word not in taken]
+
+    return complete
 
 
 def text_of(value: Any) -> str | None:

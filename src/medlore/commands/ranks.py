@@ -51,7 +51,7 @@ class RanksOutput(Output):
     plot: Path | None = setting(None, "Draw the ranks by depth: ranks.png.", group=_WRITTEN)
     peft: Path | None = setting(None, "Write adapter_config.json for PEFT into this new folder.", group=_WRITTEN)
     full: bool = setting(False, "Print one line per matrix instead of one per block.")
-    quiet: bool = setting(False, "Print only the totals.", flags=("--quiet", "-q"))
+    quiet: bool = setting(False, "Print only the totals.", flags=("--quiet", "-q"), decides=False)
 
 
 def ranks(given: Given) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from typing import Any
 
-from medlore.errors import DataError
+from medlore.errors import DataError, reason_of
 
 _J2K = b"\xff\x4f\xff\x51"
 _JPEG = b"\xff\xd8"
@@ -66,8 +66,13 @@ def check_deflated(content: bytes, source: object) -> None:
         raise DataError(str(source), came, "a DICOM file", "decompress it yourself, if you trust it")
 
 
-def check_codestream(dataset: Any, source: object) -> None:
+def check_codestream(dataset: Any, source: object, frame: int | None = None) -> None:
     """Refuse an image whose code stream is larger than its DICOM header: the decoder would believe the stream.
+
+    Args:
+        dataset: with its pixels.
+        source: for the message.
+        frame: of a multi-frame object, from 0.
 
     Raises:
         DataError: the sizes differ.
@@ -77,9 +82,23 @@ def check_codestream(dataset: Any, source: object) -> None:
         return
     wanted = int(dataset.Rows), int(dataset.Columns)
     # the frame's first fragment follows the offset table; its header is looked for in the first bytes
-    content = dataset.PixelData
-    table = int.from_bytes(content[4:8], "little")
-    found = size_in(content[8 + table + 8 :][:_MOST_LOOKED_AT])
+    if frame is None:
+        content = dataset.PixelData
+        table = int.from_bytes(content[4:8], "little")
+        stream = content[8 + table + 8 :]
+    else:
+        stream = _stream_of(dataset, frame, source)
+    found = size_in(stream[:_MOST_LOOKED_AT])
     if found is not None and found != wanted:
         came = f"a compressed image of {found[0]} x {found[1]} in a header of {wanted[0]} x {wanted[1]}"
         raise DataError(str(source), came, "one size", "export it again")
+
+
+def _stream_of(dataset: Any, frame: int, source: object) -> bytes:
+    from pydicom.encaps import get_frame
+
+    try:
+        return bytes(get_frame(dataset.PixelData, frame, number_of_frames=int(dataset.NumberOfFrames)))
+    except Exception as error:  # of pydicom, for damaged offsets and fragments
+        came = f"frame {frame + 1} that cannot be found ({reason_of(error)})"
+        raise DataError(str(source), came, "a complete DICOM file", "copy or export it again") from error

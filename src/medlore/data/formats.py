@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medlore.data.volumes import dicom, dicom_files, mask_files, metaimage, mgh, nifti, nrrd
+from medlore.data.volumes import dicom, dicom_files, mask_files, metaimage, mgh, nifti, nrrd, rtstruct
 from medlore.data.volumes.geometry import Array, Shape
 from medlore.data.volumes.mask_files import MaskFile
 from medlore.data.volumes.nifti import Volume
@@ -48,7 +48,7 @@ def suffixed(format_: VolumeFormat, folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.is_file() and format_.suffix_of(path.name) and not path.name.startswith(".")]
 
 
-def plain_masks(format_: VolumeFormat, path: Path) -> MaskFile:
+def plain_masks(format_: VolumeFormat, path: Path, _: Volume | None) -> MaskFile:
     """A label map without names: whatever the format reads as a volume."""
     return MaskFile.of(read_volume_as(format_, path, ReadOptions()))
 
@@ -64,7 +64,7 @@ class VolumeFormat:
         grid: shape and affine from the header alone; None where everything has to be read.
         recognised_by: whether the first (decompressed) bytes of a file belong to this format; None: recognised by its suffix alone.
         find: the images of the format in a folder; None where there are none to be found.
-        masks: a file of masks, with names where the format has them.
+        masks: a file of masks, with names where the format has them; outlines lie on an image, which is handed on.
         data_file: the file beside a header that holds its voxels, if any; None where a volume is always one file.
         modality: what a file says of its modality; None where the format cannot say it.
         write: an array on the grid of a volume (or on that of another affine), with names of its values; None where the format
@@ -77,7 +77,7 @@ class VolumeFormat:
     grid: Callable[[Path, ReadOptions], tuple[Shape, Array]] | None = None
     recognised_by: Callable[[bytes], bool] | None = None
     find: Callable[[VolumeFormat, Path], list[Path]] | None = suffixed
-    masks: Callable[[VolumeFormat, Path], MaskFile] = plain_masks
+    masks: Callable[[VolumeFormat, Path, Volume | None], MaskFile] = plain_masks
     data_file: Callable[[Path], Path | None] | None = None
     modality: Callable[[Path], str | None] | None = None
     write: Callable[[Path, Array, Volume, Mapping[int, str] | None, Array | None], Path] | None = None
@@ -97,14 +97,19 @@ def _dicom_folders(_: VolumeFormat, folder: Path) -> list[Path]:
     return [folder] if dicom_files.holds_images(folder, beside=others) else []
 
 
+def _dicom_masks(path: Path, on: Volume | None) -> MaskFile:
+    """DICOM-SEG, or the outlines of an RTSTRUCT on the image that they were drawn on."""
+    return rtstruct.rtstruct_masks(path, on) if dicom_files.find_files(path, modality="RTSTRUCT") else mask_files.dicom_masks(path)
+
+
 DICOM = VolumeFormat(
     "DICOM",
     (".dcm", ".zip"),
     lambda path, o: dicom.read_dicom(path, series=o.series, frame=o.frame, most_bytes=o.most_bytes),
-    lambda path, o: dicom.read_dicom_grid(path, series=o.series),
+    lambda path, o: dicom.read_dicom_grid(path, series=o.series, frame=o.frame),
     dicom_files.is_dicom,
     _dicom_folders,
-    masks=lambda _, path: mask_files.dicom_masks(path),
+    masks=lambda _, path, on: _dicom_masks(path, on),
     modality=dicom.dicom_modality,
 )
 FORMATS: tuple[VolumeFormat, ...] = (
@@ -114,7 +119,7 @@ FORMATS: tuple[VolumeFormat, ...] = (
         lambda path, o: nifti.read_nifti(path, affine_from=o.affine_from, frame=o.frame, most_bytes=o.most_bytes),
         lambda path, o: nifti.read_grid(path, affine_from=o.affine_from, frame=o.frame),
         nifti.is_nifti,
-        masks=lambda _, path: mask_files.nifti_masks(path),
+        masks=lambda _, path, __: mask_files.nifti_masks(path),
         write=lambda path, array, like, labels, affine: nifti.write_nifti(path, array, like, labels=labels, affine=affine),
     ),
     VolumeFormat(
@@ -123,7 +128,7 @@ FORMATS: tuple[VolumeFormat, ...] = (
         lambda path, o: nrrd.read_nrrd(path, frame=o.frame, most_bytes=o.most_bytes),
         lambda path, _: nrrd.read_nrrd_grid(path),
         nrrd.is_nrrd,
-        masks=lambda _, path: mask_files.nrrd_masks(path),
+        masks=lambda _, path, __: mask_files.nrrd_masks(path),
         data_file=nrrd.data_file_of,
     ),
     VolumeFormat(
@@ -142,7 +147,7 @@ FORMATS: tuple[VolumeFormat, ...] = (
         mgh.is_mgh,
     ),
     DICOM,
-    VolumeFormat("NumPy", (".npy",), None, find=None, masks=lambda _, path: mask_files.npy_masks(path)),
+    VolumeFormat("NumPy", (".npy",), None, find=None, masks=lambda _, path, __: mask_files.npy_masks(path)),
 )
 
 
@@ -233,8 +238,12 @@ def read_grid(path: str | Path, options: ReadOptions | None = None) -> tuple[Sha
         return format_.grid(Path(path), options)
 
 
-def read_mask_file(path: str | Path) -> MaskFile:
+def read_mask_file(path: str | Path, *, on: Volume | None = None) -> MaskFile:
     """The masks of a file, by its format.
+
+    Args:
+        path: the file, or the folder of a DICOM object.
+        on: the image that the masks belong to; outlines (RTSTRUCT) have no grid of their own.
 
     Raises:
         DataError: it cannot be read; the message says why.
@@ -242,7 +251,7 @@ def read_mask_file(path: str | Path) -> MaskFile:
     path = existing_image(path)
     format_ = format_of(path)
     with refusing(path, format_.name):
-        return format_.masks(format_, path)
+        return format_.masks(format_, path, on)
 
 
 def find_images(folder: str | Path) -> list[Path]:
@@ -299,6 +308,15 @@ def modality_of(path: str | Path) -> str | None:
         return None
     with refusing(path, format_.name):
         return format_.modality(path)
+
+
+def slice_headers(path: str | Path, options: ReadOptions) -> tuple[Any, ...]:
+    """The headers of the slices of a DICOM series, by which masks are known to be drawn on it; none for any other format."""
+    path = Path(path)
+    if format_of(path) is not DICOM:
+        return ()
+    with refusing(path, DICOM.name):
+        return dicom.read_slice_headers(path, series=options.series, frame=options.frame)
 
 
 def write_volume(

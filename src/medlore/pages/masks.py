@@ -46,9 +46,13 @@ def case_sections(folder: Path) -> list[Section]:
     """The viewer, a table of the volumes, and how the masks were made.
 
     Raises:
-        DataError: a file that is damaged, or on another grid than the image.
+        DataError: a file that is damaged, or on another grid than the image; masks in other formats than NIfTI alone.
     """
     record = _record(folder)
+    formats = record.get("formats")
+    if isinstance(formats, Mapping) and formats and "nifti" not in formats:
+        came, fix = f"masks as {', '.join(map(str, formats))} alone", "segment again with nifti in --format, or open them in 3D Slicer"
+        raise DataError(str(folder), came, "masks in NIfTI", fix)
     sources = mask_sources(folder, record)
     label_map = None if (file := _called(folder, _MAP)) is None else read_volume(file)
     image, notes = _image(folder, record, label_map, sources)
@@ -86,7 +90,7 @@ def mask_sources(folder: Path, record: Mapping[str, Any]) -> list[MaskSource]:
 
 
 def _recorded_source(folder: Path, entry: Mapping[str, Any]) -> MaskSource:
-    name = Path(str(entry.get("file", ""))).name  # never a path out of the folder
+    name = Path(str(entry.get("file") or "")).name  # never a path out of the folder
     file = folder / name if name and (folder / name).is_file() else None
     value = entry.get("value")
     return MaskSource(str(entry.get("label", name)), file, value if isinstance(value, int) else None, entry)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, get_args
@@ -46,6 +46,7 @@ class FieldFacts:
         flags: on the command line; made from the name where there are none. Empty for none: a YAML file says it.
         argument: stands without a flag, under this name.
         repeated: each time the flag is given adds one entry; other lists are separated by commas.
+        words: what can stand there, for completion in a shell, from the other settings on the line; made from a type that names its values.
         path: a text that may be a path: where there is such a file beside the YAML file, that is meant.
         decides: whether another value gives other results. A tuple names the parts of a study whose results it decides.
         idle: runs in which it acts on nothing, looked at in this order.
@@ -57,6 +58,7 @@ class FieldFacts:
     flags: tuple[str, ...] | None = None
     argument: str | None = None
     repeated: bool = False
+    words: Callable[[Mapping[str, Any]], Iterable[str]] | None = None
     path: bool = False
     decides: bool | tuple[str, ...] = True
     idle: tuple[Idle, ...] = ()

@@ -16,12 +16,11 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from medlore.data.formats import ReadOptions, content_hash, existing_image, find_images, modality_of, read_grid
-from medlore.data.volumes import dicom
-from medlore.data.volumes.cases import Case, folder_names, only_known_faults, read_cases
+from medlore.data.formats import ReadOptions, content_hash, existing_image, read_grid
+from medlore.data.volumes.cases import Case, folder_names, only_known_faults
 from medlore.data.volumes.geometry import check_orientation
 from medlore.errors import DataError, InputError, MedloreError
-from medlore.files import existing_path, read_json, refuse_strangers, sha256_of
+from medlore.files import read_json, refuse_strangers, sha256_of
 from medlore.models.segmenter.vocabulary import canonical_modality, default_vocabulary
 from medlore.runs.hardware import Hardware, Work, decide_hardware
 from medlore.runs.journal import append_line
@@ -29,15 +28,20 @@ from medlore.runs.report import Run
 from medlore.runs.workers import spread
 from medlore.segmenting.brain_mask import read_brain_mask, refuse_flags_together
 from medlore.segmenting.case_folders import folder_for
+from medlore.segmenting.collecting import collect_cases
 from medlore.segmenting.labels import ModelFacts, Routes, facts_of_bundle, facts_of_pack, route_labels
+from medlore.segmenting.mask_formats import formats_named
 from medlore.segmenting.plan import CasePlan
 from medlore.segmenting.planner import Choices, Planner
 from medlore.segmenting.settings import RULES_VERSION, SegmentSettings
+from medlore.segmenting.statistics import write_cohort_table
 
 if TYPE_CHECKING:
     from medlore.data.volumes.nifti import Volume
     from medlore.data.volumes.nifti_affine import AffineChoice
+    from medlore.data.volumes.reference import Reference
     from medlore.segmenting.model import SegmentingModel
+    from medlore.segmenting.outputs import Wanted
 
 State = Literal["done", "skipped", "failed"]
 JOURNAL = "report.cases.jsonl"  # the entries of a run that goes on, or was killed
@@ -69,28 +73,6 @@ class Silence:
         """Nothing."""
 
 
-def collect_cases(settings: SegmentSettings) -> list[Case]:
-    """All cases of a run.
-
-    Raises:
-        InputError: neither or both of a list and an image; no labels; no modality; nothing in a folder.
-        DataError: broken lines in a jsonl.
-    """
-    if (settings.cases is None) == (settings.image is None):
-        came = "neither a list of cases nor an image" if settings.cases is None else "a list of cases and an image"
-        raise InputError("segment", came, "one of them", "give cases.jsonl, or --image FILE --labels NAMES --modality ct")
-    source = existing_path(settings.cases or settings.image or Path(), "a jsonl, an image, or a folder of them")
-    if source == settings.cases and source.is_file() and source.suffix.casefold() in (".jsonl", ".json"):
-        cases = read_cases(source)
-        return [replace(c, labels=settings.labels or c.labels, modality=settings.modality or c.modality) for c in cases]
-    images = (find_images(source) or [source]) if source.is_dir() else [source]
-    if not settings.labels:
-        fix = "give --labels liver,spleen, a region's name, or all"
-        raise InputError("--labels", "none were given", "names of structures, beside an image or a folder", fix)
-    modality = settings.modality or _modality_recorded_by(source)
-    return [Case(image, settings.labels, modality) for image in images]
-
-
 def segment_cases(settings: SegmentSettings, *, watcher: CohortWatcher | None = None) -> dict[str, Any]:
     """Segment a cohort; returns what `report.json` says under `results`.
 
@@ -119,6 +101,8 @@ def segment_cases(settings: SegmentSettings, *, watcher: CohortWatcher | None = 
                 append_line(journal, entry)  # the report is written whole at the end alone: a case costs the same in any cohort
                 watcher.case(len(entries), len(cases), entry)
         entries.sort(key=lambda entry: entry["index"])
+        for path in write_cohort_table(settings.out, (entry["folder"] for entry in entries if "folder" in entry)):
+            run.add_output(path.name, path)
         run.results["counts"] = {state: sum(e["state"] == state for e in entries) for state in ("done", "skipped", "failed")}
         run.results["flagged"] = [entry["name"] for entry in entries if entry.get("check")]
     journal.unlink(missing_ok=True)  # all of it is in the report
@@ -230,7 +214,7 @@ def _segment_case(settings: SegmentSettings, model: SegmentingModel, case: Case,
     most = model.planner.hardware.memory_bytes
     volume = read_volume(case.image, affine_from=settings.affine_from, frame=case.frame, series=case.series, most_bytes=most)
     read = time.perf_counter() - start
-    _check_what_fails_late(settings, folder, volume, routes)
+    reference = _check_what_fails_late(settings, folder, volume, routes)
     watcher.plan(name, plan)
     brain = None if settings.brain_mask is None else read_brain_mask(settings.brain_mask, volume, affine_from=settings.affine_from)
     result = model.execute(
@@ -247,16 +231,8 @@ def _segment_case(settings: SegmentSettings, model: SegmentingModel, case: Case,
         "fingerprint": fingerprint,
     }
     kept: list[str] = []
-    record = write_outputs(
-        folder,
-        result,
-        about=about,
-        overlap_rule=settings.overlap_rule,
-        image=settings.image_copy,
-        picture=settings.picture,
-        dicom_seg=settings.dicom_seg,
-        kept=kept,
-    )
+    wanted = replace(_wanted_by(settings), reference=reference)
+    record = write_outputs(folder, result, about=about, wanted=wanted, kept=kept)
     notes += [*record["notes"], *([f"not written by the run before, so kept: {', '.join(kept)}"] if kept else [])]
     fault = fault_of(record, folder)
     return {
@@ -269,19 +245,23 @@ def _segment_case(settings: SegmentSettings, model: SegmentingModel, case: Case,
     }
 
 
-def _check_what_fails_late(settings: SegmentSettings, folder: Path, volume: Volume, routes: Routes) -> None:
-    """What would fail when the network has run is said before it runs: the folder, the disk, the attributes of a DICOM-SEG."""
+def _check_what_fails_late(settings: SegmentSettings, folder: Path, volume: Volume, routes: Routes) -> Reference | None:
+    """What would fail when the network has run is said before it runs: the folder, the disk, what formats of DICOM refer to."""
+    from medlore.data.volumes.reference import read_reference
     from medlore.segmenting.outputs import RECORDS, check_room
 
     refuse_strangers(folder, set(RECORDS))
     check_room(settings.out, volume, len(routes.labels), image=settings.image_copy)
-    if not settings.dicom_seg:
-        return
-    if not volume.slices:
-        raise InputError(f"--dicom-seg: {volume.path}", "an image that is not DICOM", "a DICOM series", "leave --dicom-seg out")
+    needing = [made for made in formats_named(settings.formats) if made.check is not None]
+    names = ", ".join(made.name for made in needing)
+    if not needing:
+        return None
     if settings.grid != "original":
-        raise InputError("--dicom-seg", "given with --grid processed", "masks on the grid of the series", "leave one of them out")
-    dicom.check_dicom_seg(volume)
+        raise InputError(f"--format {names}", "given with --grid processed", "masks on the grid of the series", "leave one of them out")
+    reference = None if settings.dicom_reference is None else read_reference(settings.dicom_reference, volume)
+    for made in needing:
+        made.check(volume if reference is None else reference.volume)  # type: ignore[misc]
+    return reference
 
 
 def _entries(
@@ -355,22 +335,33 @@ def _fingerprint(settings: SegmentSettings, model: SegmentingModel, case: Case, 
     decisive = settings.decisive() | {"precision": model.precision}
     orientation = case.orientation_code or settings.orientation_code
     part = [case.frame, case.series]
-    beside = (settings.prompt_embeddings, settings.text, settings.tokenizer, settings.brain_mask)
+    beside = (settings.prompt_embeddings, settings.text, settings.tokenizer, settings.brain_mask, settings.dicom_reference)
     prompts = [sha256_of(file) for file in beside if file is not None]
     weights = [model.bundle.sha256, *prompts]
     decisive_parts = [RULES_VERSION, digest, weights, routes.modality, routes.by_region, routes.labels, orientation, part, decisive]
     return hashlib.sha256(json.dumps(decisive_parts, sort_keys=True).encode()).hexdigest()
 
 
+def _wanted_by(settings: SegmentSettings) -> Wanted:
+    """What of a case is written."""
+    from medlore.segmenting.outputs import Wanted
+
+    how = {"names": settings.names, "binary": settings.binary, "crop_mm": settings.crop_output}
+    return Wanted(settings.formats, settings.overlap_rule, settings.image_copy, settings.picture, **how)  # type: ignore[arg-type]
+
+
 def _is_finished(folder: Path, fingerprint: str, settings: SegmentSettings) -> bool:
     """Whether the same run was done, and every file that this one would write is there."""
-    from medlore.segmenting.outputs import output_names
+    from medlore.segmenting.outputs import Wanted, output_names
 
     try:
         record = read_json(folder / "case.json")
         if record["state"] != "done" or record["fingerprint"] != fingerprint:
             return False
-        names = output_names([entry["file"] for entry in record["labels"]], image=settings.image_copy, picture=settings.picture)
+        wanted = _wanted_by(settings)
+        if record.get("layout", Wanted().layout()) != wanted.layout():
+            return False
+        names = output_names(record, wanted)
         return all((folder / name).is_file() for name in (*names, *record["maps"]))
     except (InputError, DataError, KeyError, TypeError):
         return False
@@ -380,10 +371,3 @@ def _verdict_of_before(folder: Path) -> list[str]:
     """What the verdict of a finished case said."""
     record = read_json(folder / "case.json").get("check")
     return [] if record is None else list(record["says"])
-
-
-def _modality_recorded_by(source: Path) -> str:
-    found = modality_of(source)
-    if found is not None:
-        return found
-    raise InputError("--modality", "none was given", "ct, mri, pet or us", "give --modality; only DICOM files record it")

@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from medlore.data.formats import ReadOptions, content_hash, read_grid
+from medlore.data.formats import ReadOptions, content_hash, read_grid, slice_headers
 from medlore.data.volumes.cases import Case, folder_names, only_known_faults, read_cases
-from medlore.data.volumes.geometry import spacing_of
-from medlore.data.volumes.masks import check_mask_grid, read_masks
+from medlore.data.volumes.geometry import Array, Crop, spacing_of
+from medlore.data.volumes.masks import check_mask_grid, read_masks, read_segments
+from medlore.data.volumes.nifti import Volume
 from medlore.data.volumes.preparation import read_volume
 from medlore.errors import DataError, InputError, MedloreError, StepError
 from medlore.files import read_json
@@ -29,6 +31,7 @@ from medlore.models.segmenter.vocabulary import canonical_modality, default_voca
 from medlore.runs.report import Run
 from medlore.segmenting.case_folders import folder_found, speaks_of
 from medlore.segmenting.evaluation_tables import summarise, write_tables
+from medlore.segmenting.mask_formats import NIFTI, MaskFormat, formats_named
 from medlore.segmenting.outputs import file_names
 
 
@@ -87,17 +90,15 @@ def measure_case(folder: Path, case: Case, tolerance_mm: float) -> list[dict[str
     words = default_vocabulary()
     record = _record_of(folder)
     _check_speaks_of(case, record, folder)
-    files = _predicted_files(folder, case.labels, record)
-    first = read_volume(folder / files[case.labels[0]])
+    first, predict = _predictions(folder, case, record)
     if case.image.exists():
         check_mask_grid(*read_grid(case.image, ReadOptions(frame=case.frame, series=case.series)), first, str(case.image), what="an image")
+        first = replace(first, slices=slice_headers(case.image, ReadOptions(frame=case.frame, series=case.series)))
     truth = read_masks(case, first)  # the masks of the image lie on the grid of what was predicted for it
     spacing = spacing_of(first.affine)
     rows = []
     for label in case.labels:
-        predicted = read_volume(folder / files[label])
-        check_mask_grid(predicted.shape, predicted.affine, first, str(predicted.path))
-        mine, theirs = predicted.array > 0, truth.mask(label)
+        mine, theirs = predict(label), truth.mask(label)
         rows.append(
             {
                 "case": folder.name,
@@ -151,6 +152,56 @@ def _check_speaks_of(case: Case, record: Any | None, folder: Path) -> None:
         came = f"a prediction of {record['image']}" + (f", volume {frame}" if frame else "")
         accepted, fix = f"one of {case.image}, of which the list speaks", "segment the cases of this list, or name the folder of its masks"
         raise DataError(str(folder / "case.json"), came, accepted, fix)
+
+
+def _predictions(folder: Path, case: Case, record: Any | None) -> tuple[Volume, Callable[[str], Array]]:
+    """The grid of the masks of a case, and each of them when it is asked for."""
+    written = record.get("formats") if isinstance(record, Mapping) else None
+    if isinstance(written, Mapping) and written and NIFTI.name not in written:
+        return _segments_of(folder, case, formats_named(list(written))[0], record)
+    files = _predicted_files(folder, case.labels, record)
+    crop = record.get("crop") if isinstance(record, Mapping) else None
+    first = _uncropped(read_volume(folder / files[case.labels[0]]), crop)
+
+    def mask(label: str) -> Array:
+        predicted = _uncropped(read_volume(folder / files[label]), crop)
+        check_mask_grid(predicted.shape, predicted.affine, first, str(predicted.path))
+        return np.asarray(predicted.array > 0)
+
+    return first, mask
+
+
+def _uncropped(volume: Volume, crop: Any) -> Volume:
+    """A part of the grid in its place, as `case.json` says; what is no part stays as it is."""
+    if crop is None:
+        return volume
+    try:
+        box, shape = Crop(tuple(crop["start"]), tuple(crop["stop"])), tuple(crop["shape"])
+        array = box.undo(volume.array, shape)
+    except (KeyError, TypeError, ValueError) as error:
+        came = "no part of the grid that case.json names"
+        raise DataError(str(volume.path), came, "files as they were written", "segment the case again") from error
+    affine = Crop(tuple(-n for n in box.start), shape).apply_to_affine(volume.affine)  # type: ignore[arg-type]
+    return replace(volume, array=array, affine=affine)
+
+
+def _segments_of(folder: Path, case: Case, made: MaskFormat, record: Any) -> tuple[Volume, Callable[[str], Array]]:
+    """The masks of one file of all labels, and of those beside it that hold what overlaps."""
+    image = case.image if case.image.exists() else folder / "image.nii.gz"
+    volume = read_volume(image, frame=case.frame, series=case.series)
+    stem, _, suffix = made.file.partition(".")
+    found = [read_segments(file, volume) for file in (folder / made.file, *sorted(folder.glob(f"{stem}_[0-9]*.{suffix}")))]
+
+    def mask(label: str) -> Array:
+        known = default_vocabulary().lookup(label, str(record["modality"]), allow_unknown=True).label
+        parts = [part.mask(name) for part in found for name in dict.fromkeys((label, known)) if name in part.members]
+        if parts:
+            return parts[0]
+        if known in {entry.get("label") for entry in record["labels"]}:
+            return np.zeros(volume.shape, np.bool_)  # a label without a voxel has no segment
+        raise DataError(str(folder / made.file), f"no segment for {label!r}", "a mask for every label", "segment the case again with it")
+
+    return volume, mask
 
 
 def _predicted_files(folder: Path, labels: Sequence[str], record: Any | None) -> dict[str, str]:

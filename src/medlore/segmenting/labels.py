@@ -13,6 +13,7 @@ from medlore.errors import InputError, UnknownNameError
 from medlore.files import read_json
 from medlore.models.pack_names import BASE, MANIFEST
 from medlore.models.segmenter.encoders import UNET
+from medlore.models.segmenter.spellings import folded
 from medlore.models.segmenter.vocabulary import REGIONS, WHOLE_BODY, Vocabulary, canonical_modality, default_vocabulary
 from medlore.segmenting.expectations import Expectations
 from medlore.segmenting.plan import NetworkSize
@@ -154,6 +155,23 @@ def route_labels(
     return Routes(modality, tuple(regions), by_region)
 
 
+def known_labels(pack: str | None, modality: str | None) -> list[str]:
+    """Labels that a pack has prompts for, of one modality or of all, and `all`; of the vocabulary where no pack is named that says it.
+
+    Example:
+        >>> "hippocampus" in known_labels("medlore:seg-mini", "t1"), "left_lung" in known_labels(None, "ct")
+        (True, False)
+    """
+    try:
+        facts = None if pack is None else facts_of_pack(pack)
+        wanted = None if modality is None else canonical_modality(modality)
+    except InputError:  # half a name, while it is typed
+        facts, wanted = None, None
+    keys = [entry.key for entry in default_vocabulary().entries()] if facts is None or facts.prompts is None else sorted(facts.prompts)
+    labels = [label for kind, _, label in (key.partition("/") for key in keys) if wanted in (None, kind)]
+    return [*dict.fromkeys(labels), EVERYTHING]
+
+
 def tissues_of(facts: ModelFacts, routes: Routes) -> tuple[str, ...]:
     """The model's tissues of a modality, if one of them is asked for and all of them have a prompt; else none."""
     tissues = tuple(facts.preprocessing.get("tissues", {}).get(routes.modality, ()))
@@ -218,12 +236,20 @@ def _known_labels(facts: ModelFacts, modality: str, words: Vocabulary, region: s
 
 def _regions_of(facts: ModelFacts, names: Sequence[str], modality: str, words: Vocabulary, *, allow_unknown: bool) -> dict[str, str]:
     own = {key.casefold(): (key.split("/", 1)[1], region) for key, region in facts.label_regions.items()}
+    forms = {folded(key.split("/", 1)[1]): key.casefold() for key in facts.label_regions if key.startswith(f"{modality}/")}
+
+    def own_key(name: str) -> str | None:
+        """The model's own label that a name means: as it is, in another spelling, or by the vocabulary's word for it."""
+        meant = (f"{modality}/{name}".casefold(), forms.get(folded(name)), f"{modality}/{words.label_of(name) or ''}".casefold())
+        return next((key for key in meant if key in own), None)
+
     found: dict[str, str] = {}
-    asked = [name for name in names if f"{modality}/{name}".casefold() not in own]
-    words.lookup_all(asked, modality, allow_unknown=allow_unknown)  # reports every unknown label at once
+    among = None if facts.prompts is None else {key.split("/", 1)[1] for key in facts.prompts if key.startswith(f"{modality}/")}
+    asked = [name for name in names if own_key(name) is None]
+    words.lookup_all(asked, modality, allow_unknown=allow_unknown, among=among)  # reports every unknown label at once
     entries = iter([words.lookup(name, modality, allow_unknown=allow_unknown) for name in asked])
     for name in names:
-        if (key := f"{modality}/{name}".casefold()) in own:
+        if (key := own_key(name)) is not None:
             found.setdefault(*own[key])
         else:
             entry = next(entries)

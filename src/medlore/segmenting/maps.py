@@ -10,7 +10,8 @@ import numpy as np
 from medlore.data.formats import write_volume
 from medlore.data.volumes.geometry import Array
 from medlore.data.volumes.nifti import write_nifti
-from medlore.segmenting.segmentation import Segmentation
+from medlore.segmenting.case_masks import CaseMasks
+from medlore.segmenting.segmentation import Segmentation, canvas_of
 from medlore.segmenting.watch import LEVELS, ProbabilityWatch, planes_on
 
 PROBABILITIES, UNCERTAINTY, BRAIN = "probabilities", "uncertainty.nii.gz", "brain_mask.nii.gz"
@@ -29,16 +30,16 @@ def map_names(maps: ProbabilityWatch | None, files: Mapping[str, str]) -> list[s
     return [*probabilities, *([UNCERTAINTY] if maps.uncertainty is not None else [])]
 
 
-def write_maps(folder: Path, result: Segmentation, files: Mapping[str, str]) -> None:
+def write_maps(folder: Path, case: CaseMasks) -> None:
     """Write what was kept: one map at a time is brought to the grid of the masks. A byte holds a share, the slope in the header is 1/255.
 
     Args:
         folder: of the case.
-        result: of the model.
-        files: label -> file of its mask.
+        case: its masks, with the grid on which they are written.
     """
+    result, affine = case.result, case.other_affine
     if result.brain is not None:
-        write_volume(folder / BRAIN, result.brain.astype(np.uint8), result.volume, labels={1: "brain"}, affine=result.affine)
+        write_volume(folder / BRAIN, case.cut(result.brain.astype(np.uint8)), result.volume, labels={1: "brain"}, affine=affine)
     maps = result.maps
     if maps is None or not (maps.probabilities or maps.uncertainty is not None):
         return
@@ -47,17 +48,10 @@ def write_maps(folder: Path, result: Segmentation, files: Mapping[str, str]) -> 
         (folder / PROBABILITIES).mkdir()
     for label, levels in maps.probabilities.items():
         _fill(view, levels, result)
-        write_nifti(folder / PROBABILITIES / files[label], values, result.volume, affine=result.affine, slope=1 / LEVELS)
+        write_nifti(folder / PROBABILITIES / case.files[label], case.cut(values), result.volume, affine=affine, slope=1 / LEVELS)
     if maps.uncertainty is not None:
         _fill(view, maps.uncertainty, result)
-        write_nifti(folder / UNCERTAINTY, values, result.volume, affine=result.affine, slope=1 / LEVELS)
-
-
-def canvas_of(result: Segmentation, kind: type) -> tuple[Array, Array]:
-    """Zeros on the output grid, in the memory order of the file, and the view of them in which the masks are held."""
-    shape = result.reorientation.shape
-    values: Array = np.zeros(shape, kind, order="F")
-    return values, result.reorientation.apply(values)
+        write_nifti(folder / UNCERTAINTY, case.cut(values), result.volume, affine=affine, slope=1 / LEVELS)
 
 
 def _fill(view: Array, levels: Array, result: Segmentation) -> None:

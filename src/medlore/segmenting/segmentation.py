@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from medlore.data.volumes.geometry import Array, Crop, GridPath, Reorientation, Shape
+from medlore.data.volumes.geometry import Array, Crop, GridPath, Reorientation, Shape, bounding_box
 from medlore.data.volumes.nifti import Volume
 from medlore.data.volumes.preparation import PackedMasks, Prepared
 from medlore.segmenting.labels import Routes
@@ -73,6 +73,23 @@ class Segmentation:
         packed, index = self.masks[label]
         return packed.boxed(index)
 
+    def box(self, label: str) -> Crop | None:
+        """The box of a label on the output grid; None where it is empty."""
+        found = self.boxed(label)
+        if found is None:
+            return None
+        turn, (crop, mask) = self.reorientation, found
+        tight = bounding_box(mask)  # the crop may begin before the first voxel: it is packed in bytes
+        if tight is None:
+            return None
+        lows = [first + begin for first, begin in zip(crop.start, tight.start, strict=True)]
+        highs = [first + end for first, end in zip(crop.start, tight.stop, strict=True)]
+        start, stop = [0, 0, 0], [0, 0, 0]
+        for axis, flipped, low, high in zip(turn.axes, turn.flips, lows, highs, strict=True):
+            size = turn.shape[axis]
+            start[axis], stop[axis] = (size - high, size - low) if flipped else (low, high)
+        return Crop((start[0], start[1], start[2]), (stop[0], stop[1], stop[2]))
+
     def mask(self, label: str) -> Array:
         """The mask of a label on the output grid, Boolean."""
         packed, index = self.masks[label]
@@ -82,3 +99,10 @@ class Segmentation:
         """Volume of one voxel of the output grid in millilitres."""
         affine = self.volume.affine if self.affine is None else self.affine
         return float(abs(np.linalg.det(np.asarray(affine)[:3, :3])) / 1000)
+
+
+def canvas_of(result: Segmentation, kind: type) -> tuple[Array, Array]:
+    """Zeros on the output grid, in the memory order of the file, and the view of them in which the masks are held."""
+    shape = result.reorientation.shape
+    values: Array = np.zeros(shape, kind, order="F")
+    return values, result.reorientation.apply(values)

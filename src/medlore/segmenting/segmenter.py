@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from medlore.data.volumes.geometry import Array
+from medlore.data.volumes.in_memory import volume_of
 from medlore.data.volumes.nifti import Volume
 from medlore.data.volumes.nifti_affine import AffineChoice
 from medlore.data.volumes.preparation import Resample, read_volume
@@ -19,10 +20,12 @@ from medlore.models.segmenter import bundle as bundles
 from medlore.models.segmenter.vocabulary import canonical_modality
 from medlore.runs.hardware import DeviceChoice, Precision, Work, decide_hardware
 from medlore.segmenting.brain_mask import read_brain_mask
+from medlore.segmenting.case_masks import OverlapRule, label_map
 from medlore.segmenting.expectations import CheckLevel
 from medlore.segmenting.labels import EVERYTHING, route_labels
+from medlore.segmenting.mask_formats import NIFTI, checked_formats
 from medlore.segmenting.model import SegmentingModel
-from medlore.segmenting.outputs import OverlapRule, fault_of, label_map, write_outputs
+from medlore.segmenting.outputs import Wanted, fault_of, write_outputs
 from medlore.segmenting.plan import Grid
 from medlore.segmenting.planner import Choices
 from medlore.segmenting.segmentation import Segmentation
@@ -68,18 +71,25 @@ class Masks:
         """One integer a voxel, x y z: 0 is background, `labels[i - 1]` is i. The overlap rule decides where labels overlap."""
         return label_map(self.segmentation, self._rule)
 
-    def save(self, folder: str | Path, *, image: bool = True, picture: bool = True) -> Path:
+    def save(self, folder: str | Path, *, image: bool = True, picture: bool = True, formats: Sequence[str] = (NIFTI.name,)) -> Path:
         """Write what `medlore segment` writes for a case: a mask a label, the label map, tables, a picture, `case.json`.
 
         Args:
             folder: written whole or not at all; replaced if it is there.
             image: write the image too.
             picture: write `quality_control.png`.
+            formats: nifti, dicom-seg, rtstruct, seg-nrrd.
 
         Raises:
+            InputError: an unknown format, or one that needs a DICOM series.
             StepError: the folder cannot be written; or the masks are there and a file beside them is not.
         """
-        record = write_outputs(folder, self.segmentation, about=self._about, overlap_rule=self._rule, image=image, picture=picture)
+        volume = self.segmentation.volume
+        for made in checked_formats(formats):
+            if made.check is not None:
+                made.check(volume)
+        wanted = Wanted(formats, self._rule, image, picture)
+        record = write_outputs(folder, self.segmentation, about=self._about, wanted=wanted)
         if (fault := fault_of(record, Path(folder))) is not None:
             raise fault
         return Path(folder)
@@ -111,7 +121,7 @@ class LoadedSegmenter:
 
     def segment(  # noqa: PLR0913 - each is a choice of the command
         self,
-        volume: str | Path | Volume,
+        volume: Any,
         prompts: str | Sequence[str],
         *,
         modality: str | None = None,
@@ -129,7 +139,8 @@ class LoadedSegmenter:
         """Segment one volume.
 
         Args:
-            volume: a NIfTI or NRRD file, a DICOM folder or zip, or a `Volume` from `medlore.data.volumes.preparation.read_volume`.
+            volume: a file of any format, a DICOM folder or zip, or an image in memory: a `Volume` from `medlore.read_volume`, a SimpleITK
+                or nibabel image, or a pair of an array or tensor (x y z) and its affine (voxel index -> RAS+ mm).
             prompts: names of structures or synonyms, a region's name, or `all`.
             modality: ct, mri (also t1, t2, flair ...), pet or us; DICOM files record it.
             region: this region's expert answers for every label.
@@ -139,7 +150,7 @@ class LoadedSegmenter:
             overlap_rule: who keeps a voxel of the label map that two labels claim.
             orientation_code: in which the network sees the volume, e.g. `ASR`.
             affine_from: which NIfTI matrix to believe.
-            frame: which volume of a 4D file.
+            frame: which volume of a 4D image.
             series: which DICOM series, where there are several.
             brain_mask: a file, or a Boolean array x y z, on the volume's grid: everything of the brain is looked for inside it.
 
@@ -147,7 +158,10 @@ class LoadedSegmenter:
             InputError: no such file, unknown labels, no modality, or more than fits the memory.
             DataError: a file that cannot be read as one grey volume, or nothing in it.
         """
-        read = volume if isinstance(volume, Volume) else read_volume(volume, affine_from=affine_from, frame=frame, series=series)
+        if isinstance(volume, str | Path):
+            read = read_volume(volume, affine_from=affine_from, frame=frame, series=series)
+        else:
+            read = volume if isinstance(volume, Volume) else volume_of(volume, affine_from=affine_from, frame=frame)
         modality = modality or read.modality
         if modality is None:
             fix = 'give modality="ct"; only DICOM files record it'

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import pydantic
 
 from medlore.runs.hardware import DeviceChoice, Precision
-from medlore.runs.settings import Settings, setting
+from medlore.runs.settings import Settings, known_name, setting
 from medlore.segmenting.expectations import CheckLevel
+from medlore.segmenting.mask_formats import MASK_FORMATS
 
 # Counts up when the same image, model and settings give other masks, so that older results are not taken over.
 RULES_VERSION = 3
@@ -15,6 +19,13 @@ RULES_VERSION = 3
 _CASES, _LABELS, _GEOMETRY, _NETWORK, _MASKS = "Cases", "Labels and experts", "Geometry", "Network", "Masks"
 _CHECKS = "Checks and maps"
 _HARDWARE, _PUBLISHED, _RUN = "Hardware", "Published files", "Run"
+
+
+def _label_words(given: Mapping[str, Any]) -> list[str]:
+    """Labels that can be asked for, with underscores for blanks: those of the pack on the line, else of the vocabulary."""
+    from medlore.segmenting.labels import known_labels
+
+    return [label.replace(" ", "_") for label in known_labels(given.get("model"), given.get("modality"))]
 
 
 class SegmentSettings(Settings):
@@ -31,7 +42,12 @@ class SegmentSettings(Settings):
     out: Path = setting(..., "Folder for the results: one folder per image, and report.json.", group=_CASES, decides=False)
     image: Path | None = setting(None, "One image instead of a list of cases.", group=_CASES, decides=False)
 
-    labels: tuple[str, ...] = setting((), "Comma-separated names, the name of a region, or all.", group=_LABELS, decides=False)
+    series: str | None = setting(None, "UID, or its end, of the DICOM series, where there are several.", group=_CASES, decides=False)
+    frame: int | None = setting(None, "Which volume of a 4D image, from 0.", group=_CASES, ge=0, decides=False)
+
+    labels: tuple[str, ...] = setting(
+        (), "Comma-separated names, the name of a region, or all.", group=_LABELS, decides=False, words=_label_words
+    )
     modality: str | None = setting(None, "ct, mri (also t1, t2, flair, dwi ...), pet or us.", group=_LABELS, decides=False)
     region: str | None = setting(None, "Use this region's expert for every label.", group=_LABELS)
     expert_by: Literal["label", "dataset"] = setting(
@@ -60,7 +76,24 @@ class SegmentSettings(Settings):
     )
     image_copy: bool = setting(True, "Write image.nii.gz beside the masks.", group=_MASKS, decides=False)
     picture: bool = setting(True, "Write quality_control.png.", group=_MASKS, decides=False)
-    dicom_seg: bool = setting(False, "Write segmentation.dcm too (DICOM input, extra dicom).", group=_MASKS)
+    format: tuple[str, ...] = setting(
+        ("nifti",),
+        f"Comma-separated formats of the masks: {', '.join(MASK_FORMATS)}.",
+        group=_MASKS,
+        decides=False,
+        words=lambda _: MASK_FORMATS,
+    )
+    dicom_reference: Path | None = setting(
+        None, "The DICOM series that the image was converted from, for dicom-seg and rtstruct.", group=_MASKS, decides=False
+    )
+    names: Literal["plain", "safe"] = setting(
+        "plain", "File names: plain, as the label; safe: without blanks and brackets, for shells.", group=_MASKS, decides=False
+    )
+    binary: bool = setting(False, "Write union.nii.gz too: all labels in one mask.", group=_MASKS, decides=False)
+    crop_output: float | None = setting(
+        None, "Write only the box around all labels, with so many mm on each side.", group=_MASKS, ge=0, decides=False
+    )
+    dicom_seg: bool = setting(False, "Earlier word for adding dicom-seg to --format.", group=_MASKS)
 
     check: CheckLevel = setting(
         "quick", "How closely masks are checked; thorough: also in shifted windows and mirrored, at three times the time.", group=_CHECKS
@@ -83,6 +116,18 @@ class SegmentSettings(Settings):
     resume: bool = setting(True, "Skip cases that are finished with the same input and settings.", group=_RUN, decides=False)
     engine: Literal["local", "ray"] = setting("local", "Local processes, or Ray.", group=_RUN, decides=False)
     workers: int = setting(1, "Cases processed at the same time; each worker loads its own model.", group=_RUN, ge=1, decides=False)
+
+    @pydantic.field_validator("format", mode="after")
+    @classmethod
+    def _known_formats(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if not names:
+            raise ValueError(f"no format; known are {', '.join(MASK_FORMATS)}")
+        return tuple(dict.fromkeys(known_name(name, MASK_FORMATS) for name in names))
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Names of all formats that are asked for."""
+        return (*self.format, *(("dicom-seg",) if self.dicom_seg and "dicom-seg" not in self.format else ()))
 
 
 class MaskEvaluationSettings(Settings):

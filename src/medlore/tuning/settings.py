@@ -296,7 +296,9 @@ class FinetuneSettings(Settings):
     parts: PartsSettings = PartsSettings()
     backbone: BackboneSettings = BackboneSettings()
     probing: StartSettings = StartSettings()
-    method: str = setting("sr-lora", f"{', '.join(METHODS)}, or auto: chosen on the shots.", group=METHOD_GROUP)
+    method: str = setting(
+        "sr-lora", f"{', '.join(METHODS)}, or auto: chosen on the shots.", group=METHOD_GROUP, words=lambda _: [*METHODS, AUTO]
+    )
     allocation: AllocationSettings = AllocationSettings()
     factors: FactorSettings = FactorSettings()
     options: OptionSettings = OptionSettings()  # type: ignore[valid-type]

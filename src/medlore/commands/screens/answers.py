@@ -6,8 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from rich.console import Console
-
+from medlore.commands.screens.voice import notes_console
 from medlore.files import json_text
 
 
@@ -23,12 +22,12 @@ def print_line(text: str) -> None:
 
 def progress_lines(*, quiet: bool) -> Callable[[str], None]:
     """Says what is going on, one line at a time, on stderr."""
-    console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+    console = notes_console(quiet=quiet, highlight=False, soft_wrap=True)
     return console.print
 
 
 def print_notes(notes: list[str]) -> None:
     """What a reader of the numbers should know, on stderr."""
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console = notes_console(soft_wrap=True, highlight=False)
     for note in notes:
         console.print(f"note: {note}", markup=False)

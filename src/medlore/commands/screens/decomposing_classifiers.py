@@ -11,6 +11,7 @@ from rich.table import Table
 
 from medlore.commands.screens.answers import print_json
 from medlore.commands.screens.narration import Narrator
+from medlore.commands.screens.voice import notes_console
 from medlore.decomposing.classifiers.report import headline
 from medlore.decomposing.classifiers.study import decompose, plan
 
@@ -20,7 +21,7 @@ def run_on_screen(study: Path, out: Path, *, dry_run: bool, as_json: bool, **fla
     if dry_run:
         _print_plan(plan(study, **flags), as_json=as_json)
         return
-    with Narrator(Console(stderr=True)) as narrator:
+    with Narrator(notes_console()) as narrator:
         done = decompose(study, out, narrate=narrator, **flags)
     if as_json:
         print_json({"pack": done.pack, "table": done.table})

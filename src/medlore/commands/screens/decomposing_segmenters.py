@@ -10,6 +10,7 @@ from rich.table import Table
 
 from medlore.commands.screens.answers import print_json
 from medlore.commands.screens.narration import Narrator
+from medlore.commands.screens.voice import notes_console
 from medlore.decomposing.segmenters.add_expert import add_expert
 from medlore.decomposing.segmenters.dry_run import plan_segmenter
 from medlore.decomposing.segmenters.study import SegmentationResult, decompose_segmenter
@@ -17,7 +18,7 @@ from medlore.decomposing.segmenters.study import SegmentationResult, decompose_s
 
 def run_on_screen(study: Path, out: Path, *, only: str | None, dry_run: bool, as_json: bool, **flags: Any) -> None:
     """Run a study and print its table, or print what it would do."""
-    with Narrator(Console(stderr=True)) as narrator:
+    with Narrator(notes_console()) as narrator:
         if dry_run:
             found = plan_segmenter(study, out, say=narrator.say, **flags)
             print_plan(found, as_json=as_json)
@@ -31,7 +32,7 @@ def run_on_screen(study: Path, out: Path, *, only: str | None, dry_run: bool, as
 
 def add_on_screen(study: Path, out: Path, *, region: str, pack: Path | None, as_json: bool, **flags: Any) -> None:
     """Add one expert to a pack and say where the new pack is."""
-    with Narrator(Console(stderr=True)) as narrator:
+    with Narrator(notes_console()) as narrator:
         done = add_expert(study, out, region=region, pack=pack, narrate=narrator, say=narrator.say, **flags)
     if as_json:
         print_json({"packs": done.packs, "table": done.table})

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from medlore.commands.screens.voice import notes_console
 from medlore.training.watching import Watcher
 
 
@@ -15,7 +15,7 @@ class ProgressBar(Watcher):
 
     def __init__(self, *, enabled: bool = True) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        self._console = Console(stderr=True, soft_wrap=True, highlight=False)
+        self._console = notes_console(soft_wrap=True, highlight=False)
         self._bar = Progress(*columns, console=self._console, disable=not enabled, refresh_per_second=4)
         self._task = self._bar.add_task("training", total=None)
         self._epochs = 0

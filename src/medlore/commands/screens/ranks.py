@@ -13,6 +13,7 @@ from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from medlore.commands.screens.voice import notes_console
 from medlore.inspecting.ranks import cut_layers
 from medlore.ranks.plan import RankPlan
 from medlore.ranks.summary import coverage_lines, short_table, totals_line
@@ -40,7 +41,7 @@ def print_plan(plan: RankPlan, written: dict[str, str], *, full: bool = False, q
     console.print()
     for line in _totals(plan):
         console.print(line, highlight=False)
-    notes = Console(stderr=True, soft_wrap=True, highlight=False)
+    notes = notes_console(soft_wrap=True, highlight=False)
     for line in coverage_lines(plan.coverage):
         notes.print(line, markup=False)
     if cut := cut_layers(plan):
@@ -85,7 +86,7 @@ def progress_bar() -> Iterator[Any]:
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=notes_console(),
         transient=True,
         disable=not sys.stderr.isatty(),
     )

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+import shlex
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 from medlore.commands.screens.answers import print_json, print_line
+from medlore.commands.screens.voice import is_verbose, notes_console
+from medlore.segmenting.statistics import CSV, rows_of
 
 _NAMED = 5
+_ROWS = 40
 
 
 def print_plan(plan: dict[str, Any], *, as_json: bool) -> None:
@@ -24,10 +30,14 @@ def print_plan(plan: dict[str, Any], *, as_json: bool) -> None:
 
 
 def print_results(results: dict[str, Any], out: Path, *, as_json: bool) -> None:
-    """How many cases are done, and where to look."""
+    """A table of the masks, how many cases are done, and where to look."""
     if as_json:
         print_json(results)
         return
+    folders = [entry["folder"] for entry in results["cases"] if "folder" in entry]
+    if folders:
+        _print_masks(out, folders)
+        print_line(f"the whole table: {out / CSV}; a page with slices: medlore view {shlex.quote(str(out))}")
     counts = results["counts"]
     flagged = results.get("flagged", [])
     odd = f"; look at {', '.join(flagged[:_NAMED])}{' and more' if len(flagged) > _NAMED else ''}: the check finds something implausible"
@@ -36,11 +46,45 @@ def print_results(results: dict[str, Any], out: Path, *, as_json: bool) -> None:
     )
 
 
+def _print_masks(out: Path, folders: list[str]) -> None:
+    """A row a label where that fits a screen, else a row a case; all rows with `-v`."""
+    most = None if is_verbose() else _ROWS
+    rows = list(itertools.islice(rows_of(out, folders), None if most is None else most + 1))
+    if most is None or len(rows) <= most:
+        table, left = _labels_table(rows, several=len(folders) > 1), 0
+    else:
+        shown = folders if most is None else folders[:most]
+        table, left = _cases_table(out, shown), len(folders) - len(shown)
+    Console(highlight=False, soft_wrap=True).print(table)
+    if left:
+        print_line(f"and {left} more case(s); -v prints all")
+
+
+def _labels_table(rows: list[dict[str, Any]], *, several: bool) -> Table:
+    table = Table(*(["case"] if several else []), "label", "ml", "check", box=None, pad_edge=False)
+    table.columns[-2].justify = "right"
+    for row in rows:
+        table.add_row(*([row["case"]] if several else []), row["label"], f"{row['volume_ml']:,.1f}", row["check"] or "")
+    return table
+
+
+def _cases_table(out: Path, folders: list[str]) -> Table:
+    table = Table("case", "labels", "ml", "check", box=None, pad_edge=False)
+    table.columns[1].justify = table.columns[2].justify = "right"
+    for folder in folders:
+        rows = list(rows_of(out, [folder]))
+        odd = [row["label"] for row in rows if row["check"] not in (None, "ok")]
+        judged = any(row["check"] for row in rows)
+        said = f"look at {', '.join(odd[:_NAMED])}{' and more' if len(odd) > _NAMED else ''}" if odd else "ok" if judged else ""
+        table.add_row(folder, str(len(rows)), f"{sum(row['volume_ml'] for row in rows):,.1f}", said)
+    return table
+
+
 class CaseProgress:
     """Bars on a terminal, one line per case elsewhere; all on stderr."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+        self._console = notes_console(soft_wrap=True, highlight=False, markup=False)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         self._bars = Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
         self._all = self._bars.add_task("cases", total=None)

@@ -10,12 +10,13 @@ from rich.console import Console
 from rich.table import Table
 
 from medlore.commands.screens.answers import print_json
+from medlore.commands.screens.voice import notes_console
 from medlore.studies.run import plan_study, run_study
 
 
 def run_on_screen(file: Path, out: Path, *, as_json: bool, **how: Any) -> int:
     """Run a study; the exit status. `how` is what `run_study` takes."""
-    notes = Console(stderr=True, soft_wrap=True, highlight=False)
+    notes = notes_console(soft_wrap=True, highlight=False)
 
     def say(text: str) -> None:
         notes.print(text, markup=False)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from medlore.commands.screens.answers import print_notes
+from medlore.commands.screens.voice import notes_console
 
 if TYPE_CHECKING:
     from medlore.tuning.side_by_side import SideBySide
@@ -55,7 +56,7 @@ def print_choice(choice: Mapping[str, Any]) -> None:
 
 def print_where(out: Path) -> None:
     """Where a run writes that was given no folder."""
-    Console(stderr=True, soft_wrap=True, highlight=False).print(f"writing to {out}", markup=False)
+    notes_console(soft_wrap=True, highlight=False).print(f"writing to {out}", markup=False)
 
 
 def print_result(report: Mapping[str, Any], out: Path | None = None) -> None:

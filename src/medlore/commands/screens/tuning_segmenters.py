@@ -10,13 +10,14 @@ from rich.console import Console
 from medlore.commands.screens.answers import print_json
 from medlore.commands.screens.decomposing_segmenters import print_tables
 from medlore.commands.screens.narration import Narrator
+from medlore.commands.screens.voice import notes_console
 from medlore.decomposing.segmenters.few_shot import FewShotResult, plan_tuning, tune_segmenter
 from medlore.decomposing.segmenters.few_shot_settings import FewShotSettings
 
 
 def tune_on_screen(settings: FewShotSettings, out: Path, *, as_json: bool) -> None:
     """Tune a segmenter and print what it reached."""
-    with Narrator(Console(stderr=True)) as narrator:
+    with Narrator(notes_console()) as narrator:
         done = tune_segmenter(settings, out, narrate=narrator, say=narrator.say)
     _print_result(done, as_json=as_json)
 

@@ -24,7 +24,8 @@ from medlore.data.formats import stem_of
 from medlore.errors import DataError, MedloreError, StepError, reason_of
 from medlore.files import existing_file, write_text
 
-RESERVED = ("report.json", "report.cases.jsonl", "page.html", "evaluation")  # what else lies in a folder of results
+# what else lies in a folder of results
+RESERVED = ("report.json", "report.cases.jsonl", "statistics.csv", "statistics.json", "page.html", "evaluation")
 _LONGEST = 230  # bytes of a folder's name
 _TEXT_FIELDS = ("dataset", "orientation_code", "series")
 

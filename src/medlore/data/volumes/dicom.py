@@ -1,4 +1,4 @@
-"""DICOM in (one series of single-frame images, in a folder or zip) and DICOM-SEG out. Needs the extra `dicom`."""
+"""DICOM in (one series of images, single-frame or enhanced multi-frame, in a folder or zip) and DICOM-SEG out. Needs the extra `dicom`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import numpy as np
 
 from medlore.data.codestreams import check_codestream
 from medlore.data.volumes.dicom_files import DicomFile, find_files, read_header
+from medlore.data.volumes.dicom_frames import frames_of, is_multi_frame, one_volume
 from medlore.data.volumes.dicom_series import check_kind, check_one_owner, choose_series, stack, values_of
 from medlore.data.volumes.geometry import Array, Shape, check_affine, spacing_of
 from medlore.data.volumes.nifti import Volume, header_for
+from medlore.data.volumes.structures import Structure, structure_of
 from medlore.data.volumes.voxel_bytes import check_frame, check_memory
 from medlore.errors import DataError, InputError, MedloreError, reason_of
 from medlore.extras import require
@@ -36,17 +38,16 @@ def read_dicom(path: str | Path, *, series: str | None = None, frame: int | None
     Args:
         path: a folder (searched through and through), a zip, or one file of a series, whose other files lie in the same folder.
         series: SeriesInstanceUID, or its end, where there are several.
-        frame: None or 0: a series is one volume.
+        frame: which volume of an enhanced multi-frame series that holds several, from 0.
         most_bytes: voxels that need more than this are refused before they are read.
 
     Raises:
         MissingExtraError: pydicom is not installed.
         DataError: no image, several series, patients, studies or frames of reference, damaged, missing, doubled or shifted slices,
-            uneven spacing, multi-frame, colour.
+            uneven spacing, several volumes, colour.
     """
     path = Path(path)
-    check_frame(frame, path)
-    slices, affine, notes = _stack_of(path, series)
+    slices, affine, notes = _stack_of(path, series, frame)
     x, y, z = _shape_of(slices)
     check_memory(x * y * z * 4, f"a series of {x} x {y} x {z} voxels", path, most_bytes=most_bytes)
     array = _voxels(slices)
@@ -56,14 +57,23 @@ def read_dicom(path: str | Path, *, series: str | None = None, frame: int | None
     return Volume(array, affine, header_for(affine, (x, y, z)), (x, y, z), path, tuple(notes), modality, headers)
 
 
-def read_dicom_grid(path: str | Path, *, series: str | None = None) -> tuple[Shape, Array]:
+def read_dicom_grid(path: str | Path, *, series: str | None = None, frame: int | None = None) -> tuple[Shape, Array]:
     """Shape and affine of a series, from its headers alone.
 
     Raises:
         DataError: as `read_dicom`, as far as the headers show.
     """
-    slices, affine, _ = _stack_of(Path(path), series)
+    slices, affine, _ = _stack_of(Path(path), series, frame)
     return _shape_of(slices), affine
+
+
+def read_slice_headers(path: str | Path, *, series: str | None = None, frame: int | None = None) -> tuple[Any, ...]:
+    """The headers of a series, in the order of z, without its pixels.
+
+    Raises:
+        DataError: as `read_dicom`, as far as the headers show.
+    """
+    return tuple(file.header for file in _stack_of(Path(path), series, frame)[0])
 
 
 def dicom_modality(path: str | Path) -> str | None:
@@ -72,14 +82,24 @@ def dicom_modality(path: str | Path) -> str | None:
     return None if first is None else _MODALITIES.get(first.text("Modality"))
 
 
-def _stack_of(path: Path, series: str | None) -> tuple[list[DicomFile], Array, list[str]]:
+def _files_of(path: Path, series: str | None) -> tuple[list[DicomFile], str | None]:
+    """The files in which a series is looked for, and its UID where that is still to be chosen: one file names its own."""
     files = find_files(path)
     if path.is_file() and len(files) == 1 and files[0].source == path:  # one slice: the series is the one that it belongs to
         own = files[0].text("SeriesInstanceUID")
         if series is not None and not own.endswith(series):
             raise DataError(str(path), f"an image of series {own}, not of {series!r}", "a file of the series", "name another file")
-        files, series = [file for file in find_files(path.parent) if file.text("SeriesInstanceUID") == own], None
+        return [file for file in find_files(path.parent) if file.text("SeriesInstanceUID") == own], None
+    return files, series
+
+
+def _stack_of(path: Path, series: str | None, frame: int | None) -> tuple[list[DicomFile], Array, list[str]]:
+    files, series = _files_of(path, series)
     chosen = choose_series(files, series, path)
+    if any(map(is_multi_frame, chosen)):
+        chosen = one_volume([part for file in chosen for part in frames_of(file)], frame, path)
+    else:
+        check_frame(frame, path)
     check_kind(chosen, path)
     slices, affine, notes = stack(chosen, path)
     check_affine(affine, str(path))
@@ -103,9 +123,12 @@ def _shape_of(slices: Sequence[DicomFile]) -> Shape:
 def _voxels(slices: Sequence[DicomFile]) -> Array:
     """Voxels x y z; int16 or int32 where slopes and intercepts leave whole numbers that fit, else floating point."""
     planes, all_whole = [], True
+    read: dict[Any, Any] = {}  # the object that was read last: all frames of one lie in it
     for file in slices:
-        dataset = read_header(file.source, pixels=True)
-        check_codestream(dataset, file.source)
+        if file.source not in read:
+            read = {file.source: read_header(file.source, pixels=True)}
+        dataset = read[file.source]
+        check_codestream(dataset, file.source, file.frame)
         values, whole = values_of(file, dataset, file.source)
         all_whole = all_whole and whole
         planes.append(_narrow(values, whole=whole))
@@ -150,7 +173,7 @@ def write_dicom_seg(path: str | Path, volume: Volume, masks: Mapping[str, Array]
     left = list(masks)
     if not volume.slices or not left:
         came = "an image that is not DICOM" if not volume.slices else "no label with a voxel"
-        raise InputError("--dicom-seg", came, "a DICOM series and at least one mask that is not empty", "leave --dicom-seg out")
+        raise InputError("DICOM-SEG", came, "a DICOM series and at least one mask that is not empty", "leave dicom-seg out of --format")
     number = 1
     while left:
         chosen, pixels, left = _layer(left, masks, volume.shape)
@@ -166,8 +189,11 @@ def check_dicom_seg(volume: Volume) -> None:
 
     Raises:
         MissingExtraError: highdicom is not installed.
+        InputError: the volume did not come from DICOM.
         DataError: the headers of the slices do not allow one.
     """
+    if not volume.slices:
+        raise InputError(str(volume.path), "an image that is not DICOM", "a DICOM series", "give --dicom-reference, or leave dicom-seg out")
     x, y, z = volume.shape
     pixels: Array = np.zeros((z, y, x), np.uint8)
     pixels[0, 0, 0] = 1
@@ -176,7 +202,7 @@ def check_dicom_seg(volume: Volume) -> None:
     except MedloreError:
         raise
     except Exception as error:  # highdicom and pydicom share no parent of their errors
-        accepted, fix = "the attributes that the standard asks for", "leave --dicom-seg out, or export the series with its attributes"
+        accepted, fix = "the attributes that the standard asks for", "leave dicom-seg out, or export the series with its attributes"
         raise DataError(str(volume.path), f"no DICOM-SEG can refer to its slices ({reason_of(error)})", accepted, fix) from error
 
 
@@ -196,7 +222,7 @@ def _layer(labels: Sequence[str], masks: Mapping[str, Array], shape: Sequence[in
 
 
 def _layer_object(volume: Volume, labels: Sequence[str], pixels: Array, series_number: int) -> Any:
-    highdicom = require("highdicom", "--dicom-seg")
+    highdicom = require("highdicom", "DICOM-SEG")
     from highdicom.sr.coding import CodedConcept
 
     from medlore import __version__
@@ -204,17 +230,7 @@ def _layer_object(volume: Volume, labels: Sequence[str], pixels: Array, series_n
     algorithm = highdicom.AlgorithmIdentificationSequence(
         name="MedLoRE", version=__version__, family=CodedConcept("123109", "DCM", "Artificial Intelligence")
     )
-    segments = [
-        highdicom.seg.SegmentDescription(
-            segment_number=number,
-            segment_label=label[:64],
-            segmented_property_category=CodedConcept("123037004", "SCT", "Anatomical structure"),
-            segmented_property_type=CodedConcept(f"label-{number}", "99MEDLORE", label[:64]),
-            algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
-            algorithm_identification=algorithm,
-        )
-        for number, label in enumerate(labels, start=1)
-    ]
+    segments = [_described(number, structure_of(label), algorithm) for number, label in enumerate(labels, start=1)]
     return highdicom.seg.Segmentation(
         source_images=_sources(volume),
         pixel_array=pixels,
@@ -230,14 +246,64 @@ def _layer_object(volume: Volume, labels: Sequence[str], pixels: Array, series_n
         device_serial_number="0",
         series_description="MedLoRE segmentation (research, not for diagnosis)",
         omit_empty_frames=True,
+        **_places(volume),
     )
+
+
+def _described(number: int, structure: Structure, algorithm: Any) -> Any:
+    """A segment: what it is, on which side, where it lies, and its colour."""
+    import highdicom
+    from pydicom.sr.coding import Code as Coded
+
+    made = highdicom.seg.SegmentDescription(
+        segment_number=number,
+        segment_label=structure.label[:64],
+        segmented_property_category=Coded(structure.kind.value, "SCT", structure.kind.meaning),
+        segmented_property_type=Coded(structure.code.value, "SCT", structure.code.meaning),
+        algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
+        algorithm_identification=algorithm,
+        anatomic_regions=None if structure.site is None else [Coded(structure.site.value, "SCT", structure.site.meaning)],
+        display_color=highdicom.color.CIELabColor.from_rgb(*structure.colour),
+    )
+    if structure.side is not None:
+        side = highdicom.sr.CodedConcept(structure.side.value, "SCT", structure.side.meaning)
+        made.SegmentedPropertyTypeCodeSequence[0].SegmentedPropertyTypeModifierCodeSequence = [side]
+    return made
+
+
+def _places(volume: Volume) -> dict[str, Any]:
+    """Where the slices lie, said outright where they are frames: those of one volume of several, in the order of z."""
+    import highdicom
+
+    if not _in_frames(volume):
+        return {}
+    row, column, between = (float(v) for v in (*volume.slices[0].PixelSpacing, spacing_of(volume.affine)[2]))
+    thick = float(volume.slices[0].get("SliceThickness") or between)
+    return {
+        "plane_positions": [highdicom.PlanePositionSequence("PATIENT", list(map(float, h.ImagePositionPatient))) for h in volume.slices],
+        "plane_orientation": highdicom.PlaneOrientationSequence("PATIENT", list(map(float, volume.slices[0].ImageOrientationPatient))),
+        "pixel_measures": highdicom.PixelMeasuresSequence([row, column], thick, between),
+    }
+
+
+def _in_frames(volume: Volume) -> bool:
+    return any("ReferencedFrameNumber" in header for header in volume.slices)
+
+
+def _objects(volume: Volume) -> Sequence[Any]:
+    """Headers of the objects that the slices are, or of the one whose frames they are."""
+    if not _in_frames(volume):
+        return volume.slices
+    wanted = {header.SOPInstanceUID for header in volume.slices}
+    files, _ = _files_of(volume.path, None)
+    return [file.header for file in files if file.header.get("SOPInstanceUID") in wanted]
 
 
 def _sources(volume: Volume) -> list[Any]:
     """Headers of the slices with all that a DICOM-SEG takes over: what is absent and may be empty by the standard (type 2) is empty."""
     spacing = float(spacing_of(volume.affine)[2])
     found = []
-    for header in volume.slices:
+    for header in _objects(volume):
         whole = copy.copy(header)
         for name in _MAY_BE_EMPTY:
             if name not in whole:

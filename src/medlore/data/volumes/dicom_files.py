@@ -32,10 +32,12 @@ class DicomFile:
     Args:
         source: a file, or a member of a zip.
         header: the pydicom data set.
+        frame: of an enhanced multi-frame object, from 0; None for an image of one frame.
     """
 
     source: Path | ArchiveMember
     header: Any
+    frame: int | None = None
 
     def text(self, name: str) -> str:
         """An attribute as text; empty where it is absent or empty."""
@@ -72,12 +74,12 @@ class DicomFile:
         return DataError(str(self.source), f"{name} cannot be used ({what})", "what the DICOM standard says", "correct or export it again")
 
 
-def find_files(path: Path, *, segmentations: bool = False) -> list[DicomFile]:
+def find_files(path: Path, *, modality: str | None = None) -> list[DicomFile]:
     """All image objects in a folder (searched through and through) or a zip, or in one file.
 
     Args:
         path: the folder, zip or file.
-        segmentations: look for DICOM-SEG objects in place of images.
+        modality: `SEG` or `RTSTRUCT`: look for these objects in place of images.
 
     Raises:
         DataError: the zip cannot be read, or some files are DICOM and cannot be read: one of them may be a missing slice.
@@ -93,7 +95,7 @@ def find_files(path: Path, *, segmentations: bool = False) -> list[DicomFile]:
         except MedloreError as error:
             faults.append(f"{source}: {error.came}")
             continue
-        if header is not None and _is_wanted(header, segmentations=segmentations):
+        if header is not None and _is_wanted(header, modality):
             found.append(DicomFile(source, header))
     if faults:
         accepted, fix = "whole files: each may be a slice that would be missing", "copy them again, or take them out of the folder"
@@ -130,7 +132,7 @@ def holds_images(folder: Path, *, beside: Sequence[Path] = ()) -> bool:
                 return True
             except MedloreError:
                 continue
-            if header is not None and _is_wanted(header, segmentations=False):
+            if header is not None and _is_wanted(header, None):
                 return True
     return False
 
@@ -178,10 +180,10 @@ def _is_whole(dataset: Any) -> bool:
     return kind is not None and not kind.name.endswith("Image Storage") and not any(name in dataset for name in _OF_AN_IMAGE)
 
 
-def _is_wanted(header: Any, *, segmentations: bool) -> bool:
+def _is_wanted(header: Any, wanted: str | None) -> bool:
     modality = str(header.get("Modality") or "")
-    if segmentations:
-        return modality == "SEG"
+    if wanted is not None:
+        return modality == wanted
     return modality not in _NO_IMAGE and "Rows" in header
 
 

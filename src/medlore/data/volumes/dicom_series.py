@@ -70,13 +70,11 @@ def check_one_owner(files: Sequence[DicomFile], path: Path) -> None:
 
 
 def check_kind(files: Sequence[DicomFile], path: Path) -> None:
-    """Refuse what is no stack of grey single-frame images with a position in space.
+    """Refuse what is no stack of grey images with a position in space.
 
     Raises:
-        DataError: multi-frame, colour, or images without position, direction or spacing.
+        DataError: colour, or images without position, direction or spacing.
     """
-    if any(file.number("NumberOfFrames", 1) > 1 for file in files):
-        raise DataError(str(path), "an enhanced multi-frame image", "single-frame images", "convert it with dcm2niix")
     if any(file.number("SamplesPerPixel", 1) != 1 or file.text("PhotometricInterpretation").startswith("PALETTE") for file in files):
         raise DataError(str(path), "a colour image", "one grey value per pixel", "choose another series")
     needed = (("ImagePositionPatient", 3), ("ImageOrientationPatient", 6), ("PixelSpacing", 2), ("Rows", 1), ("Columns", 1))
@@ -193,7 +191,7 @@ def values_of(file: DicomFile, dataset: Any, source: Path | ArchiveMember) -> tu
         DataError: pixels that cannot be decoded, a slope of 0, or a header that contradicts the pixels.
     """
     raw = _stored(file, dataset)
-    if dataset.get("ModalityLUTSequence"):
+    if file.frame is None and dataset.get("ModalityLUTSequence"):
         from pydicom.pixels import apply_modality_lut
 
         return np.asarray(apply_modality_lut(raw, dataset)).T, True
@@ -214,7 +212,7 @@ def values_of(file: DicomFile, dataset: Any, source: Path | ArchiveMember) -> tu
 def _stored(file: DicomFile, dataset: Any) -> Array:
     """The stored numbers (row, column): bits beyond `BitsStored`, which may hold an overlay, do not count."""
     try:
-        raw = np.asarray(dataset.pixel_array)
+        raw = np.asarray(dataset.pixel_array if file.frame is None else _frame(dataset, file.frame))
     except Exception as error:  # of decoders, which share no parent
         fix = "convert it with dcm2niix, or install pylibjpeg for compressed images"
         reason = f"{type(error).__name__}: {error}"
@@ -229,6 +227,12 @@ def _stored(file: DicomFile, dataset: Any) -> Array:
         raise DataError(str(file.source), "a HighBit that is not BitsStored - 1", "pixels in the lowest bits", "export it again")
     shift = raw.dtype.itemsize * 8 - stored
     return np.asarray(np.right_shift(np.left_shift(raw, shift), shift))  # of signed numbers the sign is carried down
+
+
+def _frame(dataset: Any, index: int) -> Array:
+    from pydicom.pixels import pixel_array
+
+    return np.asarray(pixel_array(dataset, index=index))
 
 
 def _padding(file: DicomFile, raw: Array) -> Array | None:

@@ -26,6 +26,7 @@ class GzipWriter:
     Args:
         path: is overwritten.
         level: of isal, 0 to 3.
+        before: bytes that stand unpacked at the beginning of the file.
 
     Examples:
         >>> import gzip, tempfile, numpy as np
@@ -37,9 +38,9 @@ class GzipWriter:
         10004
     """
 
-    def __init__(self, path: Path, *, level: int = 2) -> None:
+    def __init__(self, path: Path, *, level: int = 2, before: bytes = b"") -> None:
         self._stream = path.open("wb")
-        self._stream.write(_HEADER)
+        self._stream.write(before + _HEADER)
         self._level = level
         self._packer = self._new_packer()
         self._checksum = self._size = 0

@@ -129,7 +129,7 @@ def dicom_masks(path: Path) -> MaskFile:
 
     Slices without a voxel are often left out; the grid is that of the frames that are there.
     """
-    files = find_files(path, segmentations=True)
+    files = find_files(path, modality="SEG")
     if len(files) != 1:
         came = f"{len(files)} DICOM-SEG objects"
         raise DataError(str(path), came, "one segmentation", "name its file; an image series is no mask")

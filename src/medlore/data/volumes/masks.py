@@ -20,6 +20,7 @@ from medlore.data.formats import files_of_masks, read_mask_file
 from medlore.data.volumes.cases import Case
 from medlore.data.volumes.geometry import Array, Shape
 from medlore.data.volumes.label_tables import table_beside
+from medlore.data.volumes.mask_codes import LARGEST_CODE, combined_codes, narrow
 from medlore.data.volumes.mask_files import MaskFile
 from medlore.data.volumes.nifti import Volume
 from medlore.errors import DataError, MedloreError, nearest_names
@@ -27,7 +28,6 @@ from medlore.files import read_json, refuse_device
 
 _SAME_MM = 1e-2
 _SAME_PART_MM = 0.05  # a part of the grid whose places went through the decimals of DICOM
-_LARGEST_CODE = 65535
 _GRID_FIX = "give the mask of this very image, or resample it to the image's grid (nearest neighbour)"
 
 
@@ -87,12 +87,26 @@ def read_masks(case: Case, volume: Volume) -> LabelMap:
             raise DataError(_where(case), f"the mask {path} does not exist", "an existing file or folder", "check the key `mask`")
         parts = files_of_masks(path) if path.is_dir() else {}
         alone = path.is_file() or (len(parts) <= 1 and not any(_spelling(label) in map(_spelling, parts) for label in case.labels))
-        found = _of_file(case, volume, read_mask_file(next(iter(parts.values()), path))) if alone else _separate(case, volume, parts)
+        found = (
+            _of_file(case, volume, read_mask_file(next(iter(parts.values()), path), on=volume)) if alone else _separate(case, volume, parts)
+        )
     empty = [label for label in case.labels if not _has_voxels(found, label)]
     if empty:
         note = f"labels without a voxel in the reference: {', '.join(empty)}; they count as absent from this image"
         found = replace(found, notes=(*found.notes, note))
     return found
+
+
+def read_segments(path: Path, volume: Volume) -> LabelMap:
+    """All segments that a file names, on the image's grid.
+
+    Raises:
+        DataError: a file without names, or one of another grid or series than the image's.
+    """
+    found = _on_grid(read_mask_file(path, on=volume), volume)
+    if found.names is None:
+        raise DataError(str(path), "masks without names", "named segments", "name a .seg.nrrd, DICOM-SEG or RTSTRUCT file")
+    return combine(((name, _segment(found, places)) for name, places in found.names.items()), volume.shape)
 
 
 def _has_voxels(found: LabelMap, label: str) -> bool:
@@ -115,26 +129,8 @@ def combine(masks: Iterable[tuple[str, Array]], shape: Shape) -> LabelMap:
         >>> found.codes.tolist(), dict(found.members)
         ([[[1, 2, 0]]], {'a': (1, 2), 'b': (2,)})
     """
-    codes = np.zeros(shape, np.uint16)
-    meaning: list[frozenset[str]] = [frozenset()]
-    known = {meaning[0]: 0}
-    labels = []
-    for label, mask in masks:
-        labels.append(label)
-        inside = np.asarray(mask) != 0
-        before = codes[inside]
-        renamed = np.arange(len(meaning), dtype=np.uint16)
-        for code in np.unique(before):
-            wanted = meaning[code] | {label}
-            if wanted not in known:
-                known[wanted] = len(meaning)
-                meaning.append(wanted)
-            if known[wanted] > _LARGEST_CODE:
-                raise DataError("masks", f"more than {_LARGEST_CODE:,} combinations of labels", "fewer overlaps", "split the case")
-            renamed[code] = known[wanted]
-        codes[inside] = renamed[before]
-    members = {label: tuple(code for code, combination in enumerate(meaning) if label in combination) for label in labels}
-    return LabelMap(_narrow(codes), members)
+    codes, members = combined_codes(masks, shape)
+    return LabelMap(codes, members)
 
 
 def check_mask_grid(shape: Sequence[int], affine: Array, volume: Volume, where: str, *, what: str = "a mask") -> None:
@@ -238,7 +234,7 @@ def _stated_values(case: Case, stated: Mapping[Any, Any]) -> dict[str, tuple[int
         values: list[Any] = list(value) if isinstance(value, (list, tuple)) else [value]
         if value is None:
             faults.append(f"no value for {label!r}; the nearest are {_nearest(label, stated)}")
-        elif not values or not all(isinstance(v, int) and not isinstance(v, bool) and 0 < v <= _LARGEST_CODE for v in values):
+        elif not values or not all(isinstance(v, int) and not isinstance(v, bool) and 0 < v <= LARGEST_CODE for v in values):
             faults.append(f"the value of {label!r} is {value!r}")
         else:
             members[label] = tuple(sorted(set(values)))
@@ -253,13 +249,13 @@ def _nearest(label: str, known: Iterable[Any]) -> str:
 
 
 def _whole_numbers(array: Array, path: Path) -> Array:
-    accepted, fix = f"whole numbers from 0 to {_LARGEST_CODE}", "name the label map, not the image; probabilities are thresholded first"
+    accepted, fix = f"whole numbers from 0 to {LARGEST_CODE}", "name the label map, not the image; probabilities are thresholded first"
     if array.dtype.kind == "f" and (not np.isfinite(array).all() or not np.array_equal(array, np.rint(array))):
         raise DataError(str(path), "a mask with values that are not whole numbers", accepted, fix)
     low, high = int(array.min()), int(array.max())
-    if low < 0 or high > _LARGEST_CODE:
+    if low < 0 or high > LARGEST_CODE:
         raise DataError(str(path), f"a mask with values from {low} to {high}", accepted, fix)
-    return _narrow(array)
+    return narrow(array)
 
 
 # -- named segments, and a stack ---------------------------------------------------------------------------------------
@@ -327,7 +323,7 @@ def _separate(case: Case, volume: Volume, files: Mapping[str, Path]) -> LabelMap
 
 def _one_mask(path: Path, volume: Volume) -> Array:
     """A file's voxels above 0; a .npy file has no grid but its shape."""
-    found = _on_grid(read_mask_file(path), volume)
+    found = _on_grid(read_mask_file(path, on=volume), volume)
     if len(found.layers) > 1:
         raise DataError(str(path), f"{len(found.layers)} masks in one file", "one mask", "name a file with one mask for this label")
     return _binary(found.layers[0], str(path))
@@ -341,10 +337,6 @@ def _binary(layer: Array, where: str) -> Array:
 
 
 # -- words -------------------------------------------------------------------------------------------------------------
-
-
-def _narrow(codes: Array) -> Array:
-    return np.asarray(codes, np.uint8 if codes.max(initial=0) < 256 else np.uint16)
 
 
 def _spelling(label: Any) -> str:

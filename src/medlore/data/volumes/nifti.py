@@ -92,7 +92,7 @@ def read_nifti(path: str | Path, *, affine_from: AffineChoice = "auto", frame: i
         _check_sizes(header, part, path, most_bytes)
         content = read_part(stream, part, path, begun=head)
         check_end(stream)
-    array, said = _scaled(as_voxels(content, header.get_data_dtype(), part.shape), header, path)
+    array, said = scaled(as_voxels(content, header.get_data_dtype(), part.shape), header, path)
     return Volume(array, affine, header, part.file_shape, path, (*notes, *said))
 
 
@@ -129,7 +129,7 @@ def read_stack(path: Path) -> tuple[Array, Array]:
         check_affine(affine, str(path))
         _check_sizes(header, whole, path, None)
         content = read_part(stream, whole, path, begun=head)
-    array, _ = _scaled(as_voxels(content, header.get_data_dtype(), (x, y, z, math.prod(rest))), header, path)
+    array, _ = scaled(as_voxels(content, header.get_data_dtype(), (x, y, z, math.prod(rest))), header, path)
     return array, affine
 
 
@@ -334,7 +334,7 @@ _FORM_FIELDS = {
 }
 
 
-def _scaled(array: Array, header: Any, path: Path) -> tuple[Array, list[str]]:
+def scaled(array: Array, header: Any, path: Path) -> tuple[Array, list[str]]:
     """Slope and intercept applied; a slope of 0 means none, as the standard says. And what was odd about them."""
     try:
         slope, intercept = header.get_slope_inter()
@@ -346,10 +346,10 @@ def _scaled(array: Array, header: Any, path: Path) -> tuple[Array, list[str]]:
     if (slope in (None, 1.0)) and (intercept in (None, 0.0)):
         return array, []
     wide = np.float64 if array.dtype.itemsize > 2 else np.float32
-    scaled: Array = array.astype(wide)
-    scaled *= slope
-    scaled += intercept or 0
-    return scaled.astype(np.float32), []
+    made: Array = array.astype(wide)
+    made *= slope
+    made += intercept or 0
+    return made.astype(np.float32), []
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import functools
+import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from medlore.assets import asset_path
 from medlore.errors import DataError, InputError, UnknownNameError, nearest_names
 from medlore.files import read_json
+from medlore.models.segmenter.spellings import folded, side_of
 
 SCHEMA = "medlore/vocabulary/1"
 
@@ -102,6 +104,7 @@ class Vocabulary:
     Args:
         labels: label -> {"regions": {modality: region}, "synonyms": [...], "published": [modality, ...]}.
         datasets: published data-set name -> region, as LoRKD chose its expert.
+        translations: label without its side -> language -> names.
 
     Examples:
         >>> words = default_vocabulary()
@@ -111,10 +114,16 @@ class Vocabulary:
         {'abdomen': ['liver', 'spleen'], 'thorax': ['heart']}
     """
 
-    def __init__(self, labels: Mapping[str, Mapping[str, Any]], datasets: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        labels: Mapping[str, Mapping[str, Any]],
+        datasets: Mapping[str, str] | None = None,
+        translations: Mapping[str, Mapping[str, Sequence[str]]] | None = None,
+    ) -> None:
         self._entries: dict[tuple[str, str], Entry] = {}
         self._labels: dict[str, str] = {}  # any spelling -> label
         self.datasets = dict(datasets or {})
+        self.translations = {label: tuple(itertools.chain(*names.values())) for label, names in (translations or {}).items()}
         for label, facts in labels.items():
             where, synonyms = facts["regions"], tuple(facts.get("synonyms", ()))
             for modality, region in where.items():
@@ -137,7 +146,7 @@ class Vocabulary:
         faults = _file_faults(content)
         if faults:
             raise DataError(str(path), f"{len(faults)} fault(s)", f"a file of schema {SCHEMA}", "correct what is listed", faults=faults)
-        return cls(content["labels"], content.get("datasets", {}))
+        return cls(content["labels"], content.get("datasets", {}), content.get("translations", {}))
 
     def entries(self, *, modality: str | None = None, region: str | None = None) -> list[Entry]:
         """All pairs of label and modality, or those of one modality, region, or both; sorted by region and label.
@@ -162,20 +171,38 @@ class Vocabulary:
             raise UnknownNameError("region", region, (*REGIONS, WHOLE_BODY))
         return plain
 
-    def lookup(self, label: str, modality: str, *, allow_unknown: bool = False) -> Entry:
-        """The entry of a label or synonym.
+    def label_of(self, name: str) -> str | None:
+        """The label that a name means in any modality: a label, a synonym, a plural, another spelling or language; None for none."""
+        return self._labels.get(_spelling(name)) or self._folded.get(folded(name))
+
+    @functools.cached_property
+    def _folded(self) -> dict[str, str]:
+        """Form for comparison -> label; what could mean two labels means none."""
+        found: dict[str, set[str]] = {}
+        for spelling, label in self._labels.items():
+            found.setdefault(folded(spelling), set()).add(label)
+        for label in dict.fromkeys(self._labels.values()):
+            side, bare = side_of(label)
+            for name in self.translations.get(bare, ()):
+                found.setdefault(folded(name if side is None else f"{side} {name}"), set()).add(label)
+        own = {folded(label): label for label in self._labels.values()}
+        return {form: own.get(form) or next(iter(labels)) for form, labels in found.items() if form in own or len(labels) == 1}
+
+    def lookup(self, label: str, modality: str, *, allow_unknown: bool = False, among: Collection[str] | None = None) -> Entry:
+        """The entry of a label, synonym, plural, or name in another spelling or language.
 
         Args:
             label: any spelling: `left kidney`, `Kidney_left`, a synonym.
             modality: any usual name.
             allow_unknown: let a label through that is unknown, or of another modality. It is answered by the expert of the
                 label's region in another modality, or by the shared base.
+            among: labels that can be answered, of which the nearest are named; all of the modality unless given.
 
         Raises:
             UnknownNameError: unknown in this modality; the nearest three are named.
         """
         modality = canonical_modality(modality)
-        name = self._labels.get(_spelling(label))
+        name = self.label_of(label)
         entry = self._entries.get((name, modality)) if name is not None else None
         if entry is not None:
             return entry
@@ -183,7 +210,7 @@ class Vocabulary:
         if allow_unknown:
             region = others[0].region if others else WHOLE_BODY
             return Entry(name or _spelling(label), modality, region, modalities=tuple(e.modality for e in others), known=False)
-        raise self._unknown(label, modality, others)
+        raise self._unknown(label, modality, others, among)
 
     def route(self, labels: Sequence[str], modality: str, *, allow_unknown: bool = False) -> dict[str, list[str]]:
         """Region -> labels in their own spelling, both in the order in which they were asked for; repeated labels count once.
@@ -196,8 +223,16 @@ class Vocabulary:
             routes.setdefault(entry.region, []).append(entry.label)
         return routes
 
-    def lookup_all(self, labels: Sequence[str], modality: str, *, allow_unknown: bool = False) -> list[Entry]:
+    def lookup_all(
+        self, labels: Sequence[str], modality: str, *, allow_unknown: bool = False, among: Collection[str] | None = None
+    ) -> list[Entry]:
         """Entries of many labels, without repetition.
+
+        Args:
+            labels: in any spelling.
+            modality: any usual name.
+            allow_unknown: as in `lookup`.
+            among: as in `lookup`.
 
         Raises:
             InputError: some labels are unknown in this modality; all of them are listed, each with the nearest three.
@@ -207,7 +242,7 @@ class Vocabulary:
         faults = []
         for label in labels:
             try:
-                entry = self.lookup(label, modality, allow_unknown=allow_unknown)
+                entry = self.lookup(label, modality, allow_unknown=allow_unknown, among=among)
                 found.setdefault(entry.label, entry)
             except UnknownNameError as error:
                 faults.append(f"{error.came}; {error.accepted}")
@@ -216,7 +251,7 @@ class Vocabulary:
                 "labels",
                 f"{len(faults)} of {len(labels)} unknown in {modality}",
                 f"labels of the vocabulary (`medlore info --labels --modality {modality}`)",
-                "correct them, or force them with --allow-unknown",
+                "correct them (names are English), or force them with --allow-unknown",
                 faults=faults,
             )
         return list(found.values())
@@ -238,19 +273,21 @@ class Vocabulary:
                 return region
         raise UnknownNameError("dataset", dataset, self.datasets, "leave `dataset` out, so that each label chooses its own expert")
 
-    def _unknown(self, label: str, modality: str, others: list[Entry]) -> UnknownNameError:
-        known = sorted({e.label for e in self._entries.values() if e.modality == modality})
+    def _unknown(self, label: str, modality: str, others: list[Entry], among: Collection[str] | None) -> UnknownNameError:
+        known = sorted({e.label for e in self._entries.values() if e.modality == modality} if among is None else among)
         error = UnknownNameError("label", label, known)
-        near = ", ".join(repr(name) for name in self._nearest(label, modality))
+        near = ", ".join(repr(name) for name in self._nearest(label, modality, known))
         error.accepted = f"{len(known)} labels of {modality}; the nearest are {near}" if known else f"no label of {modality} is known"
         if others:
             error.came = f"label {label!r} is known in {' and '.join(e.modality for e in others)} only, not in {modality}"
-        error.fix = "use one of them, or force it with --allow-unknown"
+        error.fix = "use one of them (names are English; `medlore info --labels` lists them), or force it with --allow-unknown"
         return UnknownNameError.at(error, "vocabulary")  # type: ignore[return-value]
 
-    def _nearest(self, label: str, modality: str) -> list[str]:
-        """The three nearest labels of this modality; a synonym counts for its label when it is nearly what was asked."""
-        spellings = {s: name for s, name in self._labels.items() if (name, modality) in self._entries}
+    def _nearest(self, label: str, modality: str, known: Collection[str]) -> list[str]:
+        """The three nearest of the known labels; a synonym counts for its label when it is nearly what was asked."""
+        there = set(known)
+        spellings = {s: name for s, name in self._labels.items() if (name, modality) in self._entries and name in there}
+        spellings |= {_spelling(name): name for name in there}
         plain = _spelling(label)
         close = difflib.get_close_matches(plain, spellings, n=3, cutoff=0.8)
         ranked = [*close, *nearest_names(plain, {_spelling(name) for name in spellings.values()}, 3)]
