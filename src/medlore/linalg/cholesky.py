@@ -9,9 +9,7 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-import scipy.linalg
-import scipy.linalg.blas
-import scipy.linalg.lapack
+import scipy
 import torch
 
 from medlore.linalg.lanczos import FAILURE_OF_ALL, FAILURE_OF_PROBES, Enclosure, symmetric_eigen

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.linalg.blas
-import scipy.special
+import scipy
 import torch
 from numpy.typing import NDArray
 

@@ -33,7 +33,6 @@ from medlore.data.volumes.dicom import write_dicom_seg
 from medlore.data.volumes.geometry import Array
 from medlore.data.volumes.nifti import Volume, copy_image, label_table
 from medlore.errors import MedloreError, StepError
-from medlore.extras import is_installed
 from medlore.files import atomic_folder, write_json, write_text
 from medlore.pages.colours import label_colour
 from medlore.runs.report import peak_memory_bytes
@@ -72,7 +71,7 @@ def write_outputs(
         about: further values for `case.json`.
         overlap_rule: who keeps a voxel of the label map.
         image: write `image.nii.gz`.
-        picture: write `quality_control.png`, where matplotlib is installed (extra `plots`).
+        picture: write `quality_control.png`.
         dicom_seg: write `segmentation.dcm`.
         kept: gets the names of files that the earlier run did not write.
 
@@ -93,7 +92,7 @@ def write_outputs(
         beside = _Beside(temporary)
         if image:
             beside.write("image.nii.gz", lambda path: _write_image(path, result))
-        if picture and is_installed("matplotlib"):
+        if picture:
             beside.write("quality_control.png", lambda path: write_quality_control(path, result, folder.name))
         write_maps(temporary, result, files)
         notes = []
@@ -238,8 +237,7 @@ def output_names(masks: Sequence[str], *, image: bool, picture: bool) -> list[st
         >>> output_names(["liver.nii.gz"], image=False, picture=False)
         ['liver.nii.gz', 'prediction.nii.gz', 'labels.json', 'labels_itksnap.txt', 'case.json']
     """
-    drawn = picture and is_installed("matplotlib")
-    optional = [*(["image.nii.gz"] if image else []), *(["quality_control.png"] if drawn else [])]
+    optional = [*(["image.nii.gz"] if image else []), *(["quality_control.png"] if picture else [])]
     return [*masks, "prediction.nii.gz", *optional, "labels.json", "labels_itksnap.txt", "case.json"]
 
 
