@@ -25,10 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks._page import put_section
+from medlore.layers.adapter_folder import quiet_peft
 from medlore.layers.lora.step import quicken
 from medlore.layers.surgery import freeze, thaw_head
 from medlore.layers.tuning.interface import Tuning
-from medlore.layers.tuning.low_rank import quiet_peft
 from medlore.training.accelerator import make_accelerator
 from medlore.training.watching import Watchers
 from medlore.tuning.examples import feature_examples

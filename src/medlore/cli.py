@@ -6,18 +6,15 @@ failed, 2 wrong use or wrong input, 130 stopped with Ctrl-C, 143 by SIGTERM, 129
 
 from __future__ import annotations
 
-import ast
 import errno
 import importlib
 import os
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import typer
-from rich.console import Console
 
 from medlore.commands.screens.voice import is_verbose, set_loudness
 from medlore.errors import InputError, MedloreError, StepError, UnknownNameError
@@ -35,29 +32,19 @@ class _Verbs(typer.core.TyperGroup):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """The list of verbs, from their files alone: nothing is imported for it."""
-        ctx.meta[_LISTED] = True
-        super().format_help(ctx, formatter)
+        from medlore.commands.screens.verbs import print_verbs
+
+        options = {", ".join(option.opts): option.help or "" for option in self.get_params(ctx)}
+        print_verbs(VERBS, self.get_usage(ctx), self.help or "", options)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in VERBS:
             raise UnknownNameError("medlore", cmd_name, VERBS, "run `medlore --help`")
-        if ctx.meta.get(_LISTED):
-            return typer.core.TyperCommand(cmd_name, help=_caption(cmd_name))
         found = importlib.import_module(f"medlore.commands.{cmd_name}").app
         found._add_completion = False  # completion belongs to the whole command, not to each verb
         verb = typer.main.get_command(found)
         verb.name = cmd_name
         return verb
-
-
-_LISTED = "medlore.listed"  # in the context while the help is written
-
-
-def _caption(verb: str) -> str:
-    """The first line of what a verb says about itself."""
-    tree = ast.parse((Path(__file__).parent / "commands" / f"{verb}.py").read_text(encoding="utf-8"))
-    functions = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == verb)
-    return next((ast.get_docstring(node) or "" for node in functions), "").split("\n")[0]
 
 
 # Typer carries its own copy of click in newer versions; the common base of its usage errors is reached through a public one.
@@ -156,6 +143,8 @@ def _refuse_empty(arguments: Sequence[str]) -> None:
 
 
 def _report(message: str, status: int) -> int:
+    from rich.console import Console
+
     Console(stderr=True, soft_wrap=True, highlight=False).print(message, style="red" if sys.stderr.isatty() else None, markup=False)
     return status
 

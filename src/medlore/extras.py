@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from typing import Any
 
 from medlore.errors import MissingExtraError
@@ -54,3 +55,19 @@ def extra_of(package: str) -> str:
         'dicom'
     """
     return next(extra for extra, packages in EXTRAS.items() if package in packages)
+
+
+def import_without(module: str, package: str) -> None:
+    """Import a module as if a package that it uses for a rare case were not installed; for a process that is ours alone.
+
+    Args:
+        module: stays without the package as long as the process lasts; nothing happens where it is loaded already.
+        package: can be imported afterwards.
+    """
+    if module in sys.modules or package in sys.modules:
+        return
+    sys.modules[package] = None  # type: ignore[assignment] - what makes an import of it fail
+    try:
+        importlib.import_module(module)
+    finally:
+        del sys.modules[package]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,15 @@ from torch import Tensor, nn
 
 from medlore.errors import TargetError
 from medlore.files import atomic_folder
+
+
+@contextlib.contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Inside, PEFT's notes that concern no user of ours are silent: old names it asks transformers for, memory hints of EVA."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        warnings.filterwarnings("ignore", message="lora with eva initialization", category=UserWarning)
+        yield
 
 
 @dataclass(frozen=True)

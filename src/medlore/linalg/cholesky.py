@@ -9,13 +9,21 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-import scipy.linalg
-import scipy.linalg.blas
-import scipy.linalg.lapack
-import torch
+import scipy
 
 from medlore.linalg.lanczos import FAILURE_OF_ALL, FAILURE_OF_PROBES, Enclosure, symmetric_eigen
-from medlore.linalg.passes import Array, ExactPass, Float64, chi_floor, exact_pass, gamma, gram_upper, gram_upper_64, lower_bound_of_top
+from medlore.linalg.passes import (
+    Array,
+    ExactPass,
+    Float64,
+    chi_floor,
+    exact_pass,
+    gamma,
+    gram_upper,
+    gram_upper_64,
+    lower_bound_of_top,
+    upper_square,
+)
 
 _PROBES = 15  # with the Ritz vector sixteen columns, which BLAS kernels like
 _FEW_PROBES = 7  # half the cost, an error bound some ten times larger
@@ -126,9 +134,7 @@ class GramMatrix:
         X = np.column_stack([self.vector, rng.standard_normal((n, probes))])
         seen = exact_pass(self.A, X)
         seeds = X[:, 1:]
-        wide = torch.from_numpy(U.astype(np.float64))  # torch's BLAS is the faster one for few columns
-        squared = (wide.T @ (wide @ torch.from_numpy(seeds))).numpy()
-        misses = level * seeds - seen.images[:, 1:] - squared
+        misses = level * seeds - seen.images[:, 1:] - upper_square(U, seeds)
         size = float(np.linalg.norm(seeds))
         rounding = 4 * (gamma(m + n) * seen.frobenius2 + gamma(2 * n) * (n * level + level)) * size
         error = (float(np.linalg.norm(misses)) + rounding) / chi_floor(probes, FAILURE_OF_PROBES)

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.linalg.lapack
+import scipy
 import torch
 from numpy.typing import NDArray
 

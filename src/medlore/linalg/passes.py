@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.linalg.blas
-import scipy.special
-import torch
+import scipy
 from numpy.typing import NDArray
 
 Array = NDArray[np.floating]
@@ -37,16 +35,13 @@ def row_chunks(A: Array, bytes_per_entry: int) -> list[Array]:
 
 
 def apply_gram(A: Array, rows: Array) -> Array:
-    """AᵀA applied to every row of `rows` (b n), in A's own precision: one pass over A.
-
-    Both products are written as torch's BLAS likes them best: a row-major A, and few rows against it.
-    """
-    X = torch.from_numpy(rows).T  # n b
-    images = torch.zeros(rows.shape, dtype=X.dtype)
-    for chunk in row_chunks(A, A.itemsize):
-        C = torch.from_numpy(chunk)
-        images.addmm_((C @ X).T, C)
-    return np.asarray(images.numpy())
+    """AᵀA applied to every row of `rows` (b n), in A's own precision: one pass over A."""
+    X = np.ascontiguousarray(rows.T)  # n b
+    chunks = row_chunks(A, A.itemsize)
+    images: Array = (chunks[0] @ X).T @ chunks[0]
+    for C in chunks[1:]:
+        images += (C @ X).T @ C
+    return images
 
 
 @dataclass(frozen=True)
@@ -69,18 +64,37 @@ class ExactPass:
 def exact_pass(A: Array, X: Float64) -> ExactPass:
     """‖A‖_F², AᵀA X and the squared lengths of A X, in float64; A is converted chunk by chunk into one small buffer."""
     frobenius2, lengths2 = 0.0, np.zeros(X.shape[1])
-    columns = torch.from_numpy(X)
-    images = torch.zeros(X.T.shape, dtype=torch.float64)
+    images = np.zeros(X.T.shape)
     chunks = row_chunks(A, 16)  # float32 source and float64 copy
     buffer = np.empty(chunks[0].shape)
     for chunk in chunks:
         C = buffer[: len(chunk)]
         C[...] = chunk
         frobenius2 += float(np.dot(C.ravel(), C.ravel()))
-        Y = torch.from_numpy(C) @ columns
-        images.addmm_(Y.T, torch.from_numpy(C))
-        lengths2 += (Y * Y).sum(dim=0).numpy()
-    return ExactPass(frobenius2, gamma(chunks[0].size + len(chunks)), np.asarray(images.numpy()).T, lengths2)
+        Y = C @ X
+        images += Y.T @ C
+        lengths2 += np.einsum("ij,ij->j", Y, Y)
+    return ExactPass(frobenius2, gamma(chunks[0].size + len(chunks)), images.T, lengths2)
+
+
+def upper_square(U: Array, X: Float64) -> Float64:
+    """UᵀU X in float64 for an upper triangular U in Fortran order; only what can be non-zero is converted, in one small buffer."""
+    L, n = U.T, len(U)  # its rows lie in the order of the memory
+    rows = max(16, min(n, _CHUNK_BYTES // (12 * n)))
+    buffer = np.empty((rows, n))
+    middle, images = np.zeros_like(X), np.empty_like(X)
+    parts = [slice(i, min(i + rows, n)) for i in range(0, n, rows)]
+    for part in parts:
+        middle[: part.stop] += _converted(L, part, buffer).T @ X[part]
+    for part in parts:
+        images[part] = _converted(L, part, buffer) @ middle[: part.stop]
+    return images
+
+
+def _converted(L: Array, rows: slice, buffer: Float64) -> Float64:
+    C = buffer[: rows.stop - rows.start, : rows.stop]
+    C[...] = L[rows, : rows.stop]
+    return C
 
 
 def frobenius_norm(values: Float64) -> tuple[float, float]:

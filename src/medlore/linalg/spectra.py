@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import scipy.linalg
+import scipy
 import torch
 from numpy.typing import NDArray
 
@@ -30,7 +30,10 @@ _ROUND: dict[str, tuple[Callable[[float], int], float, float]] = {
     "ceil": (math.ceil, 1.0, 0.0),
 }
 _SMALL = 160  # below this side a float64 Gram matrix costs less than the loop around Lanczos
+_SMALL_GRAM = 400  # up to this side a Gram matrix stays in the cache, and all but fast decays are its own
+_FEW_BESIDE_A_SMALL_GRAM = 4.5
 _MOST_BLOCK_STEPS = 7
+_WIDE = 1.005  # an edge farther above σ₁² than this leaves room for a residual that few probes bound
 _ONE_VECTOR = 2.6  # up to this rough stable rank one singular value may hold enough of ‖W‖_F² for a proof
 _FEW_VECTORS = 8.0  # and up to this one a few may
 
@@ -259,11 +262,18 @@ def _answer(A: Array, question: _Question, frobenius2: float, *, proof: bool, rn
         if about <= _ONE_VECTOR:
             vector = A.T @ image
             found = _by_one_vector(A, question, frobenius2, vector, float(vector @ vector) / early)
-        if found is None and about <= (_FEW_VECTORS if proof else A.shape[1] / 5):
+        if found is None and about <= _most_for_lanczos(A.shape[1], proof=proof):
             found = _by_lanczos(A, question, frobenius2, about, proof=proof, rng=rng)
         found = found or _by_cholesky(A, question, frobenius2, vector, proof=proof, rng=rng)
     found = found or question.settle(exact_enclosure(A), "exact", 0)
     return found or question.stamp(svd_enclosure(A))
+
+
+def _most_for_lanczos(n: int, *, proof: bool) -> float:
+    """The rough stable rank up to which block Lanczos costs less than a Gram matrix of side n and its factorisation."""
+    if n <= _SMALL_GRAM:
+        return _FEW_BESIDE_A_SMALL_GRAM
+    return _FEW_VECTORS if proof else n / 5
 
 
 def _unit(x: Array) -> Array:
@@ -305,7 +315,7 @@ def _by_lanczos(
             return None
         if proof or not krylov.promises(target):
             continue
-        probes = 7 if block == 16 and target > 1.05 * theta and not refused else 15
+        probes = 7 if target > _WIDE * theta and not refused else 15
         found = question.settle(krylov.enclose(target, probes=probes), "lanczos", krylov.steps)
         if found is not None:
             return found

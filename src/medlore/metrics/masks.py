@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import ndimage
+import scipy
 
 from medlore.errors import InputError
 
@@ -70,7 +70,7 @@ def surface_dice(pred: Array, truth: Array, *, spacing_mm: Sequence[float], tole
     common = total = 0.0
     for mine, other in ((first, second), (second, first)):
         here, there = (mine > 0) & (mine < 255), (other > 0) & (other < 255)
-        far = ndimage.distance_transform_edt(~there, sampling=spacing_mm)
+        far = scipy.ndimage.distance_transform_edt(~there, sampling=spacing_mm)
         weights = areas[mine[here]]
         common += float(weights[far[here] <= tolerance_mm].sum())
         total += float(weights.sum())

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike, NDArray
-from scipy import sparse
 
 Array = NDArray[np.float64]
 
@@ -76,7 +76,7 @@ def _sums(rows: NDArray[np.integer], items: NDArray[np.integer], count: int, wei
     A sparse product gathers and sums in one pass. float32 holds the sums exactly while there are fewer than 2**24 items.
     """
     starts = np.searchsorted(rows, np.arange(count + 1))
-    pick = sparse.csr_array((np.ones(len(items), dtype=np.float32), items, starts), shape=(count, len(weights)))
+    pick = scipy.sparse.csr_array((np.ones(len(items), dtype=np.float32), items, starts), shape=(count, len(weights)))
     return np.asarray(pick @ weights, dtype=np.float64)
 
 

@@ -1,8 +1,11 @@
-"""Stable ranks and hashes of the targets of a source, one matrix in memory at a time; all unusable weights are reported at once."""
+"""Stable ranks and hashes of the targets of a source, one matrix a core in memory at a time; all unusable weights are reported at once."""
 
 from __future__ import annotations
 
+import os
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -12,6 +15,7 @@ from torch import Tensor
 
 from medlore.errors import CheckpointError, InputError, TargetError
 from medlore.linalg.spectra import Decision, Rounding, StableRank, rounded_rank, stable_rank
+from medlore.linalg.threads import one_thread
 from medlore.ranks.places import Attention, Found, Target
 from medlore.ranks.planned import digest, matrix_of
 from medlore.ranks.rules import alpha_rule
@@ -77,29 +81,29 @@ class _Reader:
 
 
 def measure(source: WeightSource, found: Found, options: Options, *, exact_values: bool, progress: Progress | None) -> list[Measured]:
-    """Hash and, where the rule needs it, stable rank of every target; all unusable weights are reported at once."""
-    reader = _Reader(source)
-    attentions = {a.path: a for a in found.attentions}
-    fused: dict[str, Measured] = {}
+    """Hash and, where the rule needs it, stable rank of every target, a matrix on each core; all unusable weights are reported at once."""
+    cores = os.cpu_count() or 1
+    waiting: deque[tuple[Target, Future[Measured]]] = deque()
     measured: list[Measured] = []
     faults: list[str] = []
-    for number, target in enumerate(found.targets, start=1):
+
+    def collect() -> None:
+        target, job = waiting.popleft()
         try:
-            matrix = reader.matrix(target)
-            if matrix.is_meta and options.measures:
-                raise CheckpointError(source.label, "weights without values (meta device)", "loaded weights", "load the model first")
-            if not options.measures:
-                measured.append(Measured(_checked_digest(matrix, target)))
-            elif options.granularity == "fused" and target.part in ("q", "k", "v"):
-                if target.group not in fused:
-                    fused[target.group] = _stable(reader.stacked(attentions[target.group]), target, options, exact_values=exact_values)
-                measured.append(replace(fused[target.group], sha256=digest(reader.matrix(target))))
-            else:
-                measured.append(_stable(matrix, target, options, exact_values=exact_values))
+            measured.append(job.result())
         except TargetError as error:
             faults.append(f"{target.key} ({target.part}): {error.came}")
         if progress is not None:
-            progress(number, len(found.targets), target.name)
+            progress(len(measured) + len(faults), len(found.targets), target.name)
+
+    with one_thread(), ThreadPoolExecutor(cores) as pool:
+        jobs = _Jobs(pool, source, found, options, exact_values=exact_values)
+        for target in found.targets:
+            waiting.append((target, jobs.begin(target)))
+            while len(waiting) > cores:  # no more matrices are held than are worked on
+                collect()
+        while waiting:
+            collect()
     if faults:
         raise TargetError(
             source.label,
@@ -109,6 +113,40 @@ def measure(source: WeightSource, found: Found, options: Options, *, exact_value
             faults=faults,
         )
     return measured
+
+
+class _Jobs:
+    """Begins the measurement of one target after the other; files are read here, arithmetic is the pool's."""
+
+    def __init__(self, pool: Executor, source: WeightSource, found: Found, options: Options, *, exact_values: bool) -> None:
+        self._pool, self._options, self._exact = pool, options, exact_values
+        self._reader = _Reader(source)
+        self._attentions = {a.path: a for a in found.attentions}
+        self._fused: dict[str, Future[Measured]] = {}
+
+    def begin(self, target: Target) -> Future[Measured]:
+        """The result to come; a weight that cannot be used is its exception."""
+        try:
+            return self._begun(target, self._reader.matrix(target))
+        except TargetError as error:
+            refused: Future[Measured] = Future()
+            refused.set_exception(error)
+            return refused
+
+    def _begun(self, target: Target, matrix: Tensor) -> Future[Measured]:
+        options = self._options
+        if matrix.is_meta and options.measures:
+            label = self._reader.source.label
+            raise CheckpointError(label, "weights without values (meta device)", "loaded weights", "load the model first")
+        if not options.measures:
+            return self._pool.submit(lambda: Measured(_checked_digest(matrix, target)))
+        if options.granularity != "fused" or target.part not in ("q", "k", "v"):
+            return self._pool.submit(_stable, matrix, target, options, exact_values=self._exact)
+        if target.group not in self._fused:
+            stack = self._reader.stacked(self._attentions[target.group])
+            self._fused[target.group] = self._pool.submit(_stable, stack, target, options, exact_values=self._exact)
+        whole = self._fused[target.group]  # begun before: waiting for it cannot block the pool
+        return self._pool.submit(lambda: replace(whole.result(), sha256=digest(matrix)))
 
 
 def _stable(matrix: Tensor, target: Target, options: Options, *, exact_values: bool) -> Measured:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import ndimage
+import scipy
 
 from medlore.data.volumes.geometry import Array, reorientation_to, spacing_of
 from medlore.data.volumes.intensity import hounsfield
@@ -146,8 +146,8 @@ def _body(grey: Array, *, on_scale: bool) -> Array:
 
 def _largest(body: Array) -> Array:
     """The largest connected part once thin bridges (a table, a coil) are cut."""
-    opened = ndimage.binary_opening(body)
-    parts, count = ndimage.label(opened)
+    opened = scipy.ndimage.binary_opening(body)
+    parts, count = scipy.ndimage.label(opened)
     if not count:
         return np.zeros_like(body)
     sizes = np.bincount(parts.reshape(-1))

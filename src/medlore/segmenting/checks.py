@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from scipy import ndimage
+import scipy
 
 from medlore.segmenting.scene import Structure
 
@@ -76,7 +76,7 @@ def apart(structure: Structure) -> Finding:
     expected, found = structure.expected, structure.found
     if found is None or expected is None or expected.pieces is None:
         return NOTHING
-    parts, _ = ndimage.label(found[1], structure=np.ones((3, 3, 3)))
+    parts, _ = scipy.ndimage.label(found[1], structure=np.ones((3, 3, 3)))
     sizes = np.sort(np.bincount(parts.reshape(-1))[1:])[::-1]
     away = float(sizes[expected.pieces :].sum()) * structure.scene.voxel_ml
     limits = structure.scene.expected.limits

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from scipy import ndimage
+import scipy
 
 from medlore.data.volumes.geometry import Array, bounding_box, spacing_of
 from medlore.data.volumes.nifti import Volume
@@ -128,7 +128,7 @@ def grown(mask: Array, by_mm: float, spacing: Array) -> Array:
     stop = [min(b + r, n) for b, r, n in zip(box.stop, reach, mask.shape, strict=True)]
     part = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
     whole = np.zeros_like(mask)
-    whole[part] = ndimage.distance_transform_edt(~mask[part], sampling=[float(mm) for mm in spacing]) <= by_mm
+    whole[part] = scipy.ndimage.distance_transform_edt(~mask[part], sampling=[float(mm) for mm in spacing]) <= by_mm
     return whole
 
 

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import ndimage
-from scipy.optimize import minimize
+import scipy
 
 from medlore.data.volumes.geometry import Array, Crop, spacing_of
 
@@ -141,11 +140,11 @@ def _between(left: Array, right: Array) -> Plane:
 def _refined(begun: Plane, image: Array, brain: Array, affine: Array) -> Plane:
     """The plane near `begun` across which the image is most like itself: highest correlation of grey values with their mirror images."""
     spacing = spacing_of(affine)
-    smooth = ndimage.gaussian_filter(image, [_BLUR_MM / float(mm) for mm in spacing])
+    smooth = scipy.ndimage.gaussian_filter(image, [_BLUR_MM / float(mm) for mm in spacing])
     step = [max(1, round(_COARSE_MM / float(mm))) for mm in spacing]
     index = np.argwhere(brain[tuple(slice(None, None, s) for s in step)]) * step
     points, back = _in_mm(index, affine), np.linalg.inv(affine)
-    values = ndimage.map_coordinates(smooth, index.T, order=1)
+    values = scipy.ndimage.map_coordinates(smooth, index.T, order=1)
     first = np.asarray(begun.normal)
     up = np.eye(3)[int(np.argmin(np.abs(first)))]
     across = np.cross(first, up) / np.linalg.norm(np.cross(first, up))
@@ -162,12 +161,12 @@ def _refined(begun: Plane, image: Array, brain: Array, affine: Array) -> Plane:
         plane = at(change)
         normal = np.asarray(plane.normal)
         mirrored = points - 2 * (points @ normal - plane.offset)[:, None] * normal
-        there = ndimage.map_coordinates(smooth, _in_mm(mirrored, back).T, order=1)
+        there = scipy.ndimage.map_coordinates(smooth, _in_mm(mirrored, back).T, order=1)
         return -float(np.corrcoef(values, there)[0, 1]) if np.ptp(there) > 0 else 1.0
 
     simplex = np.vstack([np.zeros(3), np.diag([_TURN, _TURN, _SHIFT_MM])])
     options = {"initial_simplex": simplex, "maxfev": _EVALUATIONS, "xatol": 1e-3, "fatol": 1e-5}
-    return at(minimize(unlike, np.zeros(3), method="Nelder-Mead", options=options).x)
+    return at(scipy.optimize.minimize(unlike, np.zeros(3), method="Nelder-Mead", options=options).x)
 
 
 def _plane(normal: Array, offset: float) -> Plane:

@@ -41,7 +41,6 @@ from medlore.data.volumes.nifti import Volume, copy_image, label_table
 from medlore.data.volumes.reference import Reference
 from medlore.data.volumes.structures import structure_of
 from medlore.errors import MedloreError, StepError
-from medlore.extras import is_installed
 from medlore.files import atomic_folder, write_json, write_text
 from medlore.pages.colours import label_colour
 from medlore.runs.report import peak_memory_bytes
@@ -132,7 +131,7 @@ def write_outputs(
         if wanted.binary:
             together = case.cut(union(result))
             beside.write(UNION, lambda path: write_volume(path, together, result.volume, labels={1: "union"}, affine=case.other_affine))
-        if wanted.picture and is_installed("matplotlib"):
+        if wanted.picture:
             beside.write("quality_control.png", lambda path: write_quality_control(path, result, folder.name))
         write_maps(temporary, case)
         for made in further:
@@ -302,7 +301,7 @@ def output_names(record: Mapping[str, Any], wanted: Wanted) -> list[str]:
         >>> output_names(record, Wanted(["nifti", "rtstruct"], image=False, picture=False))
         ['liver.nii.gz', 'prediction.nii.gz', 'structures.dcm', 'labels.json', 'labels_itksnap.txt', 'case.json']
     """
-    optional = {"image.nii.gz": wanted.image, "quality_control.png": wanted.picture and is_installed("matplotlib"), UNION: wanted.binary}
+    optional = {"image.nii.gz": wanted.image, "quality_control.png": wanted.picture, UNION: wanted.binary}
     any_voxel = any(entry["voxels"] for entry in record["labels"])
     formats = formats_named(wanted.formats)
     masks = [entry["file"] for entry in record["labels"]] if NIFTI in formats else []

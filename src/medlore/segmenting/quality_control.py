@@ -2,54 +2,61 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from PIL import Image, ImageDraw
 
 from medlore.data.volumes.geometry import Array, Crop, orientation_of, spacing_of
-from medlore.extras import require
 from medlore.files import atomic_path
 from medlore.pages.colours import label_colour
+from medlore.pages.planes import draw_outline, font, grey_plane, printable
 
 if TYPE_CHECKING:
     from medlore.segmenting.segmentation import Segmentation
 
 _CT_WINDOW_HU = (-160.0, 240.0)
+_SAMPLED = 200_000  # voxels that say what is dark and what is bright
 _NAMED = 24
-_DOUBT = "#ff9d5c"  # what the check flagged
+_DOUBT = (255, 157, 92)  # what the check flagged
+_WHITE, _LETTER = (255, 255, 255), (255, 210, 74)
 _LINES = 4  # of the verdict that fit over the picture
 _PLANE_OF = {"R": "sagittal", "L": "sagittal", "A": "coronal", "P": "coronal", "S": "axial", "I": "axial"}
 _OPPOSITE = {"R": "L", "L": "R", "A": "P", "P": "A", "S": "I", "I": "S"}
 _UPRIGHT = "ISPALR"  # of the two directions in a plane, the one that comes first here stands upright
+_WIDTH, _PLANES_HEIGHT, _GAP, _ROW = 1430, 440, 10, 20  # pixels: of the picture, of the planes, between things, of a line of text
+_LARGE, _SMALL, _SWATCH = 15, 13, 26  # of titles and letters, of the legend and doubts, of the line before a name
 
 
 def write_quality_control(path: str | Path, result: Segmentation, title: str) -> Path:
     """Draw the planes through the centre of the masks (of the volume, where all are empty), the patient's left at the left."""
-    require("matplotlib", "quality_control.png")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     grey, affine = _shown(result)
     centre = _centre(grey.shape, result)
     views = _views(orientation_of(affine))
     cuts = {label: found for label in result.routes.labels if (found := _cuts(result, label, views, centre)) is not None}
     window = _window(grey, result.routes.modality)
-    figure = Figure(figsize=(13, 5.2), facecolor="black", layout="constrained")
-    FigureCanvasAgg(figure)
-    for plot, view in zip(figure.subplots(1, 3), views, strict=True):
-        _draw_plane(plot, grey, view, centre[view.axis], spacing_of(affine), window)
+    heading, names = _Text.heading(title, result), _Text.legend(result, set(cuts))
+    top = _GAP + _ROW * len(heading) + _GAP
+    picture = Image.new("RGB", (_WIDTH, top + _ROW + _PLANES_HEIGHT + 2 * _GAP + _ROW * math.ceil(len(names) / _columns(names)) + _GAP))
+    pen = ImageDraw.Draw(picture)
+    for row, text in enumerate(heading):
+        text.draw(pen, (_WIDTH / 2, _GAP + _ROW * (row + 0.5)), "mm")
+    edges = spacing_of(affine)
+    boxes = _boxes([(grey.shape[v.across] * float(edges[v.across]), grey.shape[v.up] * float(edges[v.up])) for v in views], top + _ROW)
+    for view, (left, upper, width, height) in zip(views, boxes, strict=True):
+        plane = grey_plane(_plane(grey, view, centre[view.axis]), window, (width, height))
         for label, (crop, planes) in cuts.items():
             if view.axis in planes:
-                _outline(plot, crop, planes[view.axis], view, label_colour(result.routes.labels.index(label)))
-        plot.set_xlim(-0.5, grey.shape[view.across] - 0.5)
-        plot.set_ylim(-0.5, grey.shape[view.up] - 0.5)
-        _letters(plot, view)
-    _legend(figure, result, set(cuts))
-    doubts = [] if result.verdict is None else result.verdict.lines()
-    figure.suptitle("\n".join([title, *_shortened(doubts)]), color=_DOUBT if doubts else "white", fontsize=11 if not doubts else 9)
+                start, shape = (crop.start[view.up], crop.start[view.across]), (grey.shape[view.up], grey.shape[view.across])
+                draw_outline(plane, planes[view.axis], start, shape, label_colour(result.routes.labels.index(label)))
+        _letters(ImageDraw.Draw(plane), view, width, height)
+        picture.paste(plane, (left, upper))
+        _Text(view.name, _LARGE).draw(pen, (left + width / 2, upper - _ROW / 2), "mm")
+    _draw_legend(pen, names, top + _ROW + _PLANES_HEIGHT + 2 * _GAP)
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=110, facecolor="black", format="png")
+        picture.save(temporary, format="PNG", compress_level=2)
     return Path(path)
 
 
@@ -85,7 +92,8 @@ def _cuts(result: Segmentation, label: str, views: list[_View], centre: list[int
 
 
 def _window(grey: Array, modality: str) -> tuple[float, float]:
-    sample = grey[::3, ::3, ::3] if min(grey.shape) > 12 else grey
+    step = max(1, round((grey.size / _SAMPLED) ** (1 / 3)))
+    sample = grey[::step, ::step, ::step]
     sample = sample[np.isfinite(sample)]
     low, high = (float(v) for v in np.percentile(sample, (1, 99)))
     if modality == "ct" and low < -300 and high > 0:
@@ -115,49 +123,79 @@ def _views(code: str) -> list[_View]:
 
 def _plane(array: Array, view: _View, index: int) -> Array:
     """Rows up, columns across."""
-    plane = np.take(array, index, axis=view.axis)
+    plane = array[tuple(index if axis == view.axis else slice(None) for axis in range(3))]  # no copy of the volume, as np.take makes
     return np.asarray(plane.T if view.across < view.up else plane)
 
 
-def _draw_plane(plot: Any, grey: Array, view: _View, index: int, edges: Array, window: tuple[float, float]) -> None:
-    picture = np.nan_to_num(np.asarray(_plane(grey, view, index), np.float32), posinf=window[1], neginf=window[0])
-    aspect = float(edges[view.up] / edges[view.across])
-    plot.imshow(picture, cmap="gray", origin="lower", aspect=aspect, vmin=window[0], vmax=window[1], interpolation="bilinear")
+class _Text(NamedTuple):
+    """A line of text; in the legend the colour of the label goes before it."""
+
+    words: str
+    size: int
+    colour: tuple[int, int, int] = _WHITE
+    swatch: tuple[int, int, int] | None = None
+
+    def draw(self, pen: ImageDraw.ImageDraw, place: tuple[float, float], anchor: str) -> None:
+        pen.text(place, printable(self.words), fill=self.colour, font=font(self.size), anchor=anchor)
+
+    @property
+    def width(self) -> int:
+        """In pixels, what goes before it included."""
+        return math.ceil(font(self.size).getlength(printable(self.words))) + (0 if self.swatch is None else _SWATCH + 8)
+
+    @classmethod
+    def heading(cls, title: str, result: Segmentation) -> list[_Text]:
+        """The title, and under it what the check doubts."""
+        doubts = [] if result.verdict is None else result.verdict.lines()
+        shown = doubts if len(doubts) <= _LINES else [*doubts[: _LINES - 1], f"and {len(doubts) - _LINES + 1} more"]
+        return [cls(title, _LARGE, _DOUBT if doubts else _WHITE), *(cls(line, _SMALL, _DOUBT) for line in shown)]
+
+    @classmethod
+    def legend(cls, result: Segmentation, found: set[str]) -> list[_Text]:
+        """Name and volume of each label, marked where the check flagged it."""
+        flagged = set() if result.verdict is None else {flag.label for flag in result.verdict.flags}
+        texts = []
+        for index, label in enumerate(result.routes.labels[:_NAMED]):
+            words = f"{label} {result.voxels(label) * result.voxel_ml():.1f} ml" if label in found else f"{label}: not found"
+            doubt = label in flagged
+            texts.append(cls(f"{words}  (check)" if doubt else words, _SMALL, _DOUBT if doubt else _WHITE, label_colour(index)))
+        hidden = len(result.routes.labels) - _NAMED
+        return [*texts, cls(f"and {hidden} more", _SMALL)] if hidden > 0 else texts
 
 
-def _outline(plot: Any, crop: Crop, picture: Array, view: _View, colour: tuple[int, int, int]) -> None:
-    padded = np.pad(picture.astype(np.float32), 1)  # so that a mask that touches its box is closed
-    across = np.arange(padded.shape[1]) + crop.start[view.across] - 1
-    up = np.arange(padded.shape[0]) + crop.start[view.up] - 1
-    plot.contour(across, up, padded, levels=[0.5], colors=[tuple(c / 255 for c in colour)], linewidths=1.3)
+def _boxes(sizes_mm: list[tuple[float, float]], top: int) -> list[tuple[int, int, int, int]]:
+    """Left, top, width and height of each plane: one scale for all would waste room, so each fills its third."""
+    third = _WIDTH // len(sizes_mm)
+    boxes = []
+    for number, (across, up) in enumerate(sizes_mm):
+        scale = min((third - _GAP) / across, _PLANES_HEIGHT / up)
+        width, height = max(1, round(across * scale)), max(1, round(up * scale))
+        boxes.append((number * third + (third - width) // 2, top + (_PLANES_HEIGHT - height) // 2, width, height))
+    return boxes
 
 
-def _letters(plot: Any, view: _View) -> None:
-    plot.set_axis_off()
-    plot.set_title(view.name, color="white", fontsize=10)
-    style: dict[str, Any] = {"color": "#ffd24a", "fontsize": 10, "transform": plot.transAxes}
-    left, right, bottom, top = view.ends
-    plot.text(0.01, 0.5, left, va="center", ha="left", **style)
-    plot.text(0.99, 0.5, right, va="center", ha="right", **style)
-    plot.text(0.5, 0.01, bottom, va="bottom", ha="center", **style)
-    plot.text(0.5, 0.99, top, va="top", ha="center", **style)
+def _letters(pen: ImageDraw.ImageDraw, view: _View, width: int, height: int) -> None:
+    places = ((5, height / 2), (width - 5, height / 2), (width / 2, height - 4), (width / 2, 4))
+    for letter, place, anchor in zip(view.ends, places, ("lm", "rm", "mb", "mt"), strict=True):
+        pen.text(place, letter, fill=_LETTER, font=font(_LARGE), anchor=anchor, stroke_width=1, stroke_fill=(0, 0, 0))
 
 
-def _shortened(lines: list[str]) -> list[str]:
-    return lines if len(lines) <= _LINES else [*lines[: _LINES - 1], f"and {len(lines) - _LINES + 1} more"]
+def _columns(names: list[_Text]) -> int:
+    widest = max(text.width for text in names) + 2 * _GAP
+    return max(1, min(len(names), 5, _WIDTH // widest))
 
 
-def _legend(figure: Any, result: Segmentation, found: set[str]) -> None:
-    from matplotlib.lines import Line2D
-
-    handles, names = [], []
-    for index, label in enumerate(result.routes.labels[:_NAMED]):
-        handles.append(Line2D([], [], color=tuple(c / 255 for c in label_colour(index)), linewidth=3))
-        names.append(f"{label} {result.voxels(label) * result.voxel_ml():.1f} ml" if label in found else f"{label}: not found")
-    hidden = len(result.routes.labels) - _NAMED
-    if hidden > 0:
-        names[-1] += f"  (and {hidden} more)"
-    flagged = set() if result.verdict is None else {flag.label for flag in result.verdict.flags}
-    colours = [_DOUBT if label in flagged else "white" for label in result.routes.labels[:_NAMED]]
-    names = [f"{name}  (check)" if label in flagged else name for name, label in zip(names, result.routes.labels, strict=False)]
-    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 5), fontsize=9, frameon=False, labelcolor=colours)
+def _draw_legend(pen: ImageDraw.ImageDraw, names: list[_Text], top: int) -> None:
+    """Names column by column, in the middle of the picture."""
+    columns = _columns(names)
+    rows = math.ceil(len(names) / columns)
+    parts = [names[i : i + rows] for i in range(0, len(names), rows)]
+    widths = [max(text.width for text in part) + 2 * _GAP for part in parts]
+    left = (_WIDTH - sum(widths)) / 2 + _GAP
+    for part, width in zip(parts, widths, strict=True):
+        for row, text in enumerate(part):
+            middle = top + _ROW * (row + 0.5)
+            if text.swatch is not None:
+                pen.line((left, middle, left + _SWATCH, middle), fill=text.swatch, width=4)
+            text.draw(pen, (left + (0 if text.swatch is None else _SWATCH + 8), middle), "lm")
+        left += width

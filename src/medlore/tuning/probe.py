@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy import optimize, special
 
 from medlore.errors import DataError, InputError
 
@@ -168,7 +168,7 @@ def usual_strengths(width: int) -> tuple[float, ...]:
 def log_likelihood(logits: Array, targets: NDArray[np.integer], task: Task) -> float:
     """Sum over images of the logarithm of what the classifier gives to the truth; several labels count as their mean."""
     if task == "single":
-        return float(special.log_softmax(logits, axis=1)[np.arange(len(targets)), targets].sum())
+        return float(scipy.special.log_softmax(logits, axis=1)[np.arange(len(targets)), targets].sum())
     signs = 2.0 * np.asarray(targets, np.float64) - 1.0
     known = ~np.isnan(signs)
     each = np.where(known, -np.logaddexp(0.0, -np.nan_to_num(signs) * logits), 0.0)
@@ -235,12 +235,12 @@ def _minimise(coordinates: Array, wanted: Array, strength: float, task: Task, st
             slope = powers / total - wanted
         else:
             loss = float((known * (np.logaddexp(0.0, logits) - wanted * logits)).sum())
-            slope = known * (special.expit(logits) - wanted)
+            slope = known * (scipy.special.expit(logits) - wanted)
         loss += float((weight**2).sum()) / (2 * strength)
         return loss, units * np.concatenate([(slope.T @ coordinates + weight / strength).ravel(), slope.sum(axis=0)])
 
     options = {"maxiter": 2000, "maxfun": 4000, "ftol": 1e-16 if exact else 1e-6, "gtol": 1e-9 if exact else 1e-3}
-    found = optimize.minimize(value_and_gradient, start / units, jac=True, method="L-BFGS-B", options=options).x
+    found = scipy.optimize.minimize(value_and_gradient, start / units, jac=True, method="L-BFGS-B", options=options).x
     return np.asarray(found * units)
 
 

@@ -27,9 +27,9 @@ from torch import nn
 from medlore.data.images.transforms import Preprocessing
 from medlore.errors import CheckpointError, DataError, InputError, StepError
 from medlore.files import read_json, write_json
+from medlore.layers.adapter_folder import quiet_peft
 from medlore.layers.surgery import load_trainable_state
 from medlore.layers.tuning.interface import TRAINED_NAMES, WEIGHTS_FILE, Form, Tuning
-from medlore.layers.tuning.low_rank import quiet_peft
 from medlore.layers.tuning.methods import add_modules
 from medlore.layers.tuning.modules import AddedModules, absorb
 from medlore.models.backbones.cutting import Cut, Reading, cut_backbone

@@ -148,29 +148,29 @@ def read_header(path: Path) -> NrrdHeader:
     if blank is None and len(content) == _MOST_HEADER:
         raise DataError(str(path), f"a header of more than {_MOST_HEADER:,} bytes", "a header that ends with an empty line", _MENDED)
     text = content[: blank.start() if blank else len(content)].decode("utf-8", errors="replace")
-    fields: dict[str, str] = {}
-    keys: dict[str, str] = {}
+    header = NrrdHeader(path, {}, {}, blank.end() if blank else len(content))
     for line in text.split("\n")[1:]:
         key, is_key, value = line.partition(":=")
         name, is_field, entry = line.partition(":")
         if line.startswith("#"):
             continue
         if is_key and ": " not in key:
-            keys[key.strip()] = value.strip()
+            header.keys[key.strip()] = value.strip()
         elif is_field:
-            name = _spelling(name)
-            if name not in _FIELDS:
-                accepted = "the fields of the NRRD standard, and KEY:=VALUE"
-                raise DataError(str(path), f"the field {name[:40]!r}", accepted, "correct the header")
-            if name in fields:
-                raise DataError(str(path), f"the field {name!r} twice", "every field once", "correct the header")
-            fields[name] = entry.strip()
-    header = NrrdHeader(path, fields, keys, blank.end() if blank else len(content))
-    for name, first in _AFTER.items():
-        order = list(fields)
-        if name in fields and first in fields and order.index(name) < order.index(first):
-            raise header.refuse(f"the field {name!r} before {first!r}", f"{first!r} first, as the standard asks", "correct the header")
+            _take_field(header, _spelling(name), entry.strip())
     return header
+
+
+def _take_field(header: NrrdHeader, name: str, entry: str) -> None:
+    """Add one field, if the standard has it and it stands in its place."""
+    if name not in _FIELDS:
+        raise header.refuse(f"the field {name[:40]!r}", "the fields of the NRRD standard, and KEY:=VALUE", "correct the header")
+    if name in header.fields:
+        raise header.refuse(f"the field {name!r} twice", "every field once", "correct the header")
+    for later, first in _AFTER.items():
+        if name == first and later in header.fields:
+            raise header.refuse(f"the field {later!r} before {first!r}", f"{first!r} first, as the standard asks", "correct the header")
+    header.fields[name] = entry
 
 
 def _spelling(name: str) -> str:

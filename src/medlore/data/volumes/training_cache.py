@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-from scipy import ndimage
+import scipy
 
 from medlore.data.formats import files_of
 from medlore.data.volumes.cases import Case, folder_names, only_known_faults
@@ -295,7 +295,7 @@ def _nearest(count: int, step: float, size: int) -> Array:
 def _facts(codes: Array, members: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     """Boxes, voxel numbers and sample voxels of all labels that have any."""
     counts = np.bincount(codes.reshape(-1), minlength=int(codes.max(initial=0)) + 1)
-    slices = ndimage.find_objects(codes)
+    slices = scipy.ndimage.find_objects(codes)
     rng = np.random.default_rng(_SEED)
     boxes, points, voxels = {}, {}, {}
     for label, values in members.items():

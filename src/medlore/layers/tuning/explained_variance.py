@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import scipy.linalg
+import scipy
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -17,15 +15,6 @@ from medlore.layers.adapter_folder import Factors, write_lora_folder
 from medlore.layers.lora.step import quicken
 from medlore.layers.tuning.explained_variance import start_from_variance
 from medlore.layers.tuning.interface import Request, Tuning, plan_of
-
-
-@contextlib.contextmanager
-def quiet_peft() -> Iterator[None]:
-    """Inside, PEFT's notes that concern no user of ours are silent: old names it asks transformers for, memory hints of EVA."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-        warnings.filterwarnings("ignore", message="lora with eva initialization", category=UserWarning)
-        yield
 
 
 def lora(model: nn.Module, request: Request) -> Tuning:

@@ -91,7 +91,7 @@ def install_method(name: str, model: nn.Module, request: Request) -> Tuning:
     """
     import torch
 
-    from medlore.layers.tuning.low_rank import quiet_peft
+    from medlore.layers.adapter_folder import quiet_peft
 
     if name not in METHODS:
         raise UnknownNameError("--method", name, METHODS)
