@@ -82,6 +82,14 @@ def test_a_slice_whose_kind_and_height_are_damaged_is_not_left_out(tmp_path: Pat
         read_volume(write_slices(tmp_path / "s", ARRAY, each=damage))
 
 
+def test_a_slice_that_says_another_modality_than_its_series_is_not_left_out(tmp_path: Path) -> None:
+    def damage(d: Any, z: int) -> None:
+        d.Modality = "SEG" if z == 2 else "CT"
+
+    with pytest.raises(DataError, match=r"(?s)1 DICOM file\(s\) that cannot be read.*modality SEG in a series of others"):
+        read_volume(write_slices(tmp_path / "s", ARRAY, each=damage))
+
+
 @pytest.mark.case("nifti_in_dicom_folder")
 def test_a_folder_with_an_image_file_and_dicom_names_both(tmp_path: Path) -> None:
     import nibabel as nib

@@ -82,10 +82,12 @@ def find_files(path: Path, *, modality: str | None = None) -> list[DicomFile]:
         modality: `SEG` or `RTSTRUCT`: look for these objects in place of images.
 
     Raises:
-        DataError: the zip cannot be read, or some files are DICOM and cannot be read: one of them may be a missing slice.
+        DataError: the zip cannot be read, or some files are DICOM and cannot be read, or say another modality than their series: one of
+            them may be a missing slice.
         MissingExtraError: pydicom is not installed.
     """
     found: list[DicomFile] = []
+    others: list[DicomFile] = []
     faults: list[str] = []
     for source in sources_of(path):
         try:
@@ -95,8 +97,11 @@ def find_files(path: Path, *, modality: str | None = None) -> list[DicomFile]:
         except MedloreError as error:
             faults.append(f"{source}: {error.came}")
             continue
-        if header is not None and _is_wanted(header, modality):
-            found.append(DicomFile(source, header))
+        if header is not None:
+            (found if _is_wanted(header, modality) else others).append(DicomFile(source, header))
+    series = {uid for file in found if (uid := file.text("SeriesInstanceUID"))}
+    strangers = [file for file in others if file.text("SeriesInstanceUID") in series]
+    faults += [f"{file.source}: modality {file.text('Modality') or 'none'} in a series of others" for file in strangers]
     if faults:
         accepted, fix = "whole files: each may be a slice that would be missing", "copy them again, or take them out of the folder"
         raise DataError(str(path), f"{len(faults)} DICOM file(s) that cannot be read", accepted, fix, faults=faults)
