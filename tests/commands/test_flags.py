@@ -25,6 +25,7 @@ from medlore.tuning.settings import FinetuneSettings
 
 # Flags of the version before flags were made from settings: scripts that use them go on working.
 EARLIER = {
+    "collect": "--json --quiet --verbose",
     "decompose": "--out --steps --seed --device --only --add-expert --pack --dry-run --json",
     "demo": "--out --draws --shots --segmenter --json",
     "doctor": "--json",
