@@ -21,7 +21,7 @@ from medlore.errors import InputError, MedloreError, StepError, UnknownNameError
 from medlore.runs.stopping import ends_when_asked
 
 # The verbs in the order in which people meet them; each is `medlore.commands.<verb>` with a Typer app named `app`.
-VERBS = ("demo", "doctor", "info", "ranks", "finetune", "predict", "decompose", "export", "evaluate", "segment", "study", "view")
+VERBS = ("demo", "doctor", "info", "ranks", "finetune", "predict", "decompose", "export", "evaluate", "segment", "collect", "study", "view")
 
 
 class _Verbs(typer.core.TyperGroup):

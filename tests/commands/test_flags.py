@@ -25,6 +25,7 @@ from medlore.tuning.settings import FinetuneSettings
 
 # Flags of the version before flags were made from settings: scripts that use them go on working.
 EARLIER = {
+    "collect": "--json --quiet --verbose",
     "decompose": "--out --steps --seed --device --only --add-expert --pack --dry-run --json",
     "demo": "--out --draws --shots --segmenter --json",
     "doctor": "--json",
@@ -122,7 +123,7 @@ def test_all_faults_of_line_and_file_come_at_once(tmp_path: Path) -> None:
         run("--config", str(file), "--crop", "a,1", "--nams=x")
     assert sorted(caught.value.faults) == sorted([
         "--nams: no such option; the nearest are --names, --no-augment, --no-json",
-        "line 4, noise: unknown setting; the nearest are names, source, folder",
+        "line 4, noise: unknown setting; the nearest are verbose, names, quiet",
         "source: Field required",
         "line 2, loop.epochs: Input should be a valid integer, unable to parse string as an integer, got 'none'",
         "line 3, loop.epoch: unknown setting; the nearest are epochs, crop, augment",

@@ -32,6 +32,7 @@ def segment(given: Given) -> None:
     import_without("nibabel", "pydicom")  # 0.3 s for a header extension that is not looked at
     from medlore.commands.screens.segmenting import CaseProgress, print_plan, print_results
     from medlore.segmenting.cohort import plan_cases, segment_cases
+    from medlore.segmenting.shards import run_folder
 
     if not output.amp:
         settings = settings.changed(precision="fp32")
@@ -43,7 +44,7 @@ def segment(given: Given) -> None:
         return
     with CaseProgress() as progress:
         results = segment_cases(settings, watcher=progress)
-    print_results(results, settings.out, as_json=output.as_json)
+    print_results(results, settings.out, as_json=output.as_json, place=run_folder(settings))
     if results["counts"]["failed"]:
         raise typer.Exit(1)
 

@@ -34,6 +34,7 @@ from medlore.segmenting.mask_formats import formats_named
 from medlore.segmenting.plan import CasePlan
 from medlore.segmenting.planner import Choices, Planner
 from medlore.segmenting.settings import RULES_VERSION, SegmentSettings
+from medlore.segmenting.shards import part_of, run_folder, shard_record, totals
 from medlore.segmenting.statistics import write_cohort_table
 
 if TYPE_CHECKING:
@@ -90,21 +91,23 @@ def segment_cases(settings: SegmentSettings, *, watcher: CohortWatcher | None = 
     alone = settings.engine == "local" and settings.workers == 1
     model: SegmentingModel | None = loaded if alone else None  # each worker loads its own; this process keeps none
     del loaded
-    journal = settings.out / JOURNAL
-    with Run("segment", settings.out, settings=settings, device=hardware.device) as run:
+    place = run_folder(settings)
+    journal = place / JOURNAL
+    jobs = part_of([(index, case, name) for index, (case, name) in enumerate(zip(cases, names, strict=True))], settings.shard)
+    with Run("segment", place, settings=settings, device=hardware.device) as run:
         run.results = {"model": model_record, "hardware": hardware.record(), "cases": [], "notes": notes}
+        run.results |= {} if settings.shard is None else {"shard": shard_record(settings, cases, names)}
         entries: list[dict[str, Any]] = run.results["cases"]
         journal.unlink(missing_ok=True)  # of a run that was killed
-        with closing(_entries(settings, hardware, model, cases, names, watcher)) as finished:  # Ctrl-C stops the workers here and now
+        with closing(_entries(settings, hardware, model, jobs, watcher)) as finished:  # Ctrl-C stops the workers here and now
             for entry in finished:
                 entries.append(entry)
                 append_line(journal, entry)  # the report is written whole at the end alone: a case costs the same in any cohort
-                watcher.case(len(entries), len(cases), entry)
+                watcher.case(len(entries), len(jobs), entry)
         entries.sort(key=lambda entry: entry["index"])
-        for path in write_cohort_table(settings.out, (entry["folder"] for entry in entries if "folder" in entry)):
+        for path in write_cohort_table(settings.out, (entry["folder"] for entry in entries if "folder" in entry), to=place):
             run.add_output(path.name, path)
-        run.results["counts"] = {state: sum(e["state"] == state for e in entries) for state in ("done", "skipped", "failed")}
-        run.results["flagged"] = [entry["name"] for entry in entries if entry.get("check")]
+        run.results |= totals(entries)
     journal.unlink(missing_ok=True)  # all of it is in the report
     return run.results
 
@@ -143,7 +146,7 @@ def plan_cases(settings: SegmentSettings) -> dict[str, Any]:
     cases = collect_cases(settings)
     _check_flags(planner, settings, cases)
     plans: list[dict[str, Any]] = []
-    for case, name in zip(cases, folder_names(cases), strict=True):
+    for case, name in part_of(list(zip(cases, folder_names(cases), strict=True)), settings.shard):
         try:
             with only_known_faults(case.image):
                 shape, affine = _grid_of(case, settings.affine_from)
@@ -268,18 +271,25 @@ def _entries(
     settings: SegmentSettings,
     hardware: Hardware,
     model: SegmentingModel | None,
-    cases: Sequence[Case],
-    names: Sequence[str],
+    jobs: Sequence[tuple[int, Case, str]],
     watcher: CohortWatcher,
 ) -> Generator[dict[str, Any], None, None]:
-    """Entries of the report as cases finish."""
+    """Entries of the report as cases finish.
+
+    Args:
+        settings: of the run.
+        hardware: of one worker.
+        model: where this process does the work itself.
+        jobs: place in the list, case and name.
+        watcher: of the progress.
+    """
     if model is not None:
-        for index, (case, name) in enumerate(zip(cases, names, strict=True)):
+        for index, case, name in jobs:
             yield {"index": index, **segment_case(settings, model, case, name, watcher)}
         return
-    jobs = [(settings, hardware, index, case, name) for index, (case, name) in enumerate(zip(cases, names, strict=True))]
     gpus = int(hardware.device == "cuda")
-    yield from spread(_work, jobs, lost=_lost, engine=settings.engine, workers=settings.workers, gpus_each=gpus)
+    given = [(settings, hardware, *job) for job in jobs]
+    yield from spread(_work, given, lost=_lost, engine=settings.engine, workers=settings.workers, gpus_each=gpus)
 
 
 _models: dict[str, SegmentingModel] = {}

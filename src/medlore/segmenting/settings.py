@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -113,6 +114,9 @@ class SegmentSettings(Settings):
     tokenizer: Path | None = setting(None, "Wordpiece list of the text encoder.", group=_PUBLISHED, decides=False)
     lora_alpha: float | None = setting(None, "Alpha of a published file with equal ranks.", group=_PUBLISHED)
 
+    shard: str | None = setting(
+        None, "Part i of n of the cases, e.g. 2/8; `medlore collect OUT` puts the parts together.", group=_RUN, decides=False
+    )
     resume: bool = setting(True, "Skip cases that are finished with the same input and settings.", group=_RUN, decides=False)
     engine: Literal["local", "ray"] = setting("local", "Local processes, or Ray.", group=_RUN, decides=False)
     workers: int = setting(1, "Cases processed at the same time; each worker loads its own model.", group=_RUN, ge=1, decides=False)
@@ -123,6 +127,14 @@ class SegmentSettings(Settings):
         if not names:
             raise ValueError(f"no format; known are {', '.join(MASK_FORMATS)}")
         return tuple(dict.fromkeys(known_name(name, MASK_FORMATS) for name in names))
+
+    @pydantic.field_validator("shard", mode="after")
+    @classmethod
+    def _one_of_its_shards(cls, shard: str | None) -> str | None:
+        found = None if shard is None else re.fullmatch(r"0*([1-9]\d{0,5})/0*([1-9]\d{0,5})", shard.strip())
+        if shard is not None and (found is None or int(found[1]) > int(found[2])):
+            raise ValueError(f"got {shard!r}; a part is i/n with i from 1 to n, such as 2/8")
+        return None if found is None else f"{found[1]}/{found[2]}"
 
     @property
     def formats(self) -> tuple[str, ...]:

@@ -82,28 +82,29 @@ def _ends(box: Crop | None) -> list[list[int]] | None:
 # -- the table of a cohort ---------------------------------------------------------------------------------------------
 
 
-def write_cohort_table(out: Path, folders: Iterable[str]) -> list[Path]:
+def write_cohort_table(out: Path, folders: Iterable[str], *, to: Path | None = None) -> list[Path]:
     """Write `statistics.csv` and `statistics.json`: a row for each case and label, from the `case.json` of every folder.
 
     Args:
         out: folder of the run.
         folders: of the cases, below it, in the order of the table; one without a readable record has no row.
+        to: where the files lie; `out` unless given.
 
     Raises:
         StepError: a file cannot be written.
     """
-    names = list(folders)
-    with atomic_path(out / CSV) as temporary, temporary.open("w", encoding="utf-8", errors=_STRANGE, newline="") as stream:
+    names, place = list(folders), to or out
+    with atomic_path(place / CSV) as temporary, temporary.open("w", encoding="utf-8", errors=_STRANGE, newline="") as stream:
         writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
         writer.writeheader()
         for row in rows_of(out, names):
             writer.writerow({name: "" if value is None else value for name, value in row.items()})
-    with atomic_path(out / JSON) as temporary, temporary.open("w", encoding="utf-8", errors=_STRANGE) as stream:
+    with atomic_path(place / JSON) as temporary, temporary.open("w", encoding="utf-8", errors=_STRANGE) as stream:
         stream.write(f'{{"schema": "{SCHEMA}", "rows": [')
         for number, row in enumerate(rows_of(out, names)):
             stream.write(("," if number else "") + "\n  " + json_text(row, indent=None))
         stream.write("\n]}\n")
-    return [out / CSV, out / JSON]
+    return [place / CSV, place / JSON]
 
 
 def rows_of(out: Path, folders: Iterable[str]) -> Iterator[dict[str, Any]]:

@@ -29,20 +29,29 @@ def print_plan(plan: dict[str, Any], *, as_json: bool) -> None:
         print_line(f"{case['name']}: {case.get('in_words') or case['error']}")
 
 
-def print_results(results: dict[str, Any], out: Path, *, as_json: bool) -> None:
-    """A table of the masks, how many cases are done, and where to look."""
+def print_results(results: dict[str, Any], out: Path, *, as_json: bool, place: Path | None = None) -> None:
+    """A table of the masks, how many cases are done, and where to look.
+
+    Args:
+        results: of the run.
+        out: where the folders of the cases lie.
+        as_json: one object in place of words.
+        place: where the report lies; `out` unless given.
+    """
+    place = place or out
     if as_json:
         print_json(results)
         return
     folders = [entry["folder"] for entry in results["cases"] if "folder" in entry]
     if folders:
         _print_masks(out, folders)
-        print_line(f"the whole table: {out / CSV}; a page with slices: medlore view {shlex.quote(str(out))}")
+        look = f"a page with slices: medlore view {shlex.quote(str(out))}"
+        print_line(f"the whole table: {place / CSV}; {look if place == out else f'all shards: medlore collect {shlex.quote(str(out))}'}")
     counts = results["counts"]
     flagged = results.get("flagged", [])
     odd = f"; look at {', '.join(flagged[:_NAMED])}{' and more' if len(flagged) > _NAMED else ''}: the check finds something implausible"
     print_line(
-        f"{counts['done']} done, {counts['skipped']} skipped, {counts['failed']} failed{odd if flagged else ''}: {out / 'report.json'}"
+        f"{counts['done']} done, {counts['skipped']} skipped, {counts['failed']} failed{odd if flagged else ''}: {place / 'report.json'}"
     )
 
 

@@ -25,7 +25,7 @@ from medlore.errors import DataError, MedloreError, StepError, reason_of
 from medlore.files import existing_file, write_text
 
 # what else lies in a folder of results
-RESERVED = ("report.json", "report.cases.jsonl", "statistics.csv", "statistics.json", "page.html", "evaluation")
+RESERVED = ("report.json", "report.cases.jsonl", "statistics.csv", "statistics.json", "shards", "page.html", "evaluation")
 _LONGEST = 230  # bytes of a folder's name
 _TEXT_FIELDS = ("dataset", "orientation_code", "series")
 
