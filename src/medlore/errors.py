@@ -37,7 +37,7 @@ class MedloreError(Exception):
     """
 
     exit_status = 1
-    _shown_faults = 20
+    shown_faults = 20
 
     def __init__(self, where: str, came: str, accepted: str, fix: str, *, faults: Sequence[str] = ()) -> None:
         self.where, self.came, self.accepted, self.fix = where, came, accepted, fix
@@ -46,7 +46,7 @@ class MedloreError(Exception):
 
     def _message(self) -> str:
         text = f"{self.where}: {self.came}. Accepted: {self.accepted}. To do: {self.fix}."
-        shown = [f"  - {fault}" for fault in self.faults[: self._shown_faults]]
+        shown = [f"  - {fault}" for fault in self.faults[: self.shown_faults]]
         hidden = len(self.faults) - len(shown)
         if hidden > 0:
             shown.append(f"  - and {hidden} more")

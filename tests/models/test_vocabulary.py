@@ -229,3 +229,15 @@ def test_the_nearest_are_those_that_can_be_answered() -> None:
         WORDS.lookup("spleeen", "ct", among={"heart", "spleen", "liver"})
     assert set(re.findall("'([^']+)'", caught.value.accepted)) == {"heart", "spleen", "liver"}
     assert "names are English" in caught.value.fix
+
+
+def test_thousands_of_unknown_names_are_counted_and_the_nearest_of_the_first_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from medlore.models.segmenter import vocabulary
+
+    asked: list[str] = []
+    plain = vocabulary.nearest_names
+    monkeypatch.setattr(vocabulary, "nearest_names", lambda name, *rest: asked.append(name) or plain(name, *rest))
+    with pytest.raises(InputError, match="5000 of 5000 unknown in ct") as caught:
+        default_vocabulary().lookup_all([f"structure number {i}" for i in range(5000)], "ct")
+    assert len(caught.value.faults) == 5000
+    assert len(asked) == InputError.shown_faults  # each search costs as much as reading all names

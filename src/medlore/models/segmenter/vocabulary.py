@@ -188,7 +188,9 @@ class Vocabulary:
         own = {folded(label): label for label in self._labels.values()}
         return {form: own.get(form) or next(iter(labels)) for form, labels in found.items() if form in own or len(labels) == 1}
 
-    def lookup(self, label: str, modality: str, *, allow_unknown: bool = False, among: Collection[str] | None = None) -> Entry:
+    def lookup(
+        self, label: str, modality: str, *, allow_unknown: bool = False, among: Collection[str] | None = None, suggest: bool = True
+    ) -> Entry:
         """The entry of a label, synonym, plural, or name in another spelling or language.
 
         Args:
@@ -197,6 +199,7 @@ class Vocabulary:
             allow_unknown: let a label through that is unknown, or of another modality. It is answered by the expert of the
                 label's region in another modality, or by the shared base.
             among: labels that can be answered, of which the nearest are named; all of the modality unless given.
+            suggest: whether the nearest are looked for.
 
         Raises:
             UnknownNameError: unknown in this modality; the nearest three are named.
@@ -210,7 +213,7 @@ class Vocabulary:
         if allow_unknown:
             region = others[0].region if others else WHOLE_BODY
             return Entry(name or _spelling(label), modality, region, modalities=tuple(e.modality for e in others), known=False)
-        raise self._unknown(label, modality, others, among)
+        raise self._unknown(label, modality, others, among, suggest=suggest)
 
     def route(self, labels: Sequence[str], modality: str, *, allow_unknown: bool = False) -> dict[str, list[str]]:
         """Region -> labels in their own spelling, both in the order in which they were asked for; repeated labels count once.
@@ -242,7 +245,8 @@ class Vocabulary:
         faults = []
         for label in labels:
             try:
-                entry = self.lookup(label, modality, allow_unknown=allow_unknown, among=among)
+                suggest = len(faults) < InputError.shown_faults  # the others are counted, not shown
+                entry = self.lookup(label, modality, allow_unknown=allow_unknown, among=among, suggest=suggest)
                 found.setdefault(entry.label, entry)
             except UnknownNameError as error:
                 faults.append(f"{error.came}; {error.accepted}")
@@ -273,11 +277,13 @@ class Vocabulary:
                 return region
         raise UnknownNameError("dataset", dataset, self.datasets, "leave `dataset` out, so that each label chooses its own expert")
 
-    def _unknown(self, label: str, modality: str, others: list[Entry], among: Collection[str] | None) -> UnknownNameError:
-        known = sorted({e.label for e in self._entries.values() if e.modality == modality} if among is None else among)
-        error = UnknownNameError("label", label, known)
-        near = ", ".join(repr(name) for name in self._nearest(label, modality, known))
-        error.accepted = f"{len(known)} labels of {modality}; the nearest are {near}" if known else f"no label of {modality} is known"
+    def _unknown(self, label: str, modality: str, others: list[Entry], among: Collection[str] | None, *, suggest: bool) -> UnknownNameError:
+        error = UnknownNameError("label", label, ())
+        error.accepted = f"labels of {modality}"
+        if suggest:
+            known = sorted({e.label for e in self._entries.values() if e.modality == modality} if among is None else among)
+            near = ", ".join(map(repr, self._nearest(label, modality, known)))
+            error.accepted = f"{len(known)} labels of {modality}; the nearest are {near}" if known else f"no label of {modality} is known"
         if others:
             error.came = f"label {label!r} is known in {' and '.join(e.modality for e in others)} only, not in {modality}"
         error.fix = "use one of them (names are English; `medlore info --labels` lists them), or force it with --allow-unknown"
