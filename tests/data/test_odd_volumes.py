@@ -296,6 +296,8 @@ def test_units_of_nrrd_count(tmp_path: Path) -> None:
         ("encoding: raw\n", "encoding: raw\ndata file: gone.raw\n", "is not there"),
         ("NRRD0004", "NRRD0009", "not NRRD"),
         ("space origin:", "space origin8,20:", "the field 'space origin8,20'"),
+        ("endian: little", "endian: little\nYY @", "the line 'YY @'"),
+        ("endian: little", "endian:little", "the line 'endian:little'"),
         ("encoding: raw\n", 'encoding: raw\nspace units: "inch" "inch" "inch"\n', "space units"),
     ],
 )

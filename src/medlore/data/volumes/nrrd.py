@@ -150,14 +150,17 @@ def read_header(path: Path) -> NrrdHeader:
     text = content[: blank.start() if blank else len(content)].decode("utf-8", errors="replace")
     header = NrrdHeader(path, {}, {}, blank.end() if blank else len(content))
     for line in text.split("\n")[1:]:
+        line = line.rstrip("\r")  # noqa: PLW2901 - the end of a line of Windows
         key, is_key, value = line.partition(":=")
-        name, is_field, entry = line.partition(":")
-        if line.startswith("#"):
+        name, is_field, entry = line.partition(": ")
+        if line.startswith("#") or not line:
             continue
         if is_key and ": " not in key:
             header.keys[key.strip()] = value.strip()
         elif is_field:
             _take_field(header, _spelling(name), entry.strip())
+        else:
+            raise header.refuse(f"the line {line[:40]!r}", "FIELD: VALUE, KEY:=VALUE, or # and a remark", "correct the header")
     return header
 
 
