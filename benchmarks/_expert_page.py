@@ -1,4 +1,4 @@
-"""What `python -m benchmarks.experts --all` leaves: the section of docs/evidence.md, and the constants of the cost model."""
+"""What `python -m benchmarks.experts --all` leaves: the section of docs/performance.md, and the constants of the cost model."""
 
 from __future__ import annotations
 

@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-KEPT = Path(__file__).resolve().parents[1] / "docs" / "results" / "performance.json"
+from benchmarks._page import put_section
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+KEPT, PAGE = DOCS / "results" / "performance.json", DOCS / "performance.md"
 
 
 @dataclass(frozen=True)
@@ -87,3 +90,17 @@ def text_of(subject: str, table: dict[str, object]) -> str:
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     lines += ["", f"`{table['command']}`. {table['note']} Load of the machine ({table['cores']} cores): {table['load']}.", ""]
     return "\n".join(lines)
+
+
+def summary() -> str:
+    """Every table that is kept, and how many targets are met."""
+    kept = read()
+    verdicts = [Figure(**row).verdict() for table in kept.values() for row in table["rows"]]  # type: ignore[attr-defined]
+    texts = [text_of(subject, table) for subject, table in kept.items()]
+    return "\n".join([*texts, f"{verdicts.count('met')} targets met, {verdicts.count('missed')} missed"])
+
+
+def write_page() -> None:
+    """Put every table that is kept into `docs/performance.md`, in place of the one with the same title."""
+    for subject, table in read().items():
+        put_section(PAGE, text_of(subject, table))

@@ -1,7 +1,7 @@
 """Layers with experts: every known form, the dispatcher's choice and the published form, against the base layer alone.
 
     python -m benchmarks.experts [--only TEXT] [--repeats N] [--threads N] [--clock wall|cpu] [--networks | --memory]
-    python -m benchmarks.experts --all --json docs/results/experts.json --page docs/evidence.md      every row, about ten minutes
+    python -m benchmarks.experts --all --json docs/results/experts.json --page docs/performance.md      every row, about ten minutes
     python -m benchmarks.experts --refit --json docs/results/experts.json                           constants of layers/dispatch.py
 
 Variants take turns within one run; what is printed is the ratio of medians to the base layer (base network) without experts.
@@ -264,7 +264,7 @@ def print_memory(shape: Shape, layout: str) -> dict[str, Any]:
 
 
 def measure_all(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every row of docs/evidence.md whose name holds `--only`: layers, frozen base, interleaved, published form, networks, memory."""
+    """Every row of docs/performance.md whose name holds `--only`: layers, frozen base, interleaved, published form, networks, memory."""
     clock, repeats = CLOCKS[options.clock], options.repeats
     shapes = [shape for shape in SHAPES if options.only in shape.name]
     rows = []
@@ -312,7 +312,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     parser.add_argument("--frozen", action="store_true", help="the base does not learn")
     parser.add_argument("--networks", action="store_true", help="whole networks instead of layers")
     parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
-    parser.add_argument("--all", action="store_true", help="every row of docs/evidence.md")
+    parser.add_argument("--all", action="store_true", help="every row of docs/performance.md")
     parser.add_argument("--json", type=Path, help="with --all: write the rows to this file; with --refit: read them from it")
     parser.add_argument("--page", type=Path, help="with --all: put the section into this page")
     parser.add_argument("--refit", action="store_true", help="fit the constants of layers/dispatch.py to the rows and print them")

@@ -1,6 +1,6 @@
 """What a step of LoRA costs against PEFT's own, and an epoch of a linear probe on features computed once against one without.
 
-    python -m benchmarks.tuning_speed [--only step|probe] [--repeats N] [--threads N] [--clock wall|cpu] [--page docs/evidence.md]
+    python -m benchmarks.tuning_speed [--only step|probe] [--repeats N] [--threads N] [--clock wall|cpu] [--page docs/performance.md]
 
 The step: forward, backward and AdamW of ViT-B/16 (random weights, 5 classes) on 4 images of 224 pixels, factors on query, value and
 output projection at the stable ranks of the ImageNet-21k weights, the same model and images for all variants. PEFT's own is its model

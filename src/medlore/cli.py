@@ -34,7 +34,7 @@ class _Verbs(typer.core.TyperGroup):
         """The list of verbs, from their files alone: nothing is imported for it."""
         from medlore.commands.screens.verbs import print_verbs
 
-        options = {", ".join(option.opts): option.help or "" for option in self.get_params(ctx)}
+        options = {", ".join(option.opts): getattr(option, "help", None) or "" for option in self.get_params(ctx)}
         print_verbs(VERBS, self.get_usage(ctx), self.help or "", options)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:

@@ -66,7 +66,7 @@ def import_without(module: str, package: str) -> None:
     """
     if module in sys.modules or package in sys.modules:
         return
-    sys.modules[package] = None  # type: ignore[assignment] - what makes an import of it fail
+    sys.modules[package] = None  # type: ignore[assignment]  # what makes an import of it fail
     try:
         importlib.import_module(module)
     finally:

@@ -141,7 +141,8 @@ class _Text(NamedTuple):
     @property
     def width(self) -> int:
         """In pixels, what goes before it included."""
-        return math.ceil(font(self.size).getlength(printable(self.words))) + (0 if self.swatch is None else _SWATCH + 8)
+        length: float = font(self.size).getlength(printable(self.words))
+        return math.ceil(length) + (0 if self.swatch is None else _SWATCH + 8)
 
     @classmethod
     def heading(cls, title: str, result: Segmentation) -> list[_Text]:
