@@ -39,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
     parser.add_argument("--head-shares", type=float, nargs="+", default=[0.1])
     parser.add_argument("--steps", type=int, nargs="+", default=[60])
+    parser.add_argument("--features", choices=("own", "auto"), default="own")
+    parser.add_argument("--views", type=int, default=0, help="changed views of each image that the probe learns from")
     parser.add_argument("--augment", nargs="+", choices=("on", "off"), default=["on"])
     parser.add_argument("--json", type=Path, required=True, help="where cells go; those that it holds already are not run again")
     given = parser.parse_args(arguments)
@@ -52,12 +54,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     for draw, shots, method, steps, share, rate, augment, task in grid:
         key = f"{title}, {task}, {shots} shots, draw {draw}, {method}, {steps} steps, rate {rate:g}, head {share:g}, augment {augment}"
+        key += f", features {given.features}, {given.views} views" if given.views else ""
         if key in cells:
             continue
         pool, test = development_task(task, given.data, most=MOST_TEST)
         settings = FinetuneSettings(
             model=source, image_size=int(size), method=method, steps=steps, learning_rate=rate, head_learning_rate=rate * share,
-            features="own", device="cpu", precision="fp32", bootstrap=0, seed=draw, augment=augment == "on",
+            features=given.features, device="cpu", precision="fp32", bootstrap=0, seed=draw, augment=augment == "on",
+            **({"probe_views": given.views} if augment == "on" else {}),
         )  # fmt: skip
         begun = time.perf_counter()
         found = finetune(settings, train=draw_shots(pool, shots=shots, draw=draw, allow_fewer=True).train, test=test, backbones=store)

@@ -152,6 +152,24 @@ def test_a_study_runs_is_resumed_and_one_cell_runs_again_alone(place: Path, tmp_
     assert (first["fingerprint"], first["score"]) == (last["fingerprint"], last["score"])
 
 
+def test_the_probe_stands_beside_a_study_that_does_not_name_it(place: Path, tmp_path: Path) -> None:
+    text = (
+        TEXT.replace("  - linear-probe\n", "").replace("  - sr-lora", "  - {method: bitfit, rate: 0.01}").replace("epochs: 1", "steps: 40")
+    )
+    found = run_study(write_study(place, text, "alone"), tmp_path / "alone", workers=0)
+    records = [json.loads(line) for line in (tmp_path / "alone" / "cells.jsonl").read_text().splitlines()]
+    both = run_study(write_study(place, name="both"), tmp_path / "both", workers=0)
+    solved = [r for r in map(json.loads, (tmp_path / "both" / "cells.jsonl").read_text().splitlines()) if r["method"] == "linear-probe"]
+    assert [r["probe"] for r in records] == [r["score"] for r in solved]  # of the same draws
+    assert all(r["probe"] == r["score"] for r in solved)
+    over = found.results["tables"][0]["rows"][0]["over_probe"]
+    assert over["mean"] == pytest.approx(np.mean([r["score"] - r["probe"] for r in records]))
+    assert "against its probe" in found.results["verdict"]
+    assert "it minus its probe" in (tmp_path / "alone" / "tables.md").read_text()
+    assert "it minus its probe" in found.page.read_text()
+    assert both.results["tables"][0]["rows"][-1]["over_probe"]["mean"] == 0
+
+
 def test_a_cell_that_fails_costs_no_other_and_runs_again(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = write_study(place)
     real = worker.finetune

@@ -53,7 +53,9 @@ def features_of(folder: Path, images: ImageSet) -> np.ndarray[Any, Any]:
 
 def test_the_linear_probe_is_a_regression_on_standardised_features(backbone: Path, tmp_path: Path) -> None:
     pool, test = noisy(8), noisy(16)
-    settings = FinetuneSettings(model=str(backbone), method="linear-probe", features="own", probe_strength=0.05, bootstrap=20)
+    settings = FinetuneSettings(
+        model=str(backbone), method="linear-probe", features="own", probe_strength=0.05, probe_views=0, bootstrap=20
+    )
     result = finetune(settings, tmp_path, train=pool, test=test)
     near, far = features_of(backbone, pool), features_of(backbone, test)
     mean, deviation = near.mean(0), near.std(0)

@@ -14,7 +14,7 @@ from medlore.pages.report import report_page
 _SHOWN = ("tables", "means", "mean_ranks", "failed", "notes", "controls", "cells", "study", "reference", "trials")
 _NOTE = (
     "Means over draws with 95 % intervals; differences are paired by draw. Where the interval of a difference includes zero, these draws "
-    "do not separate the two. Wins: draws on which the reference is better, equal, worse. Seconds: median of one training."
+    "do not separate the two. Its probe: the logistic regression on frozen features with the same labels. Wins: draws on which the reference is better, equal, worse. Seconds: median of one training."
 )
 
 
@@ -40,11 +40,18 @@ def _tables(table: Mapping[str, Any], reference: str) -> list[Piece]:
     """What was found, and folded under it what it cost."""
     measure = str(table["measure"]).replace("_", " ")
     found: list[list[Cell]] = [
-        [row["method"], _interval(row["score"]), _interval(row["difference"]), _wins(row["wins"]), row["trained_parameters"]]
+        [
+            row["method"],
+            _interval(row["score"]),
+            _interval(row["difference"]),
+            _wins(row["wins"]),
+            _interval(row.get("over_probe")),
+            row["trained_parameters"],
+        ]
         for row in table["rows"]
     ]
     if table["majority"] is not None:
-        found.append(["majority class", Interval(table["majority"]), None, None, 0])
+        found.append(["majority class", Interval(table["majority"]), None, None, None, 0])
     cost: list[list[Cell]] = [
         [
             row["method"],
@@ -56,7 +63,7 @@ def _tables(table: Mapping[str, Any], reference: str) -> list[Piece]:
         for row in table["rows"]
     ]
     name = f"{table['data']}, {table['shots']} shots"
-    heads = ("method", measure, f"{reference} minus it", "wins", "trained parameters")
+    heads = ("method", measure, f"{reference} minus it", "wins", "it minus its probe", "trained parameters")
     return [
         Table(heads, found, f"{name}, {table['test_images']} test images"),
         Table(("method", "trained parameters", "in factors", "seconds", "peak memory in GiB"), cost, f"{name}: cost", folded=True),

@@ -24,15 +24,16 @@ def _table(table: Mapping[str, Any], reference: str) -> str:
     lines = [
         f"**{_safe(table['data'])}, {table['shots']} shots, {measure}**; {table['test_images']} test images",
         "",
-        f"| method | {measure} | {_safe(reference)} minus it | better/equal/worse | trained |",
-        "|---|---|---|---|---|",
+        f"| method | {measure} | {_safe(reference)} minus it | better/equal/worse | it minus its probe | trained |",
+        "|---|---|---|---|---|---|",
     ]
     for row in table["rows"]:
         wins = "" if row["wins"] is None else "/".join(str(count) for count in row["wins"])
-        cells = (_safe(row["method"]), _interval(row["score"]), _interval(row["difference"]), wins, f"{row['trained_parameters']:,}")
+        found = (_interval(row[name]) for name in ("score", "difference"))
+        cells = (_safe(row["method"]), *found, wins, _interval(row.get("over_probe")), f"{row['trained_parameters']:,}")
         lines.append(f"| {' | '.join(cells)} |")
     if table["majority"] is not None:
-        lines.append(f"| majority class | {table['majority']:.3f} | | | 0 |")
+        lines.append(f"| majority class | {table['majority']:.3f} | | | | 0 |")
     return "\n".join(lines)
 
 

@@ -25,7 +25,7 @@ from medlore.studies.worker import BACKBONES, lost_cell, work_on
 
 Say = Callable[[str], None]
 _COLUMNS = (
-    "data", "shots", "draw", "seed", "method", "state", "measure", "score", "majority", "validation", "learning_rate",
+    "data", "shots", "draw", "seed", "method", "state", "measure", "score", "majority", "probe", "validation", "learning_rate",
     "trained_parameters", "factor_parameters", "head_parameters", "steps", "best_epoch", "training_seconds", "tuning_seconds",
     "seconds", "peak_memory_bytes", "fingerprint", "reason",
 )  # fmt: skip

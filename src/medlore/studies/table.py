@@ -26,6 +26,7 @@ class Row:
         factor_parameters: of the low-rank factors; None for methods without.
         seconds: median of one training.
         peak_memory_bytes: largest.
+        over_probe: this one minus the logistic regression with the same labels, draw by draw; None where no cell names it.
     """
 
     method: str
@@ -36,6 +37,7 @@ class Row:
     factor_parameters: int | None
     seconds: float
     peak_memory_bytes: int | None
+    over_probe: DrawMean | None = None
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,10 @@ def _table(own: Sequence[Record], methods: Sequence[str], reference: str) -> Set
     return SetTable(first["data"], first["shots"], first["measure"], first["majority"], first["images"]["test"], tuple(rows))
 
 
-def _by_draw(own: Sequence[Record]) -> dict[int, float]:
+def _by_draw(own: Sequence[Record], what: str = "score") -> dict[int, float]:
     draws: dict[int, list[float]] = {}
     for record in own:
-        draws.setdefault(record["draw"], []).append(float(record["score"]))
+        draws.setdefault(record["draw"], []).append(float(record[what]))
     return {draw: statistics.fmean(values) for draw, values in sorted(draws.items())}
 
 
@@ -103,7 +105,14 @@ def _row(name: str, own: Sequence[Record], scores: Mapping[str, Mapping[int, flo
         own[0]["factor_parameters"],
         round(statistics.median(r["training_seconds"] for r in own), 2),
         max(memory, default=None),
+        _over_probe(own),
     )
+
+
+def _over_probe(own: Sequence[Record]) -> DrawMean | None:
+    beside = [record for record in own if record.get("probe") is not None]
+    mine, theirs = _by_draw(beside), _by_draw(beside, "probe")
+    return mean_difference(list(mine.values()), list(theirs.values())) if mine else None
 
 
 def means_over_sets(tables: Sequence[SetTable], groups: Mapping[str, str | None], methods: Sequence[str]) -> list[dict[str, Any]]:

@@ -28,14 +28,19 @@ def _of_table(table: SetTable, records: Sequence[Record], methods: Mapping[str, 
     lead = f"{table.data}, {table.shots} shots: {best.method} is highest with {best.score.mean:.3f}, {_over(table, best.score)}"
     probe = next((row.method for row in table.rows if methods.get(row.method) == PROBE), None)
     if probe is None:
-        return f"{lead}; no linear-probe stands beside it: add it to the methods."
+        return f"{lead}; {_against('its probe', best.over_probe)}."
     if probe == best.method:
         return f"{lead}; no method is above this probe."
     difference = _difference(table, records, best.method, probe)
+    return f"{lead}; {_against(probe, difference)}."
+
+
+def _against(probe: str, difference: DrawMean | None) -> str:
     if difference is None or difference.low is None or difference.high is None:
-        return f"{lead}; too few draws to compare it with {probe}."
+        return f"too few draws to compare it with {probe}"
     size = f"{difference.mean:+.3f} ({difference.low:+.3f} to {difference.high:+.3f} over draws)"
-    return f"{lead}; against {probe} {size}: {'better' if difference.low > 0 else 'not told apart'}."
+    word = "better" if difference.low > 0 else "worse" if difference.high < 0 else "not told apart"
+    return f"against {probe} {size}: {word}"
 
 
 def _over(table: SetTable, score: DrawMean) -> str:

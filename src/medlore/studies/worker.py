@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from medlore.data.images.imageset import ImageSet
 from medlore.data.images.splits import ImageSplits
 from medlore.errors import InputError, MedloreError
+from medlore.metrics.classification import classification_report
 from medlore.models.backbones.store import BackboneStore
 from medlore.runs.report import peak_memory_bytes
 from medlore.studies.cells import StudyCell
@@ -70,12 +72,30 @@ def _measured(cell: StudyCell, folder: str) -> dict[str, Any]:
     if parts.test is None:
         raise InputError(str(cell), "no test images", "a set with test images", "give test_data, or a test_fraction above 0")
     judged = judge(best.result.model, best.result.backbone, parts.test, settings=settings)
-    return _facts(cell, parts, best, judged) | {
-        "learning_rate": best.rate,
-        "trials": trials,
-        "tuning_seconds": round(sum(trial["seconds"] for trial in trials), 2),
-        "training_seconds": best.seconds,
-    }
+    return (
+        _facts(cell, parts, best, judged)
+        | _beside(cell, parts.test, best)
+        | {
+            "learning_rate": best.rate,
+            "trials": trials,
+            "tuning_seconds": round(sum(trial["seconds"] for trial in trials), 2),
+            "training_seconds": best.seconds,
+        }
+    )
+
+
+def _beside(cell: StudyCell, test: ImageSet, best: Trial) -> dict[str, Any]:
+    """The same score of the logistic regression with the same labels, whether or not it is a contender."""
+    reference = best.result.reference
+    if reference is None:
+        return {"probe": None}
+    how: dict[str, Any] = {"classes": test.classes, "task": test.task, "groups": test.groups, "bootstrap": 0}
+    report = classification_report(test.targets(), reference.ask(test), **how)
+    return {"probe": report["metrics"][_measure(cell, test)]["value"]}
+
+
+def _measure(cell: StudyCell, images: ImageSet) -> str:
+    return measure_of(images) if cell.measure == "auto" else cell.measure
 
 
 def _read_once(parts: ImageSplits) -> None:
@@ -144,7 +164,7 @@ def best_validation(result: FinetuneResult) -> float | None:
 
 
 def _facts(cell: StudyCell, parts: ImageSplits, best: Trial, judged: HeldOutScores) -> dict[str, Any]:
-    measure = measure_of(parts.train) if cell.measure == "auto" else cell.measure
+    measure = _measure(cell, parts.train)
     report = best.result.report
     images = {name: None if part is None else len(part) for name, part in vars(parts).items() if name in ("train", "validation", "test")}
     return {

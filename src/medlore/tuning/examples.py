@@ -17,6 +17,7 @@ from medlore.data.images.transforms import Preprocessing, TrainAugmentation, dec
 from medlore.layers.surgery import without_head
 from medlore.models.backbones.reading import Backbone
 from medlore.tuning.training import Examples, predict_logits
+from medlore.tuning.views import View
 
 CACHE_BYTES = 2 << 30  # decoded images of one set that are kept in memory
 
@@ -34,12 +35,15 @@ class _ImageBatches:
     preprocessing: Preprocessing
     cache: Tensor | None
     augmentation: TrainAugmentation | None
+    view: View | None = None
 
     def __call__(self, indices: NDArray[np.int64], *, step: int | None) -> Tensor:
         if self.cache is not None:
             pixels = self.cache[torch.from_numpy(indices)]
         else:
             pixels = decode([self.images.items[int(i)] for i in indices], self.preprocessing)
+        if self.view is not None:
+            return self.view.of(pixels, self.preprocessing)
         if step is None or self.augmentation is None:
             return normalise(pixels, self.preprocessing)
         return self.augmentation(pixels, step=step)
@@ -76,8 +80,9 @@ def image_examples(
     *,
     augmentation: TrainAugmentation | None = None,
     cache_bytes: int = CACHE_BYTES,
+    view: View | None = None,
 ) -> Examples:
-    """Examples of an image set; labels may be missing, then they are zeros that nobody reads.
+    """Examples of an image set; labels may be missing, then they are zeros that nobody reads; seen through `view`, where there is one.
 
     Raises:
         DataError: images that cannot be read; all are named.
@@ -87,7 +92,7 @@ def image_examples(
     if cache is None:  # batches would name those of one batch, after some were worked on
         refuse_unreadable(images)
     targets: NDArray[Any] = images.targets() if images.labelled else np.zeros(len(images), dtype=np.int64)
-    return Examples(_ImageBatches(images, preprocessing, cache, augmentation), targets, images.keys)
+    return Examples(_ImageBatches(images, preprocessing, cache, augmentation, view), targets, images.keys)
 
 
 def feature_examples(examples: Examples, model: nn.Module, head: str, *, accelerator: Any) -> Examples:

@@ -210,20 +210,19 @@ def _conclude(settings: FinetuneSettings, fitted: _Fitted, splits: ImageSplits, 
     if fitted.refit is not None:
         report["refit"] = {"images": len(prepared.images), "steps": prepared.steps, "history": fitted.refit.epochs}
     solved = prepared.probe if prepared.images is given or fitted.refit is not None else None
-    reference = reference_of(settings, prepared.reading, given, splits.test, workshop, solved)
+    reference = reference_of(settings, prepared.reading, given, workshop, solved)
     if written is not None:
         reference.save(written)
     scores, targets, metrics = None, None, dict[str, float | None]()
     if splits.test is not None:
         found = judge(model, backbone, splits.test, settings=settings, accelerator=accelerator)
         report["test"], metrics, scores, targets = found.report, found.metrics, found.scores, found.targets
-        strength = {"labels": reference.probe.images, "strength": reference.probe.choice.strength}
-        assert reference.scores is not None  # noqa: S101  # nosec B101 # there are test images
+        strength = {"labels": reference.probe.images, "views": reference.probe.views, "strength": reference.probe.choice.strength}
         report["probe"] = compared(
-            splits.test, scores, reference.scores, seed=settings.training.seed, bootstrap=settings.run.bootstrap, **strength
+            splits.test, scores, reference.ask(splits.test), seed=settings.training.seed, bootstrap=settings.run.bootstrap, **strength
         )
         report["verdict"] = verdict_of(found.report, report["probe"], is_reference=prepared.is_solved)
-    return FinetuneResult(metrics, report, history, scores, targets, model, backbone, prepared.plan, written)
+    return FinetuneResult(metrics, report, history, scores, targets, model, backbone, prepared.plan, written, reference)
 
 
 def _write_outputs(run: Run, folder: Path, prepared: Prepared, splits: ImageSplits, result: FinetuneResult) -> None:

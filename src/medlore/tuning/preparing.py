@@ -22,7 +22,7 @@ from medlore.ranks.plan import RankPlan
 from medlore.tuning.examples import image_examples, preprocessing_of, refuse_unreadable, steps_of
 from medlore.tuning.frozen import FrozenFeatures
 from medlore.tuning.plans import plan_once, tracking_of
-from medlore.tuning.probing import Reading, SolvedProbe, choose_reading, solve_probe
+from medlore.tuning.probing import Reading, SolvedProbe, choose_reading, probe_of
 from medlore.tuning.rank_tracking import RankTracking
 from medlore.tuning.settings import FinetuneSettings
 from medlore.tuning.training import Examples
@@ -198,8 +198,7 @@ def load_backbone_of(settings: FinetuneSettings, workshop: Workshop, *, classes:
 
 
 def _probe(settings: FinetuneSettings, backbone: Backbone, reading: Reading, images: ImageSet, workshop: Workshop) -> SolvedProbe:
-    features = workshop.features.read(backbone, images, reading.cut, accelerator=workshop.accelerator)
-    return solve_probe(features, images, strength=settings.probing.probe_strength, seed=settings.training.seed)
+    return probe_of(settings, backbone, reading.cut, images, workshop.features, workshop.accelerator)
 
 
 def _training_examples(settings: FinetuneSettings, images: ImageSet, backbone: Backbone, accelerator: Any) -> Examples:

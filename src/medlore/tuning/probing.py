@@ -19,6 +19,7 @@ from medlore.models.backbones.reading import Backbone
 from medlore.tuning.frozen import FrozenFeatures
 from medlore.tuning.probe import STRENGTHS, Choice, Probe, choose_strength, fit_probe, log_likelihood, usual_strengths
 from medlore.tuning.settings import FinetuneSettings
+from medlore.tuning.views import views_of
 
 DEEPEST = 4  # blocks from the end between which `--features auto` chooses
 MOST_FOR_CHOOSING = 1000  # images that choose a reading or a strength
@@ -49,12 +50,14 @@ class SolvedProbe:
         choice: what the shots say about each strength.
         images: labelled images that it was fitted to.
         training_loss: their mean loss.
+        views: changed views of each, beside it.
     """
 
     probe: Probe
     choice: Choice
     images: int
     training_loss: float
+    views: int = 0
 
     def place(self, head: nn.Module) -> None:
         """Make a linear head give the probe's logits."""
@@ -107,13 +110,35 @@ def _compared(
     return Reading(max(values, key=lambda cut: values[cut]), held_out)
 
 
-def solve_probe(features: NDArray[np.floating], images: ImageSet, *, strength: float | None = None, seed: int = 0) -> SolvedProbe:
+def probe_of(
+    settings: FinetuneSettings, backbone: Backbone, cut: Cut | None, images: ImageSet, store: FrozenFeatures, accelerator: Any
+) -> SolvedProbe:
+    """The probe of some labelled images at a cut, as the settings want it.
+
+    Raises:
+        DataError: features that are not finite, or the same for every image.
+        InputError: images of one class.
+    """
+    looks = [None, *views_of(settings.views(), len(images), settings.augmentation.flip)]
+    plain, *views = (store.read(backbone, images, cut, accelerator=accelerator, view=look) for look in looks)
+    return solve_probe(plain, images, views=views, strength=settings.probing.probe_strength, seed=settings.training.seed)
+
+
+def solve_probe(
+    features: NDArray[np.floating],
+    images: ImageSet,
+    *,
+    views: Sequence[NDArray[np.floating]] = (),
+    strength: float | None = None,
+    seed: int = 0,
+) -> SolvedProbe:
     """The probe of some labelled images: their strength by cross-validation and prior, then a fit to all of them.
 
     Args:
         features: (n, d) of `images`.
         images: labelled.
-        strength: inverse penalty; None chooses.
+        views: (n, d) each, of the same images changed; an image and its views together count as one.
+        strength: inverse penalty; None chooses, on the images as they are.
         seed: of the folds.
 
     Raises:
@@ -128,11 +153,17 @@ def solve_probe(features: NDArray[np.floating], images: ImageSet, *, strength: f
     else:
         choice = Choice(strength, {}, 0)
     try:
-        probe = fit_probe(features, targets, classes=len(images.classes), task=images.task, strength=choice.strength)
+        probe = fit_probe(
+            np.concatenate([features, *views]),
+            np.concatenate([targets] * (1 + len(views))),
+            classes=len(images.classes),
+            task=images.task,
+            strength=choice.strength / (1 + len(views)),
+        )
     except DataError as error:
         raise error.at(f"{images.name}, features") from error
     loss = -log_likelihood(probe.logits(features), targets, images.task) / len(images)
-    return SolvedProbe(probe, choice, len(images), loss)
+    return SolvedProbe(probe, choice, len(images), loss, len(views))
 
 
 def _choose(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from medlore.models.backbones.reading import Backbone
 from medlore.tuning.examples import image_examples, preprocessing_of
 from medlore.tuning.facts import score_name
 from medlore.tuning.preparing import Workshop, load_backbone_of
-from medlore.tuning.probing import Reading, SolvedProbe, solve_probe
+from medlore.tuning.probing import Reading, SolvedProbe, probe_of
 from medlore.tuning.settings import FinetuneSettings
 from medlore.tuning.training import predict_logits, probabilities
 from medlore.weightfiles import read_tensors
@@ -32,11 +33,11 @@ class Reference:
 
     Attributes:
         probe: fitted to every label that the run was given.
-        scores: (b, c) of the test images; None without any.
+        ask: images -> its probabilities (b, c).
     """
 
     probe: SolvedProbe
-    scores: NDArray[np.float32] | None
+    ask: Callable[[ImageSet], NDArray[np.float32]]
 
     def save(self, folder: Path) -> None:
         """Write its head for the frozen features, so that `medlore evaluate` can compare on other images."""
@@ -48,25 +49,28 @@ class Reference:
 
 
 def reference_of(
-    settings: FinetuneSettings, reading: Reading, images: ImageSet, test: ImageSet | None, workshop: Workshop, solved: SolvedProbe | None
+    settings: FinetuneSettings, reading: Reading, images: ImageSet, workshop: Workshop, solved: SolvedProbe | None
 ) -> Reference:
-    """Fit it and ask it about the test images.
+    """Fit it.
 
     Args:
         settings: of the run.
         reading: where the head of the run reads.
         images: all labelled images that the run was given, those that only chose something too.
-        test: images that judge.
         workshop: where features are kept.
         solved: a probe of just these images, where the run has one.
     """
-    backbone = load_backbone_of(settings, workshop, classes=len(images.classes))
 
-    def features(part: ImageSet) -> NDArray[np.float32]:
-        return workshop.features.read(backbone, part, reading.cut, accelerator=workshop.accelerator)
+    def frozen() -> Backbone:
+        return load_backbone_of(settings, workshop, classes=len(images.classes))
 
-    probe = solved or solve_probe(features(images), images, strength=settings.probing.probe_strength, seed=settings.training.seed)
-    return Reference(probe, None if test is None else probe_scores(probe.probe.logits(features(test)), images))
+    probe = solved or probe_of(settings, frozen(), reading.cut, images, workshop.features, workshop.accelerator)
+
+    def ask(part: ImageSet) -> NDArray[np.float32]:
+        features = workshop.features.read(frozen(), part, reading.cut, accelerator=workshop.accelerator)
+        return probe_scores(probe.probe.logits(features), images)
+
+    return Reference(probe, ask)
 
 
 def stored_scores(folder: Path, frozen: Backbone, images: ImageSet, accelerator: Any) -> NDArray[np.float32] | None:

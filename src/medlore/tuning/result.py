@@ -12,6 +12,7 @@ from torch import nn
 
 from medlore.models.backbones.reading import Backbone
 from medlore.ranks.plan import RankPlan
+from medlore.tuning.reference import Reference
 from medlore.tuning.training import TuningHistory
 
 
@@ -29,6 +30,7 @@ class FinetuneResult:
         backbone: what it was built on.
         plan: ranks, for methods with factors.
         folder: where the tuned model was written; None without an output folder.
+        reference: the logistic regression with the same labels, to be asked about other images.
     """
 
     metrics: dict[str, float | None]
@@ -40,3 +42,4 @@ class FinetuneResult:
     backbone: Backbone
     plan: RankPlan | None = None
     folder: Path | None = None
+    reference: Reference | None = None

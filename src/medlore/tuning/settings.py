@@ -64,6 +64,7 @@ _PUBLISHED = Idle(lambda s: s.parts.official_draw, "--official-draw reads publis
 _OWN_TEST = Idle(lambda s: s.dataset.test_data is not None, "the test images come from --test-data")
 _AS_THEY_ARE = Idle(lambda s: not s.augmentation.augment, "--no-augment leaves the images as they are")
 _ONCE = Idle(lambda s: not _method(s).augments, "{method} computes its features once, without augmentation")
+_NEVER_CHANGED = Idle(lambda s: not _method(s).augments and not s.views(), "{method} computes its features once, without views")
 _KNOWN_HEADS = Idle(
     lambda s: s.backbone.model.startswith(PREFIX) or not Path(s.backbone.model).is_file(),
     "the configuration of {model} says how many attention heads it has",
@@ -263,7 +264,7 @@ class AugmentationSettings(Subject):
 
     augment: bool = setting(True, "Crop, rotate and change the brightness of training images, or train on the unchanged images.")
     crop: tuple[float, float] = setting((0.5, 1.0), "Smallest and largest share of the area that is kept.", idle=(_AS_THEY_ARE, _ONCE))
-    flip: Flip = setting("none", "Mirror images that are anatomically possible.", idle=(_AS_THEY_ARE, _ONCE), neutral="none")
+    flip: Flip = setting("none", "Mirror images that are anatomically possible.", idle=(_AS_THEY_ARE, _NEVER_CHANGED), neutral="none")
     degrees: float = setting(10.0, "Largest rotation.", ge=0, idle=(_AS_THEY_ARE, _ONCE))
     light: float = setting(0.1, "Largest change of brightness and contrast.", ge=0, lt=1, idle=(_AS_THEY_ARE, _ONCE))
 
@@ -342,6 +343,10 @@ class FinetuneSettings(Settings):
             return rate, head or rate
         rate = given or way.learning_rate * PROBE_RATE_SHARE
         return rate, head or rate * HEAD_RATE_SHARE
+
+    def views(self) -> int:
+        """Changed views of each image from which the probe learns: none without a probe, or where images stay as they are."""
+        return self.probing.probe_views if self.probing.start == "probe" and self.augmentation.augment else 0
 
     def passes(self, images: int) -> int:
         """Passes over so many training images: `epochs`, or as many as `steps` take, or as the rule says."""

@@ -8,6 +8,7 @@ from medlore.runs.settings import Idle, Subject, setting
 
 TUNED_BY_CV = Idle(lambda s: not s.chosen_on_shots(), "nothing is chosen by cross-validation (--tune cv, --method auto)")
 NO_PROBE = Idle(lambda s: s.probing.start == "random", "--start random solves no probe to start from")
+UNCHANGED = Idle(lambda s: not s.augmentation.augment, "--no-augment leaves the images as they are")
 WHOLE = Idle(lambda s: s.probing.features in ("auto", "own"), "--features auto and own say the block, too")
 
 
@@ -25,6 +26,9 @@ class StartSettings(Subject):
     feature_block: int | None = setting(None, "Block behind which the head reads, from 1; the network ends there.", ge=1, idle=(WHOLE,))
     probe_strength: float | None = setting(
         None, "Inverse penalty of the regression (scikit-learn's C); default by cross-validation and a prior.", gt=0, idle=(NO_PROBE,)
+    )
+    probe_views: int = setting(
+        4, "Gently changed views of each image from which the regression learns too, up to 500 images.", ge=0, idle=(NO_PROBE, UNCHANGED)
     )
 
 

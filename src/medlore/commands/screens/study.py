@@ -43,13 +43,14 @@ def _print_results(results: Mapping[str, Any], page: Path) -> None:
     for table in results["tables"]:
         measure = table["measure"].replace("_", " ")
         shown = Table(title=f"{table['data']}, {table['shots']} shots, {measure}, {table['test_images']} test images")
-        for head in ("method", "mean (95 % interval)", f"{results['reference']} minus it", "wins", "trained"):
+        for head in ("method", "mean (95 % interval)", f"{results['reference']} minus it", "wins", "it minus its probe", "trained"):
             shown.add_column(head)
         for row in table["rows"]:
             wins = "" if row["wins"] is None else "/".join(str(count) for count in row["wins"])
-            shown.add_row(row["method"], _mean(row["score"]), _mean(row["difference"]), wins, f"{row['trained_parameters']:,}")
+            over = _mean(row["over_probe"])
+            shown.add_row(row["method"], _mean(row["score"]), _mean(row["difference"]), wins, over, f"{row['trained_parameters']:,}")
         if table["majority"] is not None:
-            shown.add_row("majority class", f"{table['majority']:.3f}", "", "", "0")
+            shown.add_row("majority class", f"{table['majority']:.3f}", "", "", "", "0")
         console.print(shown)
     for failed in results["failed"]:
         names = ", ".join(f"{name} {failed[name]}" for name in ("data", "shots", "draw", "method", "seed"))
