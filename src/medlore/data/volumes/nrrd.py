@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,8 +77,8 @@ class NrrdHeader:
     """
 
     path: Path
-    fields: Mapping[str, str]
-    keys: Mapping[str, str] = field(default_factory=dict)
+    fields: dict[str, str]
+    keys: dict[str, str] = field(default_factory=dict)
     end: int = 0
 
     def refuse(self, came: str, accepted: str, fix: str = _MENDED) -> DataError:

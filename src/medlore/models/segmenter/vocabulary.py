@@ -242,7 +242,7 @@ class Vocabulary:
         """
         modality = canonical_modality(modality)
         found: dict[str, Entry] = {}
-        faults = []
+        faults: list[str] = []
         for label in labels:
             try:
                 suggest = len(faults) < InputError.shown_faults  # the others are counted, not shown
