@@ -31,11 +31,11 @@ from medlore.segmenting.plan import WindowRules
 from medlore.segmenting.planner import Choices, Planner
 
 FORMAT = "monai-bundle"
-_BEYOND = {
-    "first_pass": "a first pass that cuts out the brain",
-    "tissues": "tissues redrawn by grey values",
-    "parts": "stray parts dropped",
-}
+_BEYOND = (
+    ("first_pass", "a first pass that cuts out the brain: give images without skull"),
+    ("tissues", "tissues redrawn by grey values"),
+    ("parts", "stray parts dropped"),
+)
 _TESTED_MONAI = "1.6.1"
 
 
@@ -94,7 +94,7 @@ def export_monai_bundle(source: str | Path, out: str | Path, *, expert: str | No
         for name in ("configs", "models", "docs"):
             (folder / name).mkdir()
         apart = _write_network(folder / "models" / "model.ts", model, rules.roi_size)
-        beyond = [text for name, text in _BEYOND.items() if _asks(bundle.preprocessing, name, routes.modality)]
+        beyond = [text for name, text in _BEYOND if _asks(bundle.preprocessing, name, routes.modality)]
         write_json(folder / "configs" / "inference.json", _inference(rules, rule_of(bundle.preprocessing), routes, facts))
         write_json(folder / "configs" / "metadata.json", _metadata(bundle, routes, region, beyond, folder / "models" / "model.ts"))
         (folder / "docs" / "README.md").write_text(_readme(bundle, routes, beyond), encoding="utf-8")
