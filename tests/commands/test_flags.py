@@ -145,7 +145,7 @@ def test_help_shows_defaults_and_groups(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_an_unknown_verb_gets_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["segmnt"]) == 2
-    assert "unknown name 'segmnt'. Accepted: 12 names; the nearest are 'segment'" in capsys.readouterr().err
+    assert "unknown name 'segmnt'. Accepted: 13 names; the nearest are 'segment'" in capsys.readouterr().err
 
 
 def test_help_lists_the_verbs_with_their_own_words(capsys: pytest.CaptureFixture[str]) -> None:

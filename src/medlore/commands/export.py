@@ -8,7 +8,7 @@ from pathlib import Path
 from medlore.commands.flags import Given, Output, command
 from medlore.runs.settings import Settings, setting
 
-_SEGMENTERS, _CLASSIFIERS = "Segmenters", "Classifiers"
+_SEGMENTERS, _BUNDLE = "Segmenters", "monai-bundle"
 
 
 class ExportCall(Settings):
@@ -27,7 +27,12 @@ class ExportCall(Settings):
     lora_alpha: float | None = setting(
         None, "Alpha of a LoRKD file with equal ranks, which does not record it; default 16.", group=_SEGMENTERS
     )
-    format: str | None = setting(None, "Format of a classifier's expert: safetensors, onnx, torch-export or peft.", group=_CLASSIFIERS)
+    modality: str | None = setting(None, "Modality of a MONAI bundle, whose rules and prompts it takes.", group=_SEGMENTERS)
+    format: str | None = setting(
+        None,
+        "Format of an expert: of a classifier safetensors, onnx, torch-export or peft; of a segmenter monai-bundle.",
+        words=lambda _: ("safetensors", "onnx", "torch-export", "peft", _BUNDLE),
+    )
 
 
 def export(given: Given) -> None:
@@ -41,13 +46,22 @@ def export(given: Given) -> None:
     how = {name: getattr(call, name) for name in ("text", "tokenizer", "prompt_embeddings", "lora_alpha")}
     if is_classifier_pack(call.source):
         flags = {given.flags[name]: value for name, value in how.items()}
-        _refuse(flags, "given for the pack of a classifier", "--expert and --format")
+        _refuse({**flags, "--modality": call.modality}, "given for the pack of a classifier", "--expert and --format")
         expert = required(call.expert, "--expert")
         with OutputLock.beside(call.out):
             found = export_classifier(call.source, expert, call.format or "safetensors", call.out)
         screen.print_classifier_export(found, as_json=output.as_json)
         return
-    _refuse({"--format": call.format}, "given for a segmenter", "no format: a segmenter is written as a pack of safetensors files")
+    if call.format == _BUNDLE:
+        from medlore.segmenting.monai_bundle import export_monai_bundle
+
+        _refuse({given.flags[name]: value for name, value in how.items()}, "given for a MONAI bundle", "--expert and --modality")
+        with OutputLock.beside(call.out):
+            bundle = export_monai_bundle(call.source, call.out, expert=call.expert, modality=call.modality)
+        screen.print_bundle(bundle, as_json=output.as_json)
+        return
+    other = {"--format": call.format, "--modality": call.modality}
+    _refuse(other, "given for a segmenter", f"--format {_BUNDLE} with a modality, or neither: a pack of safetensors files")
     with OutputLock.beside(call.out):
         summary = run(call.source, call.out, expert=call.expert, **how)
     screen.print_export(summary, as_json=output.as_json)

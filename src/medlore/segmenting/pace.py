@@ -13,7 +13,7 @@ from medlore.data.volumes.preparation import Prepared
 from medlore.data.volumes.window_grid import Start
 from medlore.data.volumes.windows import Rows
 
-_EMPTY_SHARE = 1e-4  # a window with fewer voxels of body than this share is skipped
+EMPTY_SHARE = 1e-4  # a window with fewer voxels of body than this share is skipped
 
 
 class Emptiness:
@@ -28,7 +28,7 @@ class Emptiness:
         if self._body is None:
             return False
         part = self._body[tuple(slice(a, a + size) for a, size in zip(start, self._roi, strict=True))]
-        empty = bool(np.count_nonzero(part) < _EMPTY_SHARE * part.size)
+        empty = bool(np.count_nonzero(part) < EMPTY_SHARE * part.size)
         self.count += empty
         return empty
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from medlore.commands.screens.answers import print_json, print_line, print_notes
@@ -15,6 +16,18 @@ def print_export(summary: dict[str, Any], *, as_json: bool) -> None:
     print_notes(summary["notes"])
     what = f"{summary['name']}, {summary['parameters']:,} parameters" if "parameters" in summary else summary["name"]
     print_line(f"{summary['out']}: {what}, {summary['prompts']} prompts")
+
+
+def print_bundle(summary: dict[str, Any], *, as_json: bool) -> None:
+    """What a MONAI bundle holds and how it is run, or one JSON object."""
+    if as_json:
+        print_json(summary)
+        return
+    print_notes(summary["notes"])
+    print_line(f"{summary['out']}: {len(summary['labels'])} labels of {summary['expert'] or 'all regions'} ({summary['modality']})")
+    print_line(
+        f"run: cd {shlex.quote(summary['out'])} && python -m monai.bundle run --config_file configs/inference.json --image IMAGE.nii.gz"
+    )
 
 
 def print_classifier_export(summary: dict[str, Any], *, as_json: bool) -> None:
