@@ -89,11 +89,9 @@ def tuned(settings: FinetuneSettings, train: ImageSet, test: ImageSet, workshop:
 
 
 def table(cells: Mapping[str, Mapping[str, Any]]) -> str:
-    """Means over draws of each set, and of all sets; differences from the better of the two that cost nothing are paired by cell."""
-    lines = [
-        "| network, shots | set | cells | class token | own | auto | probe | probe minus class token | probe minus own | finetune minus probe |",
-        "|---" * 10 + "|",
-    ]
+    """Means over draws of each set, and of all sets; differences are paired by cell."""
+    heads = ("network, shots", "set", "cells", *WAYS, "probe minus class token", "probe minus own", "finetune minus probe")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     keys = [key.split(", ") for key in cells]
     for network, shots in sorted({(key[0], key[2]) for key in keys}, key=lambda pair: (pair[0], int(pair[1].split()[0]))):
         own = {name: cell for name, cell in cells.items() if name.startswith(f"{network}, ") and f", {shots}, " in name}
@@ -140,6 +138,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         pool, test = workshop.backbones.memory.setdefault((name, size), None) or reporting_task(name, given.data, int(size))
         workshop.backbones.memory[name, size] = pool, test
         train = draw_shots(pool, shots=shots, draw=draw, allow_fewer=True).train
+        if len(train) < 2:  # one image may have all labels
+            sys.stdout.write(f"{key}: one image, from which nothing can be learnt\n")
+            continue
         settings = FinetuneSettings(
             model=source, image_size=int(size), method="linear-probe", device="cpu", precision="fp32", bootstrap=0, seed=draw
         )

@@ -1,6 +1,6 @@
 """The tables of docs/evidence.md on the recipe, from the raw cells.
 
-python -m maintenance.recipe_tables docs/results/recipe-probes.json docs/results/recipe-rates.json
+python -m maintenance.recipe_tables docs/results/recipe-probes.json docs/results/recipe-rates.json docs/results/recipe-views.json
 """
 
 from __future__ import annotations
@@ -59,6 +59,28 @@ def rates(cells: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def views(cells: Mapping[str, Any]) -> str:
+    """The probe without and with changed views of each image, on the network's own features and on those that the shots choose."""
+    ways = {
+        "own": ("own", "plain"),
+        "own, views": ("own", "gently"),
+        "auto": ("auto", "plain"),
+        "auto, views": ("auto", "gently"),
+        "auto, stronger views": ("auto", "augmented"),
+    }
+    lines = [
+        f"| network, shots | cells | {' | '.join(ways)} | auto and views minus own | auto and views minus auto |",
+        "|---" * (len(ways) + 4) + "|",
+    ]
+    for title, keys in _by_shots(cells).items():
+        means = " | ".join(f"{np.mean([cells[key][part][way][0] for key in keys]):.3f}" for part, way in ways.values())
+        against = [
+            str(mean_of_draws([cells[key]["auto"]["gently"][0] - cells[key][part]["plain"][0] for key in keys])) for part in ("own", "auto")
+        ]
+        lines.append(f"| {title} | {len(keys)} | {means} | {' | '.join(against)} |")
+    return "\n".join(lines)
+
+
 def _by_shots(cells: Mapping[str, Any]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for network in OWN:
@@ -82,8 +104,8 @@ def _auto(cuts: Mapping[str, Sequence[float]], own: str, gain: float) -> float:
 
 def main(arguments: Sequence[str]) -> int:
     """Command line."""
-    probes, trainings = (dict(read_json(Path(name))) for name in arguments)
-    sys.stdout.write("\n\n".join([strengths(probes), readings(probes), rates(trainings)]) + "\n")
+    probes, trainings, viewed = (dict(read_json(Path(name))) for name in arguments)
+    sys.stdout.write("\n\n".join([strengths(probes), readings(probes), rates(trainings), views(viewed)]) + "\n")
     return 0
 
 

@@ -68,4 +68,6 @@ def test_each_image_goes_through_the_network_once(tmp_path: Path) -> None:
         )
     finally:
         handle.remove()
-    assert sum(seen) == 2 * len(images)  # two layers; not once more for any epoch
+    assert sum(seen) == 2 * len(images) * (
+        1 + FinetuneSettings().views()
+    )  # two layers, each image and each view of it; not once more for any epoch

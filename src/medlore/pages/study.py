@@ -14,8 +14,8 @@ from medlore.pages.report import report_page
 _SHOWN = ("tables", "means", "mean_ranks", "failed", "notes", "controls", "cells", "study", "reference", "trials")
 _NOTE = (
     "Means over draws with 95 % intervals; differences are paired by draw. Where the interval of a difference includes zero, these draws "
-    "do not separate the two. Its probe: the logistic regression on frozen features with the same labels. Wins: draws on which the reference "
-    "is better, equal, worse. Seconds: median of one training."
+    "do not separate the two. Its probe: the logistic regression on frozen features with the same labels. Wins: draws on which the "
+    "reference is better, equal, worse. Seconds: median of one training."
 )
 
 
