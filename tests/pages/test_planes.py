@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from medlore.pages import planes
-from medlore.pages.planes import draw_outline, grey_plane, outline
+from medlore.pages.planes import draw_outline, grey_plane, loops_of, outline
 
 contourpy = pytest.importorskip("contourpy")
 
@@ -29,6 +29,9 @@ def test_outlines_are_those_of_contourpy(seed: int) -> None:
     assert np.linalg.norm(found[:, 0] - found[:, 1], axis=1).sum() == pytest.approx(length)
     ends, counts = np.unique(found.reshape(-1, 2), axis=0, return_counts=True)
     assert (counts == 2).all(), f"{len(ends)} ends: every line is closed"
+    loops = loops_of(found)
+    assert all((loop[0] == loop[-1]).all() for loop in loops)
+    assert sum(np.linalg.norm(np.diff(loop, axis=0), axis=1).sum() for loop in loops) == pytest.approx(length)
 
 
 def test_the_first_row_of_a_plane_lies_at_the_bottom() -> None:

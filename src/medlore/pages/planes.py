@@ -55,15 +55,17 @@ def draw_outline(picture: Image.Image, mask: Array, start: tuple[int, int], shap
         colour: of the line.
     """
     scale = picture.width / shape[1], picture.height / shape[0]
-    lines = outline(mask) + np.array([start[1], start[0]]) + 0.5  # n 2 2: across and up, from the edge of the plane on
-    lines[..., 0] *= scale[0]
-    lines[..., 1] = (shape[0] - lines[..., 1]) * scale[1]
-    left, top = (int(v) for v in np.floor(lines.min(axis=(0, 1)) - _LINE))
-    right, bottom = (int(v) for v in np.ceil(lines.max(axis=(0, 1)) + _LINE))
+    loops = [loop + np.array([start[1], start[0]]) + 0.5 for loop in loops_of(outline(mask))]  # across and up, from the edge on
+    for loop in loops:
+        loop[:, 0] *= scale[0]
+        loop[:, 1] = (shape[0] - loop[:, 1]) * scale[1]
+    ends = np.concatenate(loops)
+    left, top = (int(v) for v in np.floor(ends.min(axis=0) - _LINE))
+    right, bottom = (int(v) for v in np.ceil(ends.max(axis=0) + _LINE))
     cover = Image.new("L", ((right - left) * _FINER, (bottom - top) * _FINER))
     pen, width = ImageDraw.Draw(cover), round(_LINE * _FINER)
-    for line in ((lines - (left, top)) * _FINER - 0.5).reshape(-1, 4).tolist():  # Pillow counts from the middle of a pixel
-        pen.line(line, fill=255, width=width)
+    for loop in loops:  # one call a loop: a call a piece would be most of the time
+        pen.line((((loop - (left, top)) * _FINER) - 0.5).ravel().tolist(), fill=255, width=width)  # Pillow counts from a pixel's middle
     picture.paste(colour, (left, top), cover.reduce(_FINER))
 
 
@@ -84,6 +86,34 @@ def outline(mask: Array) -> Array:
     codes = inside[:-1, :-1] + 2 * inside[:-1, 1:] + 4 * inside[1:, :-1] + 8 * inside[1:, 1:]
     pieces = list(_pieces(codes))
     return np.concatenate(pieces) - 1 if pieces else np.zeros((0, 2, 2))
+
+
+def loops_of(pieces: Array) -> list[Array]:
+    """The pieces of outlines joined to closed lines: at every point exactly two of them meet.
+
+    Args:
+        pieces: of `outline`, n 2 2.
+
+    Returns:
+        One array a line, points x 2; the last point is the first.
+    """
+    points = pieces.reshape(-1, 2)
+    keys = np.rint(2 * points).astype(np.int64)
+    order = np.argsort(keys[:, 0] * (1 << 32) + keys[:, 1], kind="stable")
+    partner = np.empty(len(points), np.int64)  # the end of the other piece at the same point
+    partner[order[0::2]], partner[order[1::2]] = order[1::2], order[0::2]
+    following = partner.tolist()
+    left, loops = [True] * len(pieces), []
+    for first in range(len(pieces)):
+        if not left[first]:
+            continue
+        walked, end = [2 * first], 2 * first + 1
+        while left[end // 2]:
+            left[end // 2] = False
+            walked.append(end)
+            end = following[end] ^ 1
+        loops.append(points[walked])
+    return loops
 
 
 def _pieces(codes: Array) -> Iterator[Array]:
