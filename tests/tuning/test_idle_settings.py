@@ -87,7 +87,7 @@ def test_settings_that_were_read_back_pass_again(method: Any) -> None:
 
 
 def test_one_set_of_settings_for_several_methods() -> None:
-    base = FinetuneSettings(scale=0.5, flip="both", epochs=3, method="linear-probe")
+    base = FinetuneSettings(scale=0.5, flip="both", probe_views=0, epochs=3, method="linear-probe")
     kept = without_idle(base)
     refuse_idle(kept)
     assert (kept.method, kept.epochs, kept.scale, kept.flip) == ("linear-probe", 3, 1.0, "none")

@@ -217,7 +217,7 @@ def test_a_run_that_is_killed_while_it_trains_on_all_labels_goes_on(backbone: Pa
     parts = split_images(noisy(16), SplitRules(shots=4, validation_shots=4))
     given: dict[str, Any] = {"train": parts.train, "validation": parts.validation, "test": parts.test}
     settings = FinetuneSettings(
-        model=str(backbone), method="lora", rank=2, steps=12, batch_size=6, bootstrap=0, features="own", learning_rate=1e-5
+        model=str(backbone), method="lora", rank=2, steps=12, batch_size=6, bootstrap=0, features="own", probe_views=0, learning_rate=1e-5
     )
     whole = finetune(settings, **given)
     assert whole.report["refit"]["steps"] == 12  # the loss falls slowly, and so to the end
