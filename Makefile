@@ -18,7 +18,6 @@ check: $(READY)
 	$(BIN)/ruff check src tests benchmarks maintenance
 	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive src/medlore maintenance
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/test_floors.py tests/test_docs.py
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet

@@ -80,7 +80,7 @@ def test_images_elsewhere(chest: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"line 1: no file"):
         read_images(chest)
     assert len(read_images(chest, images=tmp_path / "pictures" / "all")) == 4
-    with pytest.raises(InputError, match="no such folder"):
+    with pytest.raises(InputError, match="no such file or folder"):
         read_images(chest, images=tmp_path / "nowhere")
 
 

@@ -75,7 +75,7 @@ def test_it_is_at_least_as_good_as_kmeans_on_the_template(model: LoadedSegmenter
         assert row.dice == pytest.approx(on_card("ICBM152", row.label), abs=0.005)
 
 
-@pytest.mark.parametrize("name", [pytest.param("t2", marks=pytest.mark.full), "flair"])
+@pytest.mark.parametrize("name", [pytest.param("t2", marks=pytest.mark.full), pytest.param("flair", marks=pytest.mark.full)])
 def test_it_beats_kmeans_on_a_head_of_another_contrast(model: LoadedSegmenter, shared_data: Path, tmp_path: Path, name: str) -> None:
     case = held_out_head(tmp_path, shared_data, name)
     for row in [row for row in head_rows(model, case) if row.label in TISSUES]:

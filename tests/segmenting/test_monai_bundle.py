@@ -73,7 +73,7 @@ def run_bundle(folder: Path, image: Path, out: Path) -> dict[str, np.ndarray[Any
     return found
 
 
-@pytest.mark.parametrize(("modality", "expert"), [("ct", "abdomen"), ("mri", "abdomen")])
+@pytest.mark.parametrize(("modality", "expert"), [("ct", "abdomen"), pytest.param("mri", "abdomen", marks=pytest.mark.full)])
 def test_a_bundle_runs_without_medlore_to_the_masks_of_its_pack(
     modality: str, expert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -47,12 +47,11 @@ def _tables(table: Mapping[str, Any], reference: str) -> list[Piece]:
             _interval(row["difference"]),
             _wins(row["wins"]),
             _interval(row.get("over_probe")),
-            row["trained_parameters"],
         ]
         for row in table["rows"]
     ]
     if table["majority"] is not None:
-        found.append(["majority class", Interval(table["majority"]), None, None, None, 0])
+        found.append(["majority class", Interval(table["majority"]), None, None, None])
     cost: list[list[Cell]] = [
         [
             row["method"],
@@ -64,7 +63,7 @@ def _tables(table: Mapping[str, Any], reference: str) -> list[Piece]:
         for row in table["rows"]
     ]
     name = f"{table['data']}, {table['shots']} shots"
-    heads = ("method", measure, f"{reference} minus it", "wins", "it minus its probe", "trained parameters")
+    heads = ("method", measure, f"{reference} minus it", "wins", "it minus its probe")
     return [
         Table(heads, found, f"{name}, {table['test_images']} test images"),
         Table(("method", "trained parameters", "in factors", "seconds", "peak memory in GiB"), cost, f"{name}: cost", folded=True),

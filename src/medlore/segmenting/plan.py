@@ -18,8 +18,8 @@ from medlore.models.segmenter.encoders import ENCODERS, UNET
 from medlore.segmenting.expectations import CheckLevel
 from medlore.segmenting.sweep import axis_order, open_rows, sweep_axis
 
-# Python, torch, NumPy and what they keep once a network has run, and what draws the pictures, before any weight
-_INTERPRETER_BYTES = 430 << 20
+# Python, torch, NumPy and what they keep once a network has run, before any weight
+_INTERPRETER_BYTES = 375 << 20
 _WINDOW_CHANNELS = 6  # a window of three channels, and its copy in the network's layout
 _DEVICE_BYTES = 500 << 20  # a CUDA context and the work space of its libraries
 _FILE_BYTES = 4  # a voxel of the image as it was read; float64 takes eight
