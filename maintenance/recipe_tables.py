@@ -1,6 +1,6 @@
 """The tables of docs/evidence.md on the recipe, from the raw cells.
 
-python -m maintenance.recipe_tables docs/results/recipe-probes.json docs/results/recipe-rates.json docs/results/recipe-views.json
+python -m maintenance.recipe_tables docs/results/recipe-{probes,rates,views,guards}.json
 """
 
 from __future__ import annotations
@@ -102,10 +102,25 @@ def _auto(cuts: Mapping[str, Sequence[float]], own: str, gain: float) -> float:
     return float(cuts[max(allowed, key=lambda name: cuts[name][0] - gain * (name.split()[1] != own))][1])
 
 
+def guards(cells: Mapping[str, Any]) -> str:
+    """One training each: the probe, the tuned network, and both together, as differences to the probe."""
+    names = ("0.25", "0.5", "0.625", "1")
+    lines = [
+        "| training | probe | tuned | " + " | ".join(f"{name} of the change" for name in names[:-1]) + " | averaged |",
+        "|---" * (len(names) + 3) + "|",
+    ]
+    for key, cell in cells.items():
+        probe = cell["shares"]["0"][0]
+        said = {name: f"{cell['shares'][name][0] - probe:+.3f}" if name in cell["shares"] else "" for name in names}
+        parts = [said["1"], *(said[name] for name in names[:-1]), f"{cell['blend'][0] - probe:+.3f}"]
+        lines.append(f"| {key} | {probe:.3f} | " + " | ".join(parts) + " |")
+    return "\n".join(lines)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Command line."""
-    probes, trainings, viewed = (dict(read_json(Path(name))) for name in arguments)
-    sys.stdout.write("\n\n".join([strengths(probes), readings(probes), rates(trainings), views(viewed)]) + "\n")
+    probes, trainings, viewed, guarded = (dict(read_json(Path(name))) for name in arguments)
+    sys.stdout.write("\n\n".join([strengths(probes), readings(probes), rates(trainings), views(viewed), guards(guarded)]) + "\n")
     return 0
 
 
