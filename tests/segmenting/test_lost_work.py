@@ -17,8 +17,10 @@ import SimpleITK
 
 from medlore.cli import main
 from medlore.data.volumes.cases import Case, folder_names
+from medlore.data.volumes.dicom import write_dicom_seg
+from medlore.data.volumes.preparation import read_volume
 from medlore.data.volumes.training_cache import build_cache
-from medlore.errors import InputError, StepError
+from medlore.errors import DataError, InputError, StepError
 from medlore.runs.settings_file import read_settings
 from medlore.segmenting.cohort import SegmentSettings, Silence, plan_cases, segment_cases
 from medlore.segmenting.evaluate import evaluate_masks
@@ -175,6 +177,8 @@ def test_a_dicom_seg_that_cannot_be_is_refused_before_the_network_runs(pack: Pat
     assert entry["state"] == "failed"
     assert "no DICOM-SEG can refer to its slices" in entry["error"]
     assert plans.count == 0
+    with pytest.raises(DataError, match="no DICOM-SEG can refer to its slices"):  # the same from Python
+        write_dicom_seg(tmp_path / "seg.dcm", read_volume(tmp_path / "series"), {"liver": voxels() > 0})
     entry = segment(pack, tmp_path / "out", plans, image=tmp_path / "series", dicom_seg=True, grid="processed")["cases"][0]
     assert "--grid processed" in entry["error"]
     assert segment(pack, tmp_path / "out", image=tmp_path / "series")["cases"][0]["state"] == "done"

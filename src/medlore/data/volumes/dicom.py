@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,7 @@ def write_dicom_seg(path: str | Path, volume: Volume, masks: Mapping[str, Array]
     Raises:
         MissingExtraError: highdicom is not installed.
         InputError: the volume did not come from DICOM, or there is no mask.
+        DataError: the headers of the slices do not allow one.
     """
     path = Path(path)
     left = list(masks)
@@ -177,7 +179,8 @@ def write_dicom_seg(path: str | Path, volume: Volume, masks: Mapping[str, Array]
     number = 1
     while left:
         chosen, pixels, left = _layer(left, masks, volume.shape)
-        made = _layer_object(volume, chosen, pixels, 899 + number)
+        with _refused_by_highdicom(volume):
+            made = _layer_object(volume, chosen, pixels, 899 + number)
         with atomic_path(path if number == 1 else path.with_stem(f"{path.stem}_{number}")) as temporary:
             made.save_as(temporary)
         number += 1
@@ -197,9 +200,16 @@ def check_dicom_seg(volume: Volume) -> None:
     x, y, z = volume.shape
     pixels: Array = np.zeros((z, y, x), np.uint8)
     pixels[0, 0, 0] = 1
-    try:
+    with _refused_by_highdicom(volume):
         _layer_object(volume, ["voxel"], pixels, 900).save_as(io.BytesIO())
-    except MedloreError:
+
+
+@contextlib.contextmanager
+def _refused_by_highdicom(volume: Volume) -> Iterator[None]:
+    """What highdicom and pydicom say of the slices, as an error of ours."""
+    try:
+        yield
+    except (MedloreError, OSError):  # a full disk is no fault of the slices
         raise
     except Exception as error:  # highdicom and pydicom share no parent of their errors
         accepted, fix = "the attributes that the standard asks for", "leave dicom-seg out, or export the series with its attributes"
