@@ -287,6 +287,8 @@ def test_units_of_nrrd_count(tmp_path: Path) -> None:
         ("(0,1,0)", "(0,x,0)", "space directions: '\\(0,x,0\\)'"),
         ("(0,1,0)", "none", "2 space directions"),
         ("(1,2,3)", "(1,2)", "space origin"),
+        ("(1,2,3)", "1,2,3)", "space origin: '1,2,3\\)'"),
+        ("(0,1,0)", "(0,1,0", "space directions"),
         ("(1,2,3)", "(1,2,nan)", "not 4x4 and finite"),
         ("space: left-posterior-superior", "space: scanner-xyz", "left and right are not known"),
         ("type: short", "type: block", "type 'block'"),

@@ -326,8 +326,9 @@ def _data_file(header: NrrdHeader) -> tuple[Path, int]:
 
 
 def _vector(text: str, header: NrrdHeader, name: str) -> Array:
+    inside = re.fullmatch(r"\(([^()_]*)\)", text.strip())
     try:
-        values = np.array([float(part) for part in text.strip().removeprefix("(").removesuffix(")").split(",")])
+        values = np.array([float(part) for part in inside[1].split(",")] if inside else [])
     except ValueError:
         values = np.array([])
     if values.shape != (3,):
