@@ -283,6 +283,7 @@ def test_units_of_nrrd_count(tmp_path: Path) -> None:
         ("encoding: raw\n", "encoding: raw\nline skip: -1\n", "line skip -1"),
         ("encoding: raw\n", "encoding: raw\nline skip: 400\n", "lines before"),
         ("encoding: raw\n", "encoding: raw\nbyte skip: 900\n", "bytes before its voxels"),
+        ("encoding: raw\n", "encoding: raw\nline skip: 900\nbyte skip: -1\n", "lines before its voxels"),
         ("encoding: raw\n", "encoding: gzip\n", "damaged"),
         ("(0,1,0)", "(0,x,0)", "space directions: '\\(0,x,0\\)'"),
         ("(0,1,0)", "none", "2 space directions"),

@@ -272,8 +272,7 @@ def read_voxels(header: NrrdHeader, shape: tuple[int, ...], *, most_bytes: int |
         with ExitStack() as closing:
             stream: IO[bytes] = closing.enter_context(path.open("rb"))
             stream.seek(start)
-            if count >= 0 or packed:  # voxels that end a raw file are found from its end
-                skip_lines(stream, lines, path)
+            skip_lines(stream, lines, path)
             if packed:
                 stream = closing.enter_context(igzip.open(stream, "rb"))
             if count < 0:
