@@ -351,8 +351,7 @@ def existing_path(path: str | Path, accepted: str = "an existing file or folder"
     if "\0" in str(path) or not path.exists():
         place = f"{where} {path}".strip()
         raise InputError(place, "no such file or folder", accepted, "check the spelling and the current folder")
-    if not path.is_dir():
-        refuse_device(path, where=where)
+    refuse_device(path, where=where)
     return path
 
 
@@ -360,11 +359,8 @@ def refuse_device(path: Path, *, where: str = "") -> None:
     """Refuse what would be waited for, or read, without end.
 
     Raises:
-        InputError: a device, a pipe or a socket stands at `path`, or lies in the folder `path`.
+        InputError: a device, a pipe or a socket stands at `path`.
     """
-    for inside in path.iterdir() if path.is_dir() else ():
-        if not inside.is_dir():
-            refuse_device(inside, where=where)
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise InputError(f"{where} {path}".strip(), "is a device or a pipe", "a file or a folder", "save the content to a file")
 

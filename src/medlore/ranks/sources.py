@@ -277,7 +277,8 @@ def is_hub_name(label: str) -> bool:
 
 
 def _open_folder(label: str, folder: Path) -> WeightSource:
-    refuse_device(folder)
+    for file in folder.iterdir():
+        refuse_device(file)
     present = [folder / name for name in _FOLDER_FILES if (folder / name).is_file()]
     if not present and (folder / "adapter_config.json").is_file():
         raise adapter_in_place_of_a_model(label, folder, _ACCEPTED)

@@ -234,8 +234,8 @@ def _from_transformers(folder: Path | None, name: str, *, keep_head: bool) -> tu
 
     import medlore.models.backbones.students  # noqa: F401 - makes its configurations known to transformers
 
-    if folder is not None:
-        refuse_device(folder)
+    for file in folder.iterdir() if folder is not None else ():
+        refuse_device(file)
     if folder is not None and not (folder / "config.json").is_file():
         raise InputError(
             str(folder),
