@@ -12,7 +12,7 @@ import numpy as np
 from medlore.data.formats import write_volume
 from medlore.data.volumes.geometry import Array, Crop, Shape, spacing_of
 from medlore.data.volumes.nifti import Volume
-from medlore.data.volumes.reference import Reference
+from medlore.data.volumes.reference import ReferenceSeries
 from medlore.segmenting.segmentation import Segmentation, canvas_of
 
 OverlapRule = Literal["small-over-large", "given"]
@@ -33,7 +33,7 @@ class CaseMasks:
     result: Segmentation
     files: Mapping[str, str]
     overlap_rule: OverlapRule = "small-over-large"
-    reference: Reference | None = None
+    reference: ReferenceSeries | None = None
     crop: Crop | None = None
 
     @property

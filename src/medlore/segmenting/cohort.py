@@ -40,7 +40,7 @@ from medlore.segmenting.statistics import write_cohort_table
 if TYPE_CHECKING:
     from medlore.data.volumes.nifti import Volume
     from medlore.data.volumes.nifti_affine import AffineChoice
-    from medlore.data.volumes.reference import Reference
+    from medlore.data.volumes.reference import ReferenceSeries
     from medlore.segmenting.model import SegmentingModel
     from medlore.segmenting.outputs import Wanted
 
@@ -248,7 +248,7 @@ def _segment_case(settings: SegmentSettings, model: SegmentingModel, case: Case,
     }
 
 
-def _check_what_fails_late(settings: SegmentSettings, folder: Path, volume: Volume, routes: Routes) -> Reference | None:
+def _check_what_fails_late(settings: SegmentSettings, folder: Path, volume: Volume, routes: Routes) -> ReferenceSeries | None:
     """What would fail when the network has run is said before it runs: the folder, the disk, what formats of DICOM refer to."""
     from medlore.data.volumes.reference import read_reference
     from medlore.segmenting.outputs import RECORDS, check_room

@@ -38,7 +38,7 @@ import numpy as np
 from medlore.data.formats import write_volume
 from medlore.data.volumes.cases import only_known_faults
 from medlore.data.volumes.nifti import Volume, copy_image, label_table
-from medlore.data.volumes.reference import Reference
+from medlore.data.volumes.reference import ReferenceSeries
 from medlore.data.volumes.structures import structure_of
 from medlore.errors import MedloreError, StepError
 from medlore.files import atomic_folder, write_json, write_text
@@ -83,7 +83,7 @@ class Wanted:
     overlap_rule: OverlapRule = "small-over-large"
     image: bool = True
     picture: bool = True
-    reference: Reference | None = None
+    reference: ReferenceSeries | None = None
     names: NameStyle = "plain"
     binary: bool = False
     crop_mm: float | None = None

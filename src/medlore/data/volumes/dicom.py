@@ -17,7 +17,7 @@ from medlore.data.volumes.dicom_frames import frames_of, is_multi_frame, one_vol
 from medlore.data.volumes.dicom_series import check_kind, check_one_owner, choose_series, stack, values_of
 from medlore.data.volumes.geometry import Array, Shape, check_affine, spacing_of
 from medlore.data.volumes.nifti import Volume, header_for
-from medlore.data.volumes.structures import Structure, structure_of
+from medlore.data.volumes.structures import CodedStructure, structure_of
 from medlore.data.volumes.voxel_bytes import check_frame, check_memory
 from medlore.errors import DataError, InputError, MedloreError, reason_of
 from medlore.extras import require
@@ -260,7 +260,7 @@ def _layer_object(volume: Volume, labels: Sequence[str], pixels: Array, series_n
     )
 
 
-def _described(number: int, structure: Structure, algorithm: Any) -> Any:
+def _described(number: int, structure: CodedStructure, algorithm: Any) -> Any:
     """A segment: what it is, on which side, where it lies, and its colour."""
     import highdicom
     from pydicom.sr.coding import Code as Coded

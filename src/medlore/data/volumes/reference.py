@@ -20,7 +20,7 @@ _FIX = "name the series from which the image was converted, or segment the serie
 
 
 @dataclass(frozen=True, eq=False)
-class Reference:
+class ReferenceSeries:
     """A series, and the way from the grid of an image to its own.
 
     Args:
@@ -36,7 +36,7 @@ class Reference:
         return _Turned(masks, self.turn)
 
 
-def read_reference(path: str | Path, image: Volume, *, series: str | None = None) -> Reference:
+def read_reference(path: str | Path, image: Volume, *, series: str | None = None) -> ReferenceSeries:
     """The series that an image was converted from.
 
     Args:
@@ -59,7 +59,7 @@ def read_reference(path: str | Path, image: Volume, *, series: str | None = None
     if share < _SAME_SHARE:
         came = f"a series on the grid of {image.path} whose grey values are others ({share:.0%} of them agree)"
         raise DataError(f"--dicom-reference {path}", came, "the series that the image was converted from", _FIX)
-    return Reference(volume, turn)
+    return ReferenceSeries(volume, turn)
 
 
 def _turn_between(image: Volume, series: Volume) -> Reorientation | None:

@@ -19,7 +19,7 @@ from medlore.data.volumes.geometry import Array, Shape
 from medlore.data.volumes.mask_codes import combined_codes
 from medlore.data.volumes.mask_files import MaskFile
 from medlore.data.volumes.nifti import Volume
-from medlore.data.volumes.structures import Code, Structure, structure_of
+from medlore.data.volumes.structures import Code, CodedStructure, structure_of
 from medlore.errors import DataError, InputError
 from medlore.extras import require
 from medlore.files import atomic_path
@@ -124,7 +124,7 @@ def _image(header: Any, *, whole: bool = False) -> Any:
     return made
 
 
-def _roi(number: int, structure: Structure, contours: list[Any]) -> Any:
+def _roi(number: int, structure: CodedStructure, contours: list[Any]) -> Any:
     made = _item(ReferencedROINumber=number, ROIDisplayColor=list(structure.colour))
     if contours:
         made.ContourSequence = contours
@@ -150,7 +150,7 @@ def _contours(volume: Volume, mask: Array) -> list[Any]:
     return found
 
 
-def _meaning(number: int, structure: Structure) -> Any:
+def _meaning(number: int, structure: CodedStructure) -> Any:
     made = _item(ObservationNumber=number, ReferencedROINumber=number, RTROIInterpretedType="ORGAN", ROIInterpreter="")
     made.ROIObservationLabel = structure.label[:16]
     made.RTROIIdentificationCodeSequence = [_coded(structure.code)]

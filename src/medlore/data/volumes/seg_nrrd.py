@@ -9,7 +9,7 @@ import numpy as np
 
 from medlore.data.volumes.geometry import Array, Crop, bounding_box
 from medlore.data.volumes.gzip_writer import GzipWriter
-from medlore.data.volumes.structures import SIDES, Code, Structure, structure_of
+from medlore.data.volumes.structures import SIDES, Code, CodedStructure, structure_of
 from medlore.errors import StepError
 from medlore.files import atomic_path
 
@@ -101,7 +101,7 @@ def _segment(number: int, label: str, value: int, layer: int, box: Crop | None) 
     }
 
 
-def _terminology(structure: Structure) -> str:
+def _terminology(structure: CodedStructure) -> str:
     """Category, type and its side, then the same of the site, as Slicer keeps them in one line."""
     side = next((part for part in SIDES.values() if part == structure.side), None)
     head = "~".join(["Segmentation category and type - DICOM master list", _triple(structure.kind), _triple(structure.code), _triple(side)])

@@ -40,7 +40,7 @@ _HUE = 0.61803398875
 
 
 @dataclass(frozen=True)
-class Structure:
+class CodedStructure:
     """A label as segmentations of a hospital name it.
 
     Args:
@@ -60,7 +60,7 @@ class Structure:
     colour: Colour
 
 
-def structure_of(label: str) -> Structure:
+def structure_of(label: str) -> CodedStructure:
     """Codes and colour of a label; one that the table does not know is a generic structure in a colour made from its name.
 
     Examples:
@@ -77,10 +77,10 @@ def structure_of(label: str) -> Structure:
     side = None if found is None or plain in table else SIDES[found[1]]
     entry = table.get(bare)
     if entry is None:
-        return Structure(label, KINDS["anatomy"], GENERIC, None if found is None else SIDES[found[1]], None, _colour_of_name(bare))
+        return CodedStructure(label, KINDS["anatomy"], GENERIC, None if found is None else SIDES[found[1]], None, _colour_of_name(bare))
     code, site = (None if entry[name] is None else Code(*entry[name]) for name in ("code", "site"))
     colour = _rgb(entry["colour"])
-    return Structure(label, KINDS[entry["kind"]], code or GENERIC, side, site, _lighter(colour) if side == SIDES["left"] else colour)
+    return CodedStructure(label, KINDS[entry["kind"]], code or GENERIC, side, site, _lighter(colour) if side == SIDES["left"] else colour)
 
 
 @functools.cache
