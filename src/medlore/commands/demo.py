@@ -16,7 +16,7 @@ class DemoOutput(Output):
 
 
 def demo(given: Given) -> None:
-    """Show what MedLoRE does, in less than four minutes and without a download.
+    """Show what MedLoRE does, in about four minutes and without a download.
 
     Ranks of the shipped ViT, few-shot tuning on handwritten digits with those ranks, with one rank of equal cost, and with the head
     alone, and a brain segmented by text prompts. page.html in --out shows all of it.
